@@ -1,0 +1,31 @@
+# Every target works as the first command on a fresh clone: Python >= 3.11, pip and make suffice.
+# Another interpreter: `make test PYTHON=python3.13`.
+
+PYTHON ?= python3
+STAMP := .venv/.installed
+# scripts/ and benchmarks/ are checked as soon as they hold a Python file.
+SOURCES := gradpipe tests $(sort $(patsubst %/,%,$(dir $(wildcard scripts/*.py benchmarks/*.py))))
+
+.PHONY: demo test lint clean
+
+demo: $(STAMP)
+	.venv/bin/pipe demo demo-out
+
+test: $(STAMP)
+	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests
+
+lint: $(STAMP)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy $(SOURCES)
+
+# Back to a fresh clone: the environment, the caches and the demo's output go.
+clean:
+	rm -rf .venv build dist demo-out .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find gradpipe tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is touched last: an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

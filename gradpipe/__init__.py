@@ -1,0 +1,40 @@
+"""gradpipe: one-shot pruning of large language models from gradients.
+
+Stage one, `collect`, streams calibration samples once through a model and writes a gradient
+store. Stage two, `prune`, sparsifies the checkpoint from the store, at as many sparsities as
+asked, and never runs the model.
+"""
+
+from gradpipe.errors import GradpipeError, InputError, StoreError
+from gradpipe.pipeline.collect import CollectConfig, collect
+from gradpipe.pipeline.demo import DemoResult, demo
+from gradpipe.pipeline.evaluate import EvalConfig, Metrics, evaluate
+from gradpipe.pipeline.import_gblm import ImportConfig, import_gblm
+from gradpipe.pipeline.output import LayerResult, PruneResult
+from gradpipe.pipeline.prune import PruneConfig, prune
+from gradpipe.stages.samples import DataConfig
+from gradpipe.store.gradients import GradientStore
+
+open_store = GradientStore.open
+
+__all__ = [
+    "CollectConfig",
+    "DataConfig",
+    "DemoResult",
+    "EvalConfig",
+    "GradientStore",
+    "GradpipeError",
+    "ImportConfig",
+    "InputError",
+    "LayerResult",
+    "Metrics",
+    "PruneConfig",
+    "PruneResult",
+    "StoreError",
+    "collect",
+    "demo",
+    "evaluate",
+    "import_gblm",
+    "open_store",
+    "prune",
+]

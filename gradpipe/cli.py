@@ -1,0 +1,330 @@
+"""The command `pipe`: options to configs, one call, errors to exit codes. Nothing else.
+
+Data goes to stdout, progress and errors to stderr. Exit codes: 0 done; 1 a failure; 2 the user's
+mistake; 3 the store is incomplete or damaged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gradpipe.errors import GradpipeError, InputError, StoreError
+from gradpipe.pipeline import collect as collecting
+from gradpipe.pipeline import demo as demonstrating
+from gradpipe.pipeline import evaluate as evaluating
+from gradpipe.pipeline import import_gblm as importing
+from gradpipe.pipeline import prune as pruning
+from gradpipe.pipeline.output import PruneResult
+from gradpipe.stages.samples import DataConfig
+from gradpipe.store.gradients import GradientStore
+
+app = typer.Typer(
+    name="pipe",
+    help="One-shot pruning of language models from gradients: collect once, prune many times.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+store_app = typer.Typer(help="Look at, check and import gradient stores.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+Model = Annotated[str, typer.Argument(help="Model directory, Hub id, or `embedded`.")]
+Include = Annotated[list[str], typer.Option(help="Regex on layer names; repeatable.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+Dataset = Annotated[
+    str,
+    typer.Option(
+        help="c4, wikitext2, stdlib, a .txt/.jsonl[.gz]/.parquet file or folder, a Hub id."
+    ),
+]
+DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
+Split = Annotated[str | None, typer.Option(help="Split of a Hub dataset.")]
+Revision = Annotated[str | None, typer.Option(help="Commit of a Hub dataset.")]
+TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
+SeqLen = Annotated[
+    int | None, typer.Option(help="Tokens of a window [default: 2048, or the model's maximum].")
+]
+BatchSize = Annotated[int, typer.Option(help="Windows in one pass; results do not depend on it.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result here; - for stdout.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
+
+
+@app.command()
+def collect_grads(
+    model: Model,
+    store: Annotated[Path, typer.Argument(help="Folder to create.")],
+    dataset: Dataset = "c4",
+    dataset_config: DatasetConfig = None,
+    split: Split = None,
+    revision: Revision = None,
+    text_column: TextColumn = "text",
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    seq_len: SeqLen = None,
+    seed: Annotated[int, typer.Option(help="Seed of the windows drawn.")] = 0,
+    batch_size: BatchSize = 1,
+    statistics: Annotated[
+        str, typer.Option(help="Of grad_l1, grad_l2, grad_sum, act_l2, act_sum.")
+    ] = "grad_l1,grad_l2,act_l2",
+    encoding: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    blocks: Annotated[
+        str | None, typer.Option(help="Path of the block list, as model.layers.")
+    ] = None,
+    include: Include = [],  # noqa: B006 (typer wants a list)
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Stage one: stream calibration samples through a model and write a gradient store."""
+    data = _data(dataset, dataset_config, split, revision, text_column)
+    result = collecting.collect(
+        collecting.CollectConfig(
+            model=model,
+            store=store,
+            data=data,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            seed=seed,
+            batch_size=batch_size,
+            statistics=tuple(name.strip() for name in statistics.split(",")),
+            encoding=encoding,
+            blocks=blocks,
+            include=tuple(include),
+            device=device,
+            dtype=dtype,
+            overwrite=overwrite,
+        ),
+        _stderr(),
+    )
+    _stdout().print(_store_table(result))
+
+
+@app.command()
+def prune(
+    model: Model,
+    store: Annotated[str, typer.Argument(help="Store: a path or a URL.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create; one in it for each of several.")],
+    sparsity: Annotated[
+        list[float], typer.Option(help="Share to prune, repeatable [default: 0.5].")
+    ] = [],  # noqa: B006 (typer wants a list)
+    pattern: Annotated[
+        list[str], typer.Option(help="n:m, n kept of every m inputs, repeatable.")
+    ] = [],  # noqa: B006 (as above)
+    method: Annotated[str, typer.Option(help="magnitude, wanda, gradient, gblm.")] = "gblm",
+    alpha: Annotated[float, typer.Option(help="Weight of the gradient in gblm.")] = 100.0,
+    grad_norm: Annotated[str, typer.Option(help="l1, l2 or sum, over samples.")] = "l1",
+    group: Annotated[
+        str, typer.Option(help="Weights compared: output, input, layer, output:K, input:K.")
+    ] = "output",
+    include: Include = [],  # noqa: B006 (as above)
+    exclude: Include = [],  # noqa: B006 (as above)
+    device: Device = "auto",
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Prune weights that were not measured.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Stage two: sparsify a checkpoint from a store, without running the model."""
+    results = pruning.prune(
+        pruning.PruneConfig(
+            model=model,
+            store=store,
+            out=out,
+            sparsities=tuple(sparsity),
+            patterns=tuple(pattern),
+            method=method,
+            alpha=alpha,
+            grad_norm=grad_norm,
+            group=group,
+            include=tuple(include),
+            exclude=tuple(exclude),
+            device=device,
+            allow_mismatch=allow_mismatch,
+            overwrite=overwrite,
+        ),
+        _stderr(),
+    )
+    for result in results:
+        _stdout().print(_layer_table(result))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    dataset: Dataset = "wikitext2",
+    dataset_config: DatasetConfig = None,
+    split: Split = None,
+    revision: Revision = None,
+    text_column: TextColumn = "text",
+    seq_len: SeqLen = None,
+    max_windows: Annotated[int | None, typer.Option(help="Measure on the first ones only.")] = None,
+    batch_size: BatchSize = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json_file: Json = None,
+) -> None:
+    """Perplexity of a checkpoint, on windows that do not overlap."""
+    metrics = evaluating.evaluate(
+        evaluating.EvalConfig(
+            model=model,
+            data=_data(dataset, dataset_config, split, revision, text_column),
+            seq_len=seq_len,
+            max_windows=max_windows,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+        ),
+        _stderr(),
+    )
+    if _write_json(json_file, dataclasses.asdict(metrics)):
+        return
+    _stdout().print(
+        f"perplexity {metrics.perplexity:.4f}  ({metrics.dataset}, {metrics.num_windows} windows "
+        f"of {metrics.seq_len} = {metrics.num_tokens} tokens, {metrics.dtype})",
+        highlight=False,
+    )
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder to create.")] = Path("gradpipe-demo"),
+) -> None:
+    """The whole of it on the embedded model: collect, prune with every method, compare."""
+    result = demonstrating.demo(out, _stderr())
+    table = Table(title=f"Perplexity on held-out text (dense {result.dense:.2f})")
+    table.add_column("method")
+    labels = next(iter(result.perplexities.values()))
+    for label in labels:
+        table.add_column(label, justify="right")
+    for name, row in result.perplexities.items():
+        table.add_row(name, *(f"{row[label]:.2f}" for label in labels))
+    _stdout().print(table)
+    _stdout().print(f"store and checkpoints: {result.folder}", highlight=False, soft_wrap=True)
+
+
+@store_app.command("info")
+def store_info(
+    store: Annotated[str, typer.Argument(help="Path or URL.")], json_file: Json = None
+) -> None:
+    """What a store holds, and of what."""
+    opened = GradientStore.open(store)
+    document = {**opened.spec.to_json(), "digest": opened.digest, "bytes": opened.sizes()}
+    if not _write_json(json_file, document):
+        _stdout().print(_store_table(opened))
+
+
+@store_app.command("verify")
+def store_verify(store: Annotated[str, typer.Argument(help="Path or URL.")]) -> None:
+    """Read every object of a store and check it; exit 3 if one is damaged."""
+    opened = GradientStore.open(store)
+    opened.validate()
+    _stdout().print(f"{store}: complete and intact ({opened.digest})", highlight=False)
+
+
+@store_app.command("import-gblm")
+def store_import_gblm(
+    model: Model,
+    store: Annotated[Path, typer.Argument(help="Folder to create.")],
+    l1: Annotated[
+        Path | None, typer.Option(help="gradients_aggregrate_norm_l1_model_*.pth")
+    ] = None,
+    l2: Annotated[
+        Path | None, typer.Option(help="gradients_aggregrate_norm_l2_model_*.pth")
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Store of the same model to take activations from.")
+    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Samples the reference summed over.")] = 128,
+    scale: Annotated[float, typer.Option(help="What the reference scaled gradients by.")] = 100.0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn the gradient files of GBLM-Pruner's own code into a store."""
+    config = importing.ImportConfig(
+        model=model,
+        store=store,
+        l1=l1,
+        l2=l2,
+        activations=activations,
+        num_samples=num_samples,
+        scale=scale,
+        overwrite=overwrite,
+    )
+    _stdout().print(_store_table(importing.import_gblm(config)))
+
+
+def main() -> None:
+    """Run `pipe`, and turn what went wrong into one line and an exit code."""
+    codes = {InputError: 2, StoreError: 3}
+    try:
+        app()
+    except GradpipeError as error:
+        Console(stderr=True).print(f"pipe: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(codes.get(type(error), 1))
+
+
+def _stdout() -> Console:
+    return Console()
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _data(
+    name: str, config: str | None, split: str | None, revision: str | None, text_column: str
+) -> DataConfig:
+    return DataConfig(
+        name=name, config=config, split=split, revision=revision, text_column=text_column
+    )
+
+
+def _write_json(path: Path | None, document: dict[str, Any]) -> bool:
+    """Write `document` where `--json` says; False if it was not given."""
+    if path is None:
+        return False
+    text = json.dumps(document, indent=1) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+        return True
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise GradpipeError(f"cannot write {path}: {error.strerror}") from error
+    return True
+
+
+def _store_table(store: GradientStore) -> Table:
+    spec, sizes = store.spec, store.sizes()
+    num_weights = sum(layer.shape[0] * layer.shape[1] for layer in spec.layers)
+    table = Table(title=f"gradient store {store.url}", show_header=False)
+    rows = {
+        "model": f"{spec.model.name} ({spec.model.architecture}, {spec.model.dtype})",
+        "samples": f"{spec.samples.num_samples} x {spec.samples.seq_len} tokens of "
+        f"{spec.samples.dataset} ({spec.samples.sampling}, seed {spec.samples.seed})",
+        "layers": f"{len(spec.layers)}, {num_weights:,} weights",
+        "encoding": spec.encoding,
+        **{name: f"{size / num_weights:.3f} bytes per weight" for name, size in sizes.items()},
+        "size": f"{sum(sizes.values()):,} bytes",
+        "digest": store.digest,
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _layer_table(result: PruneResult) -> Table:
+    table = Table(title=f"{result.folder}", show_footer=True)
+    table.add_column("layer", "total")
+    table.add_column("requested", f"{result.requested:.4f}", justify="right")
+    table.add_column("achieved", f"{result.achieved:.4f}", justify="right")
+    for layer in result.layers:
+        table.add_row(layer.name, f"{layer.requested:.4f}", f"{layer.achieved:.4f}")
+    return table

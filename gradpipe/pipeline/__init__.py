@@ -1,0 +1,1 @@
+"""A whole run: order, checks before work, progress, reports."""

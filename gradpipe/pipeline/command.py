@@ -1,0 +1,33 @@
+"""The command that makes an artefact again, as it is recorded inside it.
+
+Paths of outputs are left as placeholders, so that the same work gives the same bytes anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Any
+
+
+def recorded_command(verb: str, arguments: tuple[str, ...], options: dict[str, Any]) -> str:
+    """`pipe VERB ARGUMENTS --option value …`, less options that are None, False or empty."""
+    words = ["pipe", verb, *arguments]
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, tuple):
+            words.extend(word for item in value for word in (flag, str(item)))
+        elif value is not None and value is not False:
+            words.extend((flag, str(value)))
+    return shlex.join(words)
+
+
+def changed_options(config: Any, leave_out: set[str]) -> dict[str, Any]:
+    """The fields of a config that differ from their defaults."""
+    return {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if f.name not in leave_out and getattr(config, f.name) != f.default
+    }

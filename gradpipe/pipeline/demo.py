@@ -1,0 +1,74 @@
+"""The main job on the embedded model: collect once, prune with every method, compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from gradpipe.errors import InputError
+from gradpipe.pipeline.collect import CollectConfig, collect
+from gradpipe.pipeline.evaluate import EvalConfig, evaluate
+from gradpipe.pipeline.progress import QUIET
+from gradpipe.pipeline.prune import PruneConfig, prune
+from gradpipe.stages.checkpoint import EMBEDDED_NAME
+from gradpipe.stages.samples import DataConfig
+
+SPARSITIES = (0.5, 0.6, 0.7)
+PATTERNS = ("2:4", "4:8")
+METHODS = (  # method, gradient norm
+    ("magnitude", "l1"),
+    ("wanda", "l1"),
+    ("gradient", "l1"),
+    ("gradient", "l2"),
+    ("gblm", "l1"),
+    ("gblm", "l2"),
+)
+_SEQ_LEN = 256  # what the embedded model was trained at
+_MAX_WINDOWS = 128  # 32,768 tokens: enough to tell the methods apart
+_DATA = DataConfig(name="stdlib")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoResult:
+    """Perplexities by row (method) and column (target), and where everything lies."""
+
+    folder: Path
+    dense: float
+    perplexities: dict[str, dict[str, float]]
+
+
+def demo(out: Path, console: Console = QUIET) -> DemoResult:
+    """Run the demo into `out`, which must not exist."""
+    if out.exists():
+        raise InputError(f"OUT {out} exists: give another name")
+    store = out / "store"
+    collect(
+        CollectConfig(model=EMBEDDED_NAME, store=store, data=_DATA, seq_len=_SEQ_LEN, batch_size=8),
+        console,
+    )
+    rows = {}
+    for method, grad_norm in METHODS:
+        name = f"{method} {grad_norm}" if method in {"gradient", "gblm"} else method
+        results = prune(
+            PruneConfig(
+                model=EMBEDDED_NAME,
+                store=str(store),
+                out=out / name.replace(" ", "-"),
+                sparsities=SPARSITIES,
+                patterns=PATTERNS,
+                method=method,
+                grad_norm=grad_norm,
+            ),
+            console,
+        )
+        rows[name] = {result.label: _perplexity(str(result.folder), console) for result in results}
+    return DemoResult(folder=out, dense=_perplexity(EMBEDDED_NAME, console), perplexities=rows)
+
+
+def _perplexity(model: str, console: Console) -> float:
+    config = EvalConfig(
+        model=model, data=_DATA, seq_len=_SEQ_LEN, batch_size=8, max_windows=_MAX_WINDOWS
+    )
+    return evaluate(config, console).perplexity

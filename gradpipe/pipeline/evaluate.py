@@ -1,0 +1,72 @@
+"""Evaluation: the perplexity of a checkpoint, dense or pruned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from gradpipe.errors import InputError
+from gradpipe.pipeline.progress import QUIET, progress_bar
+from gradpipe.stages.checkpoint import Checkpoint
+from gradpipe.stages.device import resolve_device
+from gradpipe.stages.model import load_model, load_tokenizer, sequence_length
+from gradpipe.stages.perplexity import perplexity
+from gradpipe.stages.samples import DataConfig, evaluation_windows, load_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalConfig:
+    """Which checkpoint to measure, on which text."""
+
+    model: str  # directory, Hub id, or `embedded`
+    data: DataConfig = field(default_factory=lambda: DataConfig(name="wikitext2"))
+    seq_len: int | None = None  # tokens; default 2048, or the model's maximum where that is less
+    max_windows: int | None = None
+    batch_size: int = 1
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for name, least in (("seq_len", 2), ("max_windows", 1), ("batch_size", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metrics:
+    """A perplexity, and what one must know to compare it."""
+
+    perplexity: float
+    model: str
+    dataset: str
+    revision: str | None
+    num_windows: int
+    seq_len: int
+    num_tokens: int
+    dtype: str
+
+
+def evaluate(config: EvalConfig, console: Console = QUIET) -> Metrics:
+    """Measure a checkpoint; InputError if model or data cannot be used."""
+    device = resolve_device(config.device)
+    checkpoint = Checkpoint.open(config.model)
+    seq_len = sequence_length(config.seq_len, checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    text = load_text(config.data, "evaluation")
+    windows = evaluation_windows(config.data.name, text, tokenizer, seq_len, config.max_windows)
+    model = load_model(checkpoint, config.dtype, device)
+    with progress_bar(console, "evaluating", len(windows), "windows", seq_len) as advance:
+        value = perplexity(model, windows, config.batch_size, advance)
+    return Metrics(
+        perplexity=value,
+        model=config.model,
+        dataset=config.data.name,
+        revision=text.revision,
+        num_windows=len(windows),
+        seq_len=seq_len,
+        num_tokens=windows.size,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )

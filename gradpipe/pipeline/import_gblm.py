@@ -1,0 +1,137 @@
+"""Turn the reference implementation's gradient files into a store for a given checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from gradpipe.errors import InputError
+from gradpipe.pipeline.collect import check_destination, replace_store
+from gradpipe.stages.checkpoint import Checkpoint
+from gradpipe.stages.gblm_files import match_layers, read_gblm_file
+from gradpipe.store.codec import Sums
+from gradpipe.store.gradients import GradientStore, LayerStats
+from gradpipe.store.schema import (
+    ACTIVATION_STATISTICS,
+    FORMAT_VERSION,
+    LayerSpec,
+    ModelSpec,
+    SampleSpec,
+    StoreSpec,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportConfig:
+    """Which files to import, for which checkpoint, into which store."""
+
+    model: str
+    store: Path
+    l1: Path | None = None  # gradients_aggregrate_norm_l1_model_*.pth
+    l2: Path | None = None  # gradients_aggregrate_norm_l2_model_*.pth
+    activations: str | None = None  # a store of the same checkpoint, to take act_* from
+    num_samples: int = 128  # over how many the reference summed
+    scale: float = 100.0  # what it multiplied gradients by
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.l1 is None and self.l2 is None:
+            raise InputError("nothing to import: give --l1 FILE, --l2 FILE or both")
+        if self.num_samples < 1 or not 0 < self.scale < float("inf"):
+            raise InputError(
+                f"--num-samples {self.num_samples} --scale {self.scale}: expected more than 0"
+            )
+
+
+def import_gblm(config: ImportConfig) -> GradientStore:
+    """Write the store, and return it; InputError if files and checkpoint do not fit together."""
+    check_destination(config.store, overwrite=config.overwrite)
+    checkpoint = Checkpoint.open(config.model)
+    sums = _read_files(config)
+    keys = set.union(*(set(arrays) for arrays in sums.values()))
+    layers = match_layers(keys, checkpoint)
+    _check_files(sums, layers)
+    activations = None if config.activations is None else GradientStore.open(config.activations)
+    taken = () if activations is None else _taken(activations, layers)
+    spec = _spec(config, checkpoint, layers, (*sums, *taken))
+    writer = replace_store(config.store, spec)
+    for key, layer in sorted(layers.items(), key=lambda item: (item[1].block, item[0])):
+        gradients = {statistic: arrays[key] for statistic, arrays in sums.items()}
+        writer.write_layer(
+            layer, LayerStats(arrays=gradients, num_samples=config.num_samples, num_tokens=0)
+        )
+        for statistic in taken:
+            assert activations is not None  # something was taken from it
+            writer.write_encoded(layer, statistic, activations.read(layer, statistic))
+    writer.commit()
+    return GradientStore.open(config.store)
+
+
+def _read_files(config: ImportConfig) -> dict[str, dict[str, Sums]]:
+    files = {"grad_l1": config.l1, "grad_l2": config.l2}
+    return {
+        statistic: read_gblm_file(path, statistic, config.scale)
+        for statistic, path in files.items()
+        if path is not None
+    }
+
+
+def _check_files(sums: dict[str, dict[str, Sums]], layers: dict[str, LayerSpec]) -> None:
+    for statistic, arrays in sums.items():
+        for key, layer in layers.items():
+            if key not in arrays:
+                raise InputError(f"the {statistic} file lacks {key}, which the other one has")
+            if arrays[key].shape != layer.shape:
+                raise InputError(
+                    f"{key} is {arrays[key].shape}, {layer.name} is {layer.shape}: other models"
+                )
+
+
+def _taken(activations: GradientStore, layers: dict[str, LayerSpec]) -> tuple[str, ...]:
+    """The activation statistics to take, once the store is known to be of the same weights."""
+    taken = tuple(s for s in ACTIVATION_STATISTICS if s in activations.spec.statistics)
+    if not taken:
+        raise InputError(
+            f"store {activations.url} holds no activations: collect with --statistics act_l2"
+        )
+    for layer in layers.values():
+        if activations.spec.layer(layer.name) != layer:
+            raise InputError(
+                f"store {activations.url} is not of the same weights: {layer.name} differs"
+            )
+    return taken
+
+
+def _spec(
+    config: ImportConfig,
+    checkpoint: Checkpoint,
+    layers: dict[str, LayerSpec],
+    statistics: tuple[str, ...],
+) -> StoreSpec:
+    return StoreSpec(
+        version=FORMAT_VERSION,
+        gradpipe=version("gradpipe"),
+        objective="causal-lm",
+        model=ModelSpec(
+            name=checkpoint.label,
+            revision=checkpoint.revision,
+            architecture=str((checkpoint.config.get("architectures") or ["unknown"])[0]),
+            dtype="float16",
+            config_digest=checkpoint.config_digest,
+        ),
+        samples=SampleSpec(
+            dataset="GBLM-Pruner",
+            revision=None,
+            sampling="imported",
+            seed=0,
+            num_samples=config.num_samples,
+            seq_len=0,
+            digest="",
+        ),
+        statistics=statistics,
+        encoding="float32",
+        layers=tuple(sorted(layers.values(), key=lambda layer: (layer.block or 0, layer.name))),
+        command=f"pipe store import-gblm {checkpoint.label} STORE",
+    )

@@ -1,0 +1,144 @@
+"""Output folders: written beside their final name, renamed into place, described by a report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from gradpipe.errors import GradpipeError, InputError
+from gradpipe.store.objects import fsync_folder, write_durably
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerResult:
+    """One layer of a written checkpoint, as read back from its file."""
+
+    name: str
+    requested: float  # sparsity
+    zeros: int
+    size: int
+
+    @property
+    def achieved(self) -> float:
+        """The share of weights that are zero."""
+        return self.zeros / self.size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneResult:
+    """One written checkpoint."""
+
+    folder: Path
+    label: str
+    layers: tuple[LayerResult, ...]
+
+    @property
+    def requested(self) -> float:
+        """Sparsity asked for, over all pruned layers."""
+        return sum(x.requested * x.size for x in self.layers) / sum(x.size for x in self.layers)
+
+    @property
+    def achieved(self) -> float:
+        """Sparsity found in the written files, over all pruned layers."""
+        return sum(x.zeros for x in self.layers) / sum(x.size for x in self.layers)
+
+
+@contextmanager
+def staging_folder(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> Iterator[Path]:
+    """A folder beside `out` to write into, removed on any error.
+
+    Raises InputError if `out` exists and `overwrite` is not given, or if it holds a source.
+    """
+    for source in sources:
+        if _holds(out, source) or _holds(source, out):
+            raise InputError(
+                f"OUT {out} and {source}, which is read, are in one another: give another OUT"
+            )
+    if out.exists() and not overwrite:
+        raise InputError(f"OUT {out} exists: give another name or --overwrite")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"OUT {out} is a file, expected a folder to create or replace")
+    staging = out.absolute().with_name(f".{out.absolute().name}.partial")
+    _remove(staging)
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise GradpipeError(f"cannot create {staging}: {error.strerror}") from error
+    try:
+        yield staging
+    except BaseException:
+        _remove(staging)
+        raise
+
+
+def publish(staging: Path, out: Path) -> None:
+    """Rename the finished `staging` to `out`, replacing what was there."""
+    for path in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
+        fsync_folder(path)
+    old = staging.with_name(f".{out.absolute().name}.old")
+    _remove(old)
+    if out.exists():
+        out.rename(old)
+    staging.rename(out)
+    fsync_folder(out.absolute().parent)
+    _remove(old)
+
+
+def write_report(folder: Path, report: dict[str, Any], result: PruneResult) -> None:
+    """Write `pruning.json` and the model card."""
+    document = {
+        "gradpipe": version("gradpipe"),
+        **report,
+        "requested_sparsity": result.requested,
+        "achieved_sparsity": result.achieved,
+        "layers": {
+            layer.name: {
+                "requested": layer.requested,
+                "achieved": layer.achieved,
+                "zeros": layer.zeros,
+                "size": layer.size,
+            }
+            for layer in result.layers
+        },
+    }
+    write_durably(folder / "pruning.json", (json.dumps(document, indent=1) + "\n").encode())
+    write_durably(folder / "README.md", _model_card(document).encode())
+
+
+def _model_card(report: dict[str, Any]) -> str:
+    """A README.md that the Hub shows."""
+    return f"""---
+base_model: {report["model"]}
+tags: [pruned, sparse, gradpipe]
+---
+# {report["model"]}, pruned
+
+| | |
+|---|---|
+| method | {report["method"]} |
+| pattern | {report["pattern"]} |
+| sparsity of the pruned layers | {report["achieved_sparsity"]:.4f} |
+| statistics | {", ".join(report["statistics"]) or "none"} |
+| gradient store | `{report["store"]}` |
+
+Made with gradpipe {report["gradpipe"]}:
+
+    {report["command"]}
+
+Sparsity of each layer: `pruning.json`. The weights are dense tensors with zeros in them.
+"""
+
+
+def _holds(outer: Path, inner: Path) -> bool:
+    return inner.resolve().is_relative_to(outer.resolve())
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)

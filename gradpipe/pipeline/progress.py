@@ -1,0 +1,66 @@
+"""Progress on a terminal: a bar with rates, time left and peak memory. Nothing elsewhere."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+QUIET = Console(quiet=True)
+
+
+@contextmanager
+def progress_bar(
+    console: Console, title: str, total: int, unit: str, tokens_each: int = 0
+) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` units; yields a function to call with the number of units just done.
+
+    With `tokens_each`, tokens/s is shown too.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[memory]}"),
+    )
+    bar = Progress(*columns, console=console, disable=console.quiet or not console.is_terminal)
+    start = time.monotonic()
+    with bar:
+        task = bar.add_task(title, total=total, rate="", memory="")
+
+        def advance(count: int) -> None:
+            bar.advance(task, count)
+            done = bar.tasks[0].completed
+            rate = _rate(done / max(time.monotonic() - start, 1e-9), unit, tokens_each)
+            bar.update(task, rate=rate, memory=f"peak {peak_memory() / 2**30:.2f} GiB")
+
+        yield advance
+
+
+def peak_memory() -> int:
+    """Peak bytes so far: of the GPU once it has been used, else of this process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _rate(per_second: float, unit: str, tokens_each: int) -> str:
+    rate = f"{per_second:.2f} {unit}/s"
+    return f"{rate}, {per_second * tokens_each:,.0f} tokens/s" if tokens_each else rate

@@ -1,0 +1,242 @@
+"""Checkpoints: Hugging Face model directories, read tensor by tensor without building a model.
+
+A safetensors file is an 8-byte length, a JSON header and the tensors' bytes; `Checkpoint` knows
+where each tensor lies, and reads just those bytes. Weights in pickle files are refused: loading
+one runs whatever code is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gradpipe.errors import InputError
+from gradpipe.store.objects import digest
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+NOT_COPIED = (  # weights in any format, and the model card, which an output writes anew
+    *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
+    *(".bin.index.json", "README.md"),
+)
+EMBEDDED_NAME = "embedded"  # the model that ships with the package
+EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "tiny-llama"
+
+FLOAT_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    key: str
+    file: str  # name of the safetensors file
+    dtype: str  # safetensors' name: F32, BF16 ...
+    shape: tuple[int, ...]
+    start: int  # first byte in the file
+    stop: int  # byte after the last
+
+    @property
+    def is_matrix(self) -> bool:
+        """True for a 2-D float tensor, which is what can be pruned."""
+        return len(self.shape) == 2 and self.dtype in FLOAT_TYPES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint directory whose files were all found and whose headers were all checked."""
+
+    name: str  # as the user gave it
+    revision: str | None  # the Hub's commit, None for a local folder
+    folder: Path
+    config: dict[str, Any]
+    files: tuple[str, ...]  # safetensors files, in name order
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, name: str) -> Self:
+        """Open a local model directory, a Hub id, or `embedded`.
+
+        Raises InputError if there is none, if its weights are only in pickle files, or if a
+        shard is missing or truncated.
+        """
+        folder, revision = _locate(name)
+        config = _read_json(folder / "config.json")
+        files = _weight_files(name, folder)
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            tensors.update(_read_header(folder / file))
+        _check_index(name, folder, tensors)
+        return cls(
+            name=name,
+            revision=revision,
+            folder=folder,
+            config=config,
+            files=files,
+            tensors=tensors,
+        )
+
+    @property
+    def label(self) -> str:
+        """What a shared artefact may call it: the Hub id, or the local folder's own name."""
+        is_path = self.revision is None and self.name != EMBEDDED_NAME
+        return Path(self.name).resolve().name if is_path else self.name
+
+    @property
+    def config_digest(self) -> str:
+        """xxh3-128 of `config.json`."""
+        return digest((self.folder / "config.json").read_bytes())
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.stop - info.start for info in self.tensors.values())
+
+    def read_bytes(self, key: str) -> bytearray:
+        """The raw bytes of one tensor."""
+        info = self.tensors[key]
+        data = bytearray(info.stop - info.start)
+        with (self.folder / info.file).open("rb") as file:
+            file.seek(info.start)
+            if file.readinto(data) != len(data):
+                raise InputError(f"{self.folder / info.file} became shorter while it was read")
+        return data
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, on the CPU, in its own dtype and shape."""
+        return as_tensor(self.read_bytes(key), self.tensors[key])
+
+
+def as_tensor(data: bytearray, info: TensorInfo) -> Tensor:
+    """`data` seen as the float tensor that `info` describes, without a copy."""
+    return torch.frombuffer(data, dtype=FLOAT_TYPES[info.dtype]).view(info.shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    return tensor.view(torch.uint8).numpy().data
+
+
+def _locate(name: str) -> tuple[Path, str | None]:
+    """Folder and Hub commit of a model."""
+    folder = EMBEDDED_MODEL if name == EMBEDDED_NAME else Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{name} is not a model directory: it has no config.json")
+        return folder, None
+    if folder.exists():
+        raise InputError(f"{name} is a file, expected a model directory or a Hub id")
+    return _download(name)
+
+
+def _download(name: str) -> tuple[Path, str | None]:
+    """Fetch a model from the Hub (or its cache): safetensors and small files only."""
+    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:  # the Hub client raises from many families
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"{name} is neither a model directory nor a Hub id that can be fetched: {reason}"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} has no config.json on the Hub: expected a transformers model")
+    return folder, folder.name
+
+
+def _weight_files(name: str, folder: Path) -> tuple[str, ...]:
+    """Names of the safetensors files, all of them present."""
+    if (folder / INDEX_NAME).is_file():
+        weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError(f"{folder / INDEX_NAME} has no weight_map: restore it")
+        files = tuple(sorted(set(map(str, weight_map.values()))))
+        if odd := [file for file in files if Path(file).name != file]:
+            raise InputError(f"{folder / INDEX_NAME} names a file outside the checkpoint: {odd[0]}")
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            raise InputError(
+                f"{name} lacks {len(missing)} of {len(files)} shards, first {missing[0]}: fetch it"
+            )
+        return files
+    if (folder / SINGLE_NAME).is_file():
+        return (SINGLE_NAME,)
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
+    if pickles:
+        raise InputError(
+            f"{name} holds its weights as pickle ({pickles[0]}), which can run code when loaded: "
+            "convert it with AutoModel.from_pretrained(…).save_pretrained(…, "
+            "safe_serialization=True) and give the new folder"
+        )
+    raise InputError(f"{name} has no weights: expected {SINGLE_NAME} or {INDEX_NAME}")
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file, once the library has found the file sound."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is not a whole safetensors file ({error}): fetch it again"
+        ) from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    base = 8 + length
+    return {
+        key: TensorInfo(
+            key=key,
+            file=path.name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=base + entry["data_offsets"][0],
+            stop=base + entry["data_offsets"][1],
+        )
+        for key, entry in header.items()
+    }
+
+
+def _check_index(name: str, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    """The index and the files must tell of the same tensors in the same places."""
+    if not (folder / INDEX_NAME).is_file():
+        return
+    for key, file in _read_json(folder / INDEX_NAME)["weight_map"].items():
+        if key not in tensors or tensors[key].file != file:
+            raise InputError(
+                f"{name}: {INDEX_NAME} says that {key} is in {file}, which does not hold it"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds {type(document).__name__}, expected a JSON object")
+    return document
+
+
+def matrix_shape(info: TensorInfo, *, transposed: bool) -> tuple[int, ...]:
+    """(out, in) of a tensor on disk."""
+    return info.shape[::-1] if transposed else info.shape
+
+
+def count_zeros(tensor: Tensor) -> int:
+    """How many of a float tensor's values are zero."""
+    return math.prod(tensor.shape) - int(torch.count_nonzero(tensor))

@@ -1,0 +1,78 @@
+"""Hooks that feed each layer's input and output gradient to its accumulator.
+
+The weights stay frozen: a forward hook keeps the input, a tensor hook on the output receives its
+gradient, folds the two into the sums and lets go of both. Reading `param.grad` instead would
+need a buffer per weight, mix the samples of a batch, and see reduced gradients under sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradpipe.errors import GradpipeError
+from gradpipe.stages.model import Layer
+from gradpipe.stages.statistics import LayerAccumulator
+
+
+class LayerHooks:
+    """A context in which every pass of the model over one batch feeds the accumulators."""
+
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        accumulators: Sequence[LayerAccumulator],
+        num_samples: int,
+        scale: float,
+    ) -> None:
+        """`num_samples` is the batch's size, `scale` what its loss is multiplied by."""
+        self._layers = layers
+        self._accumulators = accumulators
+        self._num_samples = num_samples
+        self._scale = scale
+        self._handles: list[RemovableHandle] = []
+        self._seen: set[str] = set()
+
+    def __enter__(self) -> Self:
+        """Attach the hooks."""
+        for layer, accumulator in zip(self._layers, self._accumulators, strict=True):
+            self._handles.append(layer.module.register_forward_hook(self._hook(accumulator)))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook(self, accumulator: LayerAccumulator) -> Any:
+        def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._check_once(accumulator.spec.name)
+            x_BTI = self._by_sample(inputs[0].detach())
+            accumulator.add_inputs(x_BTI)
+            if accumulator.needs_gradients and output.requires_grad:
+
+                def backward(gradient: Tensor) -> None:
+                    accumulator.add_gradients(x_BTI, self._by_sample(gradient), self._scale)
+
+                output.register_hook(backward)
+
+        return forward
+
+    def _check_once(self, name: str) -> None:
+        """A sample's gradient is only whole if the layer runs once in a pass."""
+        if name in self._seen:
+            raise GradpipeError(f"layer {name} runs twice in one pass (shared weights): exclude it")
+        self._seen.add(name)
+
+    def _by_sample(self, tensor: Tensor) -> Tensor:
+        """(B, T, width), also where the block has made it (B·T, width), as OPT's MLP does."""
+        return tensor.reshape(self._num_samples, -1, tensor.shape[-1])

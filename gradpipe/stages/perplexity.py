@@ -1,0 +1,32 @@
+"""Perplexity by the protocol of GPTQ, Wanda and GBLM-Pruner.
+
+exp of the mean, over windows that do not overlap, of each window's mean token loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+
+@torch.no_grad()
+def perplexity(
+    model: Any,
+    windows: npt.NDArray[np.int64],
+    batch_size: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> float:
+    """Perplexity of `model` on `windows` (windows, tokens); `advance` hears of windows done."""
+    total = 0.0
+    for start in range(0, len(windows), batch_size):
+        ids_BT = torch.from_numpy(windows[start : start + batch_size]).to(model.device)
+        loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+        total += float(loss) * len(ids_BT)
+        advance(len(ids_BT))
+    mean = total / len(windows)
+    return math.exp(mean) if mean < 700 else math.inf

@@ -1,0 +1,287 @@
+"""Calibration and evaluation text: from presets, the Hub or local files to token windows.
+
+Windows are full, never padded. Calibration draws them as GPTQ, Wanda and GBLM-Pruner do, with
+the same generator, so that a seed means the same samples here as there. Evaluation joins the
+text and cuts it into windows that do not overlap.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import huggingface_hub
+import numpy as np
+import numpy.typing as npt
+
+from gradpipe.errors import InputError
+from gradpipe.stages.embedded import DOCUMENT_SEPARATOR, stdlib_documents
+from gradpipe.store.objects import digest
+from gradpipe.store.schema import SampleSpec
+
+Use = Literal["calibration", "evaluation"]
+PRESETS = ("c4", "wikitext2", "stdlib")
+FILE_KINDS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
+
+_C4 = ("allenai/c4", "607bd4c8450a42878aa9ddc051a65a055450ef87")
+_WIKITEXT = ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3")
+_C4_EVALUATION = (1100, 256)  # documents joined, windows kept: the literature's choice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataConfig:
+    """Where text comes from."""
+
+    name: str = "c4"  # a preset, a file or folder, or a Hub id
+    config: str | None = None  # Hub only: the dataset's configuration
+    split: str | None = None  # Hub only: default train to calibrate, test to evaluate
+    revision: str | None = None  # Hub only: a commit; default the newest, which is recorded
+    text_column: str = "text"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Text:
+    """Documents, and how they are to be used."""
+
+    documents: Sequence[str]
+    revision: str | None
+    separator: str  # between documents when they are joined
+    joined: bool  # draw windows from the joined text, not from single documents
+    max_windows: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Calibration windows."""
+
+    spec: SampleSpec
+    input_ids: npt.NDArray[np.int32]  # (samples, tokens)
+    sources: npt.NDArray[np.int64]  # (samples, 2): document (-1 if joined), first token in it
+
+
+def load_text(data: DataConfig, use: Use) -> Text:
+    """The text behind `data`; InputError if there is none, or it has no such column."""
+    if data.name == "stdlib":
+        split: Literal["train", "heldout"] = "train" if use == "calibration" else "heldout"
+        documents = [text for _, text in stdlib_documents(split)]
+        return Text(documents=documents, revision=None, separator=DOCUMENT_SEPARATOR, joined=False)
+    if data.name == "c4":
+        return _load_c4(use)
+    if data.name == "wikitext2":
+        return _load_wikitext2(use)
+    if Path(data.name).exists():
+        documents = _local_documents(Path(data.name), data.text_column)
+        return Text(documents=documents, revision=None, separator="\n\n", joined=False)
+    return _load_hub(data, use)
+
+
+def draw_samples(
+    name: str,
+    text: Text,
+    tokenizer: Any,
+    num_samples: int,
+    seq_len: int,
+    seed: int,
+) -> Samples:
+    """`num_samples` windows of `seq_len` tokens: a random document longer than that, and a random
+    place in it; from the joined text where that is the preset's way or no document is long enough.
+
+    Raises InputError if there is not enough text.
+    """  # noqa: D205
+    generator = random.Random(seed)
+    drawn = None
+    if not text.joined:
+        drawn = _draw_from_documents(text.documents, tokenizer, num_samples, seq_len, generator)
+    sampling = "joined" if drawn is None else "document"
+    if drawn is None:
+        generator.seed(seed)
+        drawn = _draw_from_joined(name, text, tokenizer, num_samples, seq_len, generator)
+    input_ids = np.array([ids for ids, _ in drawn], dtype=np.int32)
+    spec = SampleSpec(
+        dataset=name,
+        revision=text.revision,
+        sampling=sampling,
+        seed=seed,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        digest=digest(input_ids.tobytes()),
+    )
+    sources = np.array([source for _, source in drawn], dtype=np.int64)
+    return Samples(spec=spec, input_ids=input_ids, sources=sources)
+
+
+def evaluation_windows(
+    name: str,
+    text: Text,
+    tokenizer: Any,
+    seq_len: int,
+    max_windows: int | None,
+) -> npt.NDArray[np.int64]:
+    """The joined text in windows that do not overlap, (windows, seq_len); the tail is dropped."""
+    ids = _tokenize(tokenizer, text.separator.join(text.documents))
+    count = len(ids) // seq_len
+    limits = [limit for limit in (max_windows, text.max_windows) if limit is not None]
+    if count == 0:
+        raise _too_short(name, len(ids), seq_len)
+    count = min([count, *limits])
+    return np.array(ids[: count * seq_len], dtype=np.int64).reshape(count, seq_len)
+
+
+_Drawn = list[tuple[list[int], tuple[int, int]]]
+
+
+def _draw_from_documents(
+    documents: Sequence[str],
+    tokenizer: Any,
+    num_samples: int,
+    seq_len: int,
+    generator: random.Random,
+) -> _Drawn | None:
+    """Windows of single documents; None if no document is longer than `seq_len` tokens."""
+    short: set[int] = set()
+    drawn: _Drawn = []
+    while len(drawn) < num_samples:
+        if len(short) == len(documents):
+            return None
+        index = generator.randint(0, len(documents) - 1)
+        if index in short:
+            continue
+        ids = _tokenize(tokenizer, documents[index])
+        if len(ids) <= seq_len:
+            short.add(index)
+            continue
+        start = generator.randint(0, len(ids) - seq_len - 1)
+        drawn.append((ids[start : start + seq_len], (index, start)))
+    return drawn
+
+
+def _draw_from_joined(
+    name: str,
+    text: Text,
+    tokenizer: Any,
+    num_samples: int,
+    seq_len: int,
+    generator: random.Random,
+) -> _Drawn:
+    ids = _tokenize(tokenizer, text.separator.join(text.documents))
+    if len(ids) <= seq_len:
+        raise _too_short(name, len(ids), seq_len)
+    starts = [generator.randint(0, len(ids) - seq_len - 1) for _ in range(num_samples)]
+    return [(ids[start : start + seq_len], (-1, start)) for start in starts]
+
+
+def _tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Token ids; `verbose=False` because windows are cut later, so no text is too long."""
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    return ids
+
+
+def _too_short(name: str, num_tokens: int, seq_len: int) -> InputError:
+    return InputError(
+        f"dataset {name} is too short: {num_tokens} tokens in all, --seq-len {seq_len} needs more; "
+        "give more text or a smaller --seq-len"
+    )
+
+
+def _load_c4(use: Use) -> Text:
+    """One shard of C4, as the field uses it."""
+    hub_id, revision = _C4
+    split = "train" if use == "calibration" else "validation"
+    num_files = 1024 if use == "calibration" else 8
+    file = f"en/c4-{split}.00000-of-{num_files:05d}.json.gz"
+    rows = _load_dataset(hub_id, data_files={split: file}, split=split, revision=revision)
+    if use == "calibration":
+        return Text(documents=rows["text"], revision=revision, separator=" ", joined=False)
+    num_documents, num_windows = _C4_EVALUATION
+    return Text(
+        documents=rows[:num_documents]["text"],
+        revision=revision,
+        separator=" ",
+        joined=True,
+        max_windows=num_windows,
+    )
+
+
+def _load_wikitext2(use: Use) -> Text:
+    """WikiText-2 raw; train rows joined by spaces to calibrate, test rows by blank lines."""
+    hub_id, revision = _WIKITEXT
+    split, separator = ("train", " ") if use == "calibration" else ("test", "\n\n")
+    rows = _load_dataset(hub_id, "wikitext-2-raw-v1", split=split, revision=revision)
+    return Text(documents=rows["text"], revision=revision, separator=separator, joined=True)
+
+
+def _load_hub(data: DataConfig, use: Use) -> Text:
+    """Any dataset of the Hub, at a commit that is recorded."""
+    split = data.split or ("train" if use == "calibration" else "test")
+    revision = data.revision or _newest_revision(data.name)
+    rows = _load_dataset(data.name, data.config, split=split, revision=revision)
+    if data.text_column not in rows.column_names:
+        raise _no_column(data.name, data.text_column, rows.column_names)
+    documents = rows[data.text_column]
+    return Text(documents=documents, revision=revision, separator="\n\n", joined=False)
+
+
+def _newest_revision(name: str) -> str | None:
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        return huggingface_hub.dataset_info(name).sha
+    except Exception as error:  # the Hub client raises from many families
+        raise _unknown_dataset(name, error) from error
+
+
+def _load_dataset(name: str, config: str | None = None, **options: Any) -> Any:
+    try:
+        return datasets.load_dataset(name, config, **options)
+    except Exception as error:  # as above
+        raise _unknown_dataset(name, error) from error
+
+
+def _unknown_dataset(name: str, error: Exception) -> InputError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return InputError(
+        f"dataset {name}: expected one of {', '.join(PRESETS)}, a file or folder of "
+        f"{', '.join(FILE_KINDS)}, or a Hub id that can be fetched ({lines[0]})"
+    )
+
+
+def _local_documents(path: Path, column: str) -> list[str]:
+    """The documents of one file, or of every file of a known kind below a folder, in name order."""
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _kind(p))
+    if not files or not all(map(_kind, files)):
+        raise InputError(f"dataset {path}: expected a file or folder of {', '.join(FILE_KINDS)}")
+    return [document for file in files for document in _file_documents(file, column)]
+
+
+def _kind(path: Path) -> str | None:
+    return next((kind for end, kind in FILE_KINDS.items() if path.name.endswith(end)), None)
+
+
+def _file_documents(path: Path, column: str) -> list[str]:
+    """A text file is one document; a table has one in each row."""
+    kind = _kind(path)
+    try:
+        if kind == "text":
+            return [path.read_text(encoding="utf-8")]
+        rows = list(
+            datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+        )
+    except Exception as error:  # pyarrow, json and datasets raise from many families
+        raise InputError(
+            f"dataset {path}: cannot read it as {kind}: {str(error).splitlines()[0]}"
+        ) from error
+    for row in rows:
+        if not isinstance(row.get(column), str):
+            raise _no_column(str(path), column, sorted(row))
+    return [row[column] for row in rows]
+
+
+def _no_column(name: str, column: str, columns: Sequence[str]) -> InputError:
+    return InputError(
+        f"dataset {name} has no text column {column!r}; it has {', '.join(columns)}: "
+        "choose with --text-column"
+    )

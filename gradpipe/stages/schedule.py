@@ -1,0 +1,67 @@
+"""Schedules: in which order samples and blocks meet.
+
+`resident` is an ordinary forward and backward of the whole model, hooks on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpipe.errors import GradpipeError
+from gradpipe.stages.hooks import LayerHooks
+from gradpipe.stages.model import Blocks, Layer
+from gradpipe.stages.statistics import LayerAccumulator
+
+# Gradients of a mean over thousands of tokens fall below float16's smallest number. A power of
+# two is exact to multiply by and to divide out again in float32.
+_FLOAT16_SCALE = 2.0**12
+
+
+def resident_batch(
+    model: Any,
+    blocks: Blocks,
+    layers: Sequence[Layer],
+    accumulators: Sequence[LayerAccumulator],
+    ids_BT: Tensor,
+) -> float:
+    """One batch forward and, if a statistic needs it, backward; returns the mean token loss.
+
+    The loss differentiated is the model's own mean-token loss of each sample, so that a sample
+    weighs the same in any batch.
+    """
+    num_samples = ids_BT.shape[0]
+    backward = any(accumulator.needs_gradients for accumulator in accumulators)
+    scale = _FLOAT16_SCALE if model.dtype is torch.float16 else 1.0
+    entry = blocks.modules[0].register_forward_pre_hook(_require_grad, with_kwargs=True)
+    try:
+        with (
+            LayerHooks(layers, accumulators, num_samples, scale),
+            torch.set_grad_enabled(backward),
+        ):
+            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise GradpipeError(f"the model's loss is {value}: try --dtype bfloat16 or float32")
+            if backward:
+                (loss * (num_samples * scale)).backward()
+    finally:
+        entry.remove()
+    return value
+
+
+def _require_grad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Let gradients reach the first block although every weight is frozen."""
+    if not torch.is_grad_enabled():
+        return None
+    if args:
+        return (_leaf(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": _leaf(kwargs["hidden_states"])}
+
+
+def _leaf(hidden_BTH: Tensor) -> Tensor:
+    return hidden_BTH.detach().requires_grad_()

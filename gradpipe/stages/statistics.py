@@ -1,0 +1,96 @@
+"""Accumulators: float32 sums over calibration samples, one set per layer.
+
+The per-sample gradient of a linear map Y = X Wᵀ is G_b = dY_bᵀ X_b, the same products as the
+ordinary weight gradient, kept apart by sample. Norms over samples (GBLM-Pruner, eq. 3-4) need
+Σ_b|G_b| and Σ_b G_b², which no sum of gradients can give back.
+
+Shapes: B samples, T tokens, I in, O out.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gradpipe.errors import GradpipeError
+from gradpipe.store.gradients import LayerStats
+from gradpipe.store.schema import GRADIENT_STATISTICS, LayerSpec
+
+_TILE_BYTES = 2 << 20  # a tile of G stays in the CPU's cache while it is folded into the sums
+
+
+class LayerAccumulator:
+    """The sums of one layer."""
+
+    def __init__(self, spec: LayerSpec, statistics: tuple[str, ...], device: torch.device) -> None:
+        """Zeroed float32 sums on `device`."""
+        self.spec = spec
+        self.sums = {
+            name: torch.zeros(spec.statistic_shape(name), dtype=torch.float32, device=device)
+            for name in statistics
+        }
+        self.num_samples = 0
+        self.num_tokens = 0
+
+    @property
+    def needs_gradients(self) -> bool:
+        """True if any statistic needs a backward pass."""
+        return any(name in GRADIENT_STATISTICS for name in self.sums)
+
+    def add_inputs(self, x_BTI: Tensor) -> None:
+        """Count a batch, and add its inputs to the activation sums."""
+        self.num_samples += x_BTI.shape[0]
+        self.num_tokens += x_BTI.shape[0] * x_BTI.shape[1]
+        for name in self.sums.keys() & {"act_l2", "act_sum"}:
+            values = x_BTI.float()
+            if name == "act_l2":
+                values = values.square()
+            self.sums[name] += values.sum(dim=(0, 1))
+
+    def add_gradients(self, x_BTI: Tensor, dy_BTO: Tensor, scale: float) -> None:
+        """Add each sample's gradient; `scale` is what the loss was multiplied by."""
+        for x_TI, dy_TO in zip(x_BTI, dy_BTO, strict=True):
+            if x_TI.is_cuda:
+                self._fold(slice(None), _product(x_TI, dy_TO), scale)
+            else:
+                self._fold_tiles(x_TI.float(), dy_TO.float(), scale)
+
+    def _fold_tiles(self, x_TI: Tensor, dy_TO: Tensor, scale: float) -> None:
+        num_rows = max(32, _TILE_BYTES // (4 * x_TI.shape[1]))
+        for start in range(0, dy_TO.shape[1], num_rows):
+            rows = slice(start, start + num_rows)
+            self._fold(rows, dy_TO[:, rows].T @ x_TI, scale)
+
+    def _fold(self, rows: slice, g_OI: Tensor, scale: float) -> None:
+        """Add rows of one sample's gradient to the sums; `g_OI` is used up."""
+        if scale != 1.0:
+            g_OI /= scale
+        if "grad_sum" in self.sums:
+            self.sums["grad_sum"][rows] += g_OI
+        if "grad_l2" in self.sums:
+            self.sums["grad_l2"][rows].addcmul_(g_OI, g_OI)
+        if "grad_l1" in self.sums:
+            self.sums["grad_l1"][rows] += g_OI.abs_()
+
+    def result(self) -> LayerStats:
+        """The sums on the host; GradpipeError if the layer never ran or a sum is not finite."""
+        if not self.num_samples:
+            raise GradpipeError(
+                f"layer {self.spec.name} never ran: exclude it, or name the blocks with --blocks"
+            )
+        for name, sums in self.sums.items():
+            if not bool(torch.isfinite(sums).all()):
+                raise GradpipeError(
+                    f"layer {self.spec.name}: {name} is NaN or infinite: the model overflows in "
+                    "this dtype; try --dtype bfloat16 or float32"
+                )
+        arrays = {name: np.asarray(sums.cpu().numpy()) for name, sums in self.sums.items()}
+        return LayerStats(arrays=arrays, num_samples=self.num_samples, num_tokens=self.num_tokens)
+
+
+def _product(x_TI: Tensor, dy_TO: Tensor) -> Tensor:
+    """dYᵀX on CUDA, summed and returned in float32 even where the factors are 16-bit."""
+    if x_TI.dtype is torch.float32:
+        return dy_TO.T @ x_TI
+    return torch.mm(dy_TO.T.to(x_TI.dtype), x_TI, out_dtype=torch.float32)

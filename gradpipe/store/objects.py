@@ -1,0 +1,176 @@
+"""Objects: named bytes, written durably to a local folder and read back, verified, from anywhere.
+
+A key is a relative POSIX path (`layers/<layer>/<statistic>/values/c/0/0`). Zarr cannot tell a
+missing object from zeros, so a store is complete only when its commit record exists: the last
+object written, naming the size and digest of every other one. Readers get no byte that the
+record does not vouch for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import fsspec
+import xxhash
+
+from gradpipe.errors import GradpipeError, InputError, StoreError
+
+COMMIT_KEY = "commit.json"
+_MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
+
+
+def digest(data: bytes | bytearray | memoryview) -> str:
+    """xxh3-128 of `data`, as 32 hex digits."""
+    return xxhash.xxh3_128_hexdigest(memoryview(data))
+
+
+@dataclass(slots=True)
+class CommitRecord:
+    """Size and digest of each object of a complete store, by key."""
+
+    objects: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The canonical JSON form: sorted, with a digest of its own."""
+        objects = {key: list(self.objects[key]) for key in sorted(self.objects)}
+        body = json.dumps(objects, separators=(",", ":"))
+        document = {"format": "gradpipe-commit-1", "digest": digest(body.encode())}
+        return (json.dumps(document)[:-1] + ', "objects": ' + body + "}\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """The record in `data`; StoreError unless it is, to the byte, what `to_bytes` writes."""
+        try:
+            objects = json.loads(data)["objects"]
+            record = cls({str(k): (int(size), str(hexes)) for k, (size, hexes) in objects.items()})
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise StoreError(
+                f"{COMMIT_KEY} is damaged ({type(error).__name__}): restore it or collect again"
+            ) from error
+        if record.to_bytes() != data:
+            raise StoreError(
+                f"{COMMIT_KEY} is damaged (its digest differs): restore it or collect again"
+            )
+        return record
+
+
+class ObjectWriter:
+    """Writes objects durably under one local folder and remembers what it wrote."""
+
+    def __init__(self, folder: Path) -> None:
+        """`folder` is created when the first object is written."""
+        self.folder = folder
+        self.record = CommitRecord()
+
+    def write(self, key: str, data: bytes) -> None:
+        """Write `data` under `key`: a sibling file, fsync, rename, fsync of the folder."""
+        path = self.folder / key
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(path, data)
+        except OSError as error:
+            raise GradpipeError(f"cannot write {path}: {error.strerror or error}") from error
+        self.record.objects[key] = (len(data), digest(data))
+
+    def commit(self) -> None:
+        """Declare the folder complete: all objects written so far, and no others, are in it."""
+        for parent in {path for key in self.record.objects for path in (self.folder / key).parents}:
+            if parent == self.folder or self.folder in parent.parents:
+                fsync_folder(parent)
+        fsync_folder(self.folder.absolute().parent)
+        write_durably(self.folder / COMMIT_KEY, self.record.to_bytes())
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Publish `data` as `path`, whole or not at all, whatever happens to the machine."""
+    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class ObjectReader:
+    """Reads a complete store's objects from a path or any fsspec URL, each one verified."""
+
+    def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
+        """Read the commit record.
+
+        Raises InputError where nothing is found at `url`, StoreError where a store is but
+        has no commit record, or a damaged one.
+        """
+        self.url = url
+        try:
+            self._files, self._root = fsspec.core.url_to_fs(url, **(options or {}))
+            self._root = self._root.rstrip("/")
+            found = self._files.exists(self._root)
+        except (ValueError, ImportError, OSError) as error:
+            raise InputError(f"cannot open store {url}: {error}") from error
+        if not found:
+            raise InputError(
+                f"no store at {url}: expected a folder or URL that `pipe collect-grads` wrote"
+            )
+        self.record_digest, self.record = self._read_record()
+
+    def _read_record(self) -> tuple[str, CommitRecord]:
+        """The commit record and its digest, which names the store's whole content."""
+        if not self._files.exists(f"{self._root}/{COMMIT_KEY}"):
+            if not self._files.exists(f"{self._root}/zarr.json"):
+                raise InputError(
+                    f"{self.url} is not a gradient store: it has neither {COMMIT_KEY} nor zarr.json"
+                )
+            raise StoreError(
+                f"store {self.url} is incomplete (no {COMMIT_KEY}): run its collect-grads again"
+            )
+        data = self._read_file(COMMIT_KEY, _MAX_RECORD_BYTES)
+        return digest(data), CommitRecord.from_bytes(data)
+
+    def read(self, key: str) -> bytes:
+        """The bytes under `key`; StoreError if they are missing or not those committed."""
+        if key not in self.record.objects:
+            raise StoreError(
+                f"store {self.url}: {key} is not in its commit record: the store is damaged"
+            )
+        size, expected = self.record.objects[key]
+        data = self._read_file(key, size)
+        if len(data) != size or digest(data) != expected:
+            raise StoreError(
+                f"store {self.url}: object {key} is damaged "
+                f"(expected {size} bytes, xxh3 {expected}; got {len(data)} bytes, {digest(data)}): "
+                "restore it from a copy or collect again"
+            )
+        return data
+
+    def _read_file(self, key: str, limit: int) -> bytes:
+        """At most `limit + 1` bytes of the file behind `key`."""
+        try:
+            with self._files.open(f"{self._root}/{key}", "rb", cache_type="none") as file:
+                data: bytes = file.read(limit + 1)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"store {self.url}: object {key} is missing: restore it or collect again"
+            ) from error
+        except OSError as error:
+            raise GradpipeError(f"store {self.url}: cannot read {key}: {error}") from error
+        return data

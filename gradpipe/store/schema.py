@@ -1,0 +1,171 @@
+"""What a gradient store says about itself: names, versions and the specs kept as Zarr attributes.
+
+Both sides of the package meet here. A spec is a frozen dataclass, written as JSON by `to_json`
+and read back by `from_json`, which trusts nothing: each field is checked before it is used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from gradpipe.errors import StoreError
+
+FORMAT_VERSION = 1
+
+GRADIENT_STATISTICS = ("grad_l1", "grad_l2", "grad_sum")  # (out, in)
+ACTIVATION_STATISTICS = ("act_l2", "act_sum")  # (in,)
+STATISTICS = GRADIENT_STATISTICS + ACTIVATION_STATISTICS
+
+_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
+
+
+class JsonSpec:
+    """Gives a frozen dataclass a JSON form, and a strict way back."""
+
+    __slots__ = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the spec as plain JSON values."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload,no-any-return]
+
+    @classmethod
+    def from_json(cls, document: object) -> Self:
+        """The spec in `document`; StoreError names the first field that is missing or mistyped."""
+        if not isinstance(document, dict):
+            raise StoreError(
+                f"{cls.__name__}: expected a JSON object, got {type(document).__name__}"
+            )
+        hints = typing.get_type_hints(cls)
+        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        if names != set(document):
+            odd = ", ".join(sorted(names.symmetric_difference(map(str, document))))
+            raise StoreError(f"{cls.__name__}: missing or unknown fields: {odd[:200]}")
+        return cls(**{n: _parse(hints[n], document[n], f"{cls.__name__}.{n}") for n in names})
+
+
+def _parse(hint: Any, value: object, where: str) -> Any:
+    """`value` as an instance of the type `hint`, or StoreError."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_parse(arguments[0], item, where) for item in value)
+    if origin is types.UnionType:
+        return None if value is None else _parse(arguments[0], value, where)
+    if isinstance(hint, type) and issubclass(hint, JsonSpec):
+        return hint.from_json(value)
+    if origin is None and type(value) is hint:
+        return value
+    wanted = getattr(hint, "__name__", str(hint))
+    raise StoreError(f"{where}: expected {wanted}, got {type(value).__name__}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec(JsonSpec):
+    """One prunable weight matrix.
+
+    The layer's name is its tensor's key in the checkpoint less `.weight`, so that stage two
+    needs the checkpoint's files and nothing of the model's code.
+    """
+
+    name: str
+    weight_key: str  # the tensor's key in the safetensors files
+    shape: tuple[int, ...]  # (out, in), whatever the orientation on disk
+    block: int | None  # index of the block it sits in; None outside the blocks (the head)
+    transposed: bool  # True where the checkpoint keeps (in, out), as Conv1D does
+    digest: str  # xxh3-128 of the tensor's bytes in the checkpoint
+
+    def __post_init__(self) -> None:
+        """Refuse names that could leave the store's folder, and shapes that are not matrices."""
+        if not _NAME.fullmatch(self.name) or len(self.name) > 255:
+            raise StoreError(
+                f"layer name {self.name[:80]!r} is not allowed: letters, digits, '_', '-' and '.'"
+            )
+        if len(self.shape) != 2 or min(self.shape) < 1:
+            raise StoreError(f"layer {self.name}: expected a shape (out, in), got {self.shape}")
+
+    def statistic_shape(self, statistic: str) -> tuple[int, ...]:
+        """(out, in) for gradient statistics, (in,) for activation statistics."""
+        return self.shape if statistic in GRADIENT_STATISTICS else self.shape[1:]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec(JsonSpec):
+    """Which checkpoint was measured."""
+
+    name: str  # as the user gave it: a path or a Hub id
+    revision: str | None  # the Hub's commit, None for a local folder
+    architecture: str  # config.json's first architecture
+    dtype: str  # what the model computed in: float32, bfloat16, float16
+    config_digest: str  # xxh3-128 of config.json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleSpec(JsonSpec):
+    """Which calibration samples were used."""
+
+    dataset: str  # preset, Hub id or path
+    revision: str | None  # the Hub's commit, None for local text
+    sampling: str  # "document": windows of single documents; "joined": of all text; "imported"
+    seed: int
+    num_samples: int
+    seq_len: int  # tokens
+    digest: str  # xxh3-128 of the int32 tokens; "" where they are not known
+
+    def __post_init__(self) -> None:
+        """Refuse counts that cannot be."""
+        if self.num_samples < 1 or self.seq_len < 0:
+            raise StoreError(
+                f"expected at least one sample, got {self.num_samples} of {self.seq_len} tokens"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSpec(JsonSpec):
+    """All that a store says of itself, kept under `gradpipe` in the root group's attributes."""
+
+    version: int
+    gradpipe: str  # the version of the package that wrote it
+    objective: str  # what was differentiated: "causal-lm"
+    model: ModelSpec
+    samples: SampleSpec
+    statistics: tuple[str, ...]
+    encoding: str
+    layers: tuple[LayerSpec, ...]
+    command: str
+
+    def __post_init__(self) -> None:
+        """Refuse versions from the future, unknown statistics and repeated layers."""
+        if self.version != FORMAT_VERSION:
+            raise StoreError(
+                f"store version {self.version}, this gradpipe reads {FORMAT_VERSION}: upgrade it"
+            )
+        unknown = set(self.statistics) - set(STATISTICS)
+        if unknown or not self.statistics:
+            raise StoreError(
+                f"store holds unknown statistics {sorted(unknown)}, expected {STATISTICS}"
+            )
+        if not self.layers or len({layer.name for layer in self.layers}) != len(self.layers):
+            raise StoreError("store names no layers, or one twice")
+
+    def layer(self, name: str) -> LayerSpec | None:
+        """The layer of that name, None if the store has none."""
+        return next((layer for layer in self.layers if layer.name == name), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StatisticSpec(JsonSpec):
+    """One statistic of one layer, kept under `gradpipe` in the statistic's group attributes."""
+
+    encoding: str
+    num_samples: int  # over how many samples it was summed
+    num_tokens: int
+    scale: float = field(default=1.0)  # float16 only: a power of two; value = stored * scale
+
+    def __post_init__(self) -> None:
+        """Refuse counts that would divide by zero."""
+        if self.num_samples < 1 or self.num_tokens < 0 or not 0.0 < self.scale < float("inf"):
+            raise StoreError(f"statistic with impossible counts or scale: {self.to_json()}")
