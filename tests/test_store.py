@@ -1,0 +1,235 @@
+"""The store: round trips, golden layout, damage, and what other readers see."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gradpipe.errors import GradpipeError, InputError, StoreError
+from gradpipe.store import arrays, codec
+from gradpipe.store.gradients import GradientStore, LayerStats, StoreWriter, is_unfinished
+from gradpipe.store.objects import CommitRecord, ObjectWriter
+from gradpipe.store.schema import (
+    FORMAT_VERSION,
+    LayerSpec,
+    ModelSpec,
+    SampleSpec,
+    StatisticSpec,
+    StoreSpec,
+)
+
+LAYER = LayerSpec(
+    name="model.layers.0.mlp.up_proj",
+    weight_key="model.layers.0.mlp.up_proj.weight",
+    shape=(6, 4),
+    block=0,
+    transposed=False,
+    digest="0" * 32,
+)
+
+
+def spec(encoding: str = "float32") -> StoreSpec:
+    """A store of one layer."""
+    return StoreSpec(
+        version=FORMAT_VERSION,
+        gradpipe="0.1.0",
+        objective="causal-lm",
+        model=ModelSpec(
+            name="toy", revision=None, architecture="Toy", dtype="float32", config_digest="1" * 32
+        ),
+        samples=SampleSpec(
+            dataset="text",
+            revision=None,
+            sampling="document",
+            seed=0,
+            num_samples=2,
+            seq_len=3,
+            digest="2" * 32,
+        ),
+        statistics=("grad_l1", "grad_l2", "act_l2"),
+        encoding=encoding,
+        layers=(LAYER,),
+        command="pipe collect-grads toy STORE",
+    )
+
+
+def stats() -> LayerStats:
+    """Sums over many orders of magnitude, zeros among them."""
+    generator = np.random.default_rng(0)
+    g = np.exp(generator.normal(-9, 2, LAYER.shape)).astype(np.float32)
+    g[0] = 0
+    x = np.exp(generator.normal(0, 1, 4)).astype(np.float32)
+    return LayerStats(
+        arrays={"grad_l1": g, "grad_l2": g**2 / 2, "act_l2": x}, num_samples=2, num_tokens=6
+    )
+
+
+def write_store(folder: Path, encoding: str = "float32") -> Path:
+    """A finished store."""
+    writer = StoreWriter(folder, spec(encoding))
+    writer.begin()
+    writer.write_calibration(
+        np.arange(6, dtype=np.int32).reshape(2, 3), np.zeros((2, 2), dtype=np.int64)
+    )
+    writer.write_layer(LAYER, stats())
+    writer.commit()
+    return folder
+
+
+@given(
+    st.sampled_from(arrays.DTYPES),
+    st.lists(st.integers(1, 40), min_size=1, max_size=2),
+    st.integers(0, 2**31),
+)
+def test_arrays_come_back_as_they_went(dtype: str, shape: list[int], seed: int) -> None:
+    """Any dtype and shape of the format survives encoding, to the bit."""
+    array = np.random.default_rng(seed).integers(0, 250, shape).astype(dtype)
+    objects = arrays.encode_array(array)
+    data = next(value for key, value in objects.items() if key != "zarr.json")
+    back = arrays.decode_array(objects["zarr.json"], data, tuple(shape), dtype)
+    assert back.dtype == array.dtype
+    assert np.array_equal(back, array)
+
+
+def test_a_store_gives_back_its_sums(tmp_path: Path) -> None:
+    """float32 is exact; float16 is within its precision, of norms whatever their scale."""
+    for encoding, rtol in (("float32", 0.0), ("float16", 2e-3)):
+        store = GradientStore.open(write_store(tmp_path / encoding, encoding))
+        assert store.spec == spec(encoding)
+        store.validate()
+        for statistic, sums in stats().arrays.items():
+            got = store.read_sums(LAYER, statistic)
+            assert got.dtype == np.float32
+            big = sums > sums.max() * 1e-5
+            np.testing.assert_allclose(got[big], sums[big], rtol=rtol)
+            assert np.array_equal(got == 0, sums == 0) or encoding == "float16"
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    """Two writers of the same sums write the same files, commit record included."""
+    first, second = write_store(tmp_path / "a"), write_store(tmp_path / "b")
+    files = sorted(p.relative_to(first) for p in first.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(second) for p in second.rglob("*") if p.is_file())
+    for file in files:
+        assert (first / file).read_bytes() == (second / file).read_bytes()
+
+
+def test_any_zarr_reader_opens_it(tmp_path: Path) -> None:
+    """Arrays are plain Zarr v3 numbers; the spec is in the root group's attributes."""
+    group = zarr.open_group(write_store(tmp_path / "store"), mode="r")
+    values = group["layers/model.layers.0.mlp.up_proj/grad_l1/values"]
+    assert isinstance(values, zarr.Array)
+    assert np.array_equal(np.asarray(values[...]), stats().arrays["grad_l1"])
+    assert group.metadata.consolidated_metadata is not None
+    attributes = group.attrs["gradpipe"]
+    assert isinstance(attributes, dict)
+    assert attributes["version"] == FORMAT_VERSION
+
+
+def test_a_store_without_its_commit_record_is_unfinished(tmp_path: Path) -> None:
+    """The record is written last: whatever lacks it is not a store yet."""
+    folder = write_store(tmp_path / "store")
+    assert not is_unfinished(folder)
+    (folder / "commit.json").unlink()
+    assert is_unfinished(folder)
+    with pytest.raises(StoreError, match="incomplete"):
+        GradientStore.open(folder)
+    with pytest.raises(InputError, match="no store"):
+        GradientStore.open(tmp_path / "nothing")
+
+
+def test_every_changed_byte_is_found(tmp_path: Path) -> None:
+    """Flip any one byte of any object, and reading names that object."""
+    folder = write_store(tmp_path / "store")
+    generator = np.random.default_rng(0)
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        whole = path.read_bytes()
+        for position in generator.integers(0, len(whole), 8):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << int(generator.integers(8))
+            path.write_bytes(damaged)
+            with pytest.raises(StoreError, match=path.relative_to(folder).as_posix()):
+                GradientStore.open(folder).validate()
+        path.write_bytes(whole[:-1])
+        with pytest.raises(StoreError, match=path.relative_to(folder).as_posix()):
+            GradientStore.open(folder).validate()
+        path.write_bytes(whole)
+    GradientStore.open(folder).validate()
+
+
+def test_metadata_that_asks_for_more_is_refused() -> None:
+    """Another shape, dtype, codec or fill value than the format's never reaches a decoder."""
+    objects = arrays.encode_array(np.ones((4, 4), np.float32))
+    metadata = json.loads(objects["zarr.json"])
+    changes = (
+        ("shape", [1 << 40, 4]),
+        ("data_type", "float64"),
+        ("codecs", [{"name": "pickle"}]),
+        ("codecs", []),
+        ("chunk_grid", {"name": "regular", "configuration": {"chunk_shape": [1 << 40, 4]}}),
+        ("fill_value", 7),
+        ("node_type", "group"),
+        ("zarr_format", 2),
+        ("storage_transformers", [{"name": "x"}]),
+    )
+    for field, value in changes:
+        changed = json.dumps({**metadata, field: value}).encode()
+        with pytest.raises(StoreError, match=field):
+            arrays.decode_array(changed, objects["c/0/0"], (4, 4), "float32")
+
+
+@pytest.mark.parametrize("name", ["../up", "/etc/x", "a/b", "", "a..b", ".hidden", "a" * 256])
+def test_layer_names_that_leave_the_store_are_refused(name: str) -> None:
+    """A layer's name is one folder's name and nothing else."""
+    with pytest.raises(StoreError, match="not allowed"):
+        LayerSpec(name=name, weight_key="w", shape=(1, 1), block=None, transposed=False, digest="")
+
+
+def test_specs_survive_json_and_refuse_what_is_not_theirs() -> None:
+    """Every field is checked for presence and type on the way back."""
+    document = json.loads(json.dumps(spec().to_json()))
+    assert StoreSpec.from_json(document) == spec()
+    for field in document:
+        with pytest.raises(StoreError):
+            StoreSpec.from_json({k: v for k, v in document.items() if k != field})
+        with pytest.raises(StoreError):
+            StoreSpec.from_json({**document, field: {"not": "this"}})
+    with pytest.raises(StoreError, match="unknown fields"):
+        StoreSpec.from_json({**document, "extra": 1})
+    with pytest.raises(StoreError, match="upgrade"):
+        StoreSpec.from_json({**document, "version": 99})
+
+
+def test_a_commit_record_is_canonical() -> None:
+    """A record reads back as it was, and as nothing but the bytes that were written."""
+    record = CommitRecord({"a/b": (3, "0" * 32), "c": (0, "f" * 32)})
+    assert CommitRecord.from_bytes(record.to_bytes()) == record
+    with pytest.raises(StoreError, match="damaged"):
+        CommitRecord.from_bytes(record.to_bytes() + b" ")
+    with pytest.raises(StoreError, match="damaged"):
+        CommitRecord.from_bytes(b"[" * 100_000)
+
+
+def test_infinite_sums_are_not_encoded_as_float16() -> None:
+    """An overflow is an error at the time of writing, never a silent infinity."""
+    sums = np.array([1.0, np.inf], np.float32)
+    with pytest.raises(GradpipeError, match="not finite"):
+        codec.encode("float16", "act_l2", sums, (1, 1))
+
+
+def test_impossible_counts_are_refused() -> None:
+    """Zero samples would divide by zero in every score."""
+    with pytest.raises(StoreError, match="counts"):
+        StatisticSpec(encoding="float32", num_samples=0, num_tokens=0)
+
+
+def test_a_failed_write_is_one_clear_error(tmp_path: Path) -> None:
+    """A file where a folder should be names the path, and leaves no temporary file."""
+    (tmp_path / "layers").write_text("in the way")
+    with pytest.raises(GradpipeError, match="cannot write"):
+        ObjectWriter(tmp_path).write("layers/x", b"data")
+    assert [p.name for p in tmp_path.iterdir()] == ["layers"]
