@@ -74,9 +74,9 @@ def test_windows_come_from_documents_longer_than_a_window(root: Path) -> None:
     samples = draw_samples("toy", text, tokenizer, 20, 12, 0)
     assert samples.spec.sampling == "document"
     assert set(samples.sources[:, 0]) <= {1, 3}
-    for ids, (document, start) in zip(samples.input_ids, samples.sources, strict=True):
+    for window, (document, start) in zip(samples.input_ids, samples.sources, strict=True):
         whole = tokenizer(documents[document])["input_ids"]
-        assert whole[start : start + 12] == list(ids)
+        assert whole[start : start + 12] == list(window)
 
 
 def test_short_documents_are_joined(root: Path) -> None:
@@ -110,7 +110,7 @@ class _Twice(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, **_: object) -> object:
         hidden = self.embed(input_ids)
-        for _ in range(2):
+        for _time in range(2):
             hidden = self.layers[0](hidden)
         return type("Output", (), {"loss": hidden.square().mean()})
 
@@ -125,7 +125,7 @@ def _accumulator() -> LayerAccumulator:
 def test_a_layer_that_runs_twice_is_refused() -> None:
     """Norms of two halves are not the norm of the whole: better no number than a wrong one."""
     model, accumulator = _Twice(), _accumulator()
-    layers = [Layer(spec=accumulator.spec, module=model.layers[0][0])]  # type: ignore[index,arg-type]
+    layers = [Layer(spec=accumulator.spec, module=model.layers[0][0])]  # type: ignore[index]
     ids = torch.zeros((1, 3), dtype=torch.long)
     with pytest.raises(GradpipeError, match="runs twice"):
         resident_batch(model, find_blocks(model), layers, [accumulator], ids)
