@@ -74,7 +74,7 @@ def collect_grads(
     statistics: Annotated[
         str, typer.Option(help="Of grad_l1, grad_l2, grad_sum, act_l2, act_sum.")
     ] = "grad_l1,grad_l2,act_l2",
-    encoding: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    encoding: Annotated[str, typer.Option(help="compact, float32 or float16.")] = "compact",
     blocks: Annotated[
         str | None, typer.Option(help="Path of the block list, as model.layers.")
     ] = None,

@@ -49,7 +49,7 @@ class CollectConfig:
     seed: int = 0
     batch_size: int = 1
     statistics: tuple[str, ...] = ("grad_l1", "grad_l2", "act_l2")
-    encoding: str = "float32"
+    encoding: str = "compact"
     blocks: str | None = None  # path of the block list, where it cannot be found
     include: tuple[str, ...] = ()  # regexes: linear layers outside the blocks to collect too
     device: str = "auto"

@@ -62,9 +62,8 @@ def import_gblm(config: ImportConfig) -> GradientStore:
         writer.write_layer(
             layer, LayerStats(arrays=gradients, num_samples=config.num_samples, num_tokens=0)
         )
-        for statistic in taken:
-            assert activations is not None  # something was taken from it
-            writer.write_encoded(layer, statistic, activations.read(layer, statistic))
+        if activations is not None:
+            writer.write_encoded(layer, activations.read(layer, taken))
     writer.commit()
     return GradientStore.open(config.store)
 

@@ -33,7 +33,7 @@ from gradpipe.stages.checkpoint import (
 )
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.mask import Group, Pattern, check_pattern
-from gradpipe.stages.prune import Recipe, Target, decode_norms, prune_layer, rewrite
+from gradpipe.stages.prune import Recipe, Target, norms_on, prune_layer, rewrite
 from gradpipe.stages.score import GRAD_NORMS, METHODS
 from gradpipe.store.codec import Encoded
 from gradpipe.store.gradients import GradientStore
@@ -265,7 +265,7 @@ def _pruned(
         if not item.matches:
             _refuse_mismatch(job, item.layer)
             written.mismatched.add(item.layer.name)
-        norms = decode_norms(item.encoded, job.device)
+        norms = norms_on(item.encoded, job.device)
         weight = item.weight.to(job.device)
         name, transposed = item.layer.name, item.layer.transposed
         tensors = prune_layer(name, weight, norms, recipe, targets, transposed=transposed)
@@ -289,7 +289,7 @@ def _load(job: _Job, info: TensorInfo) -> _Loaded:
         layer=layer,
         info=info,
         weight=as_tensor(data, info),
-        encoded={name: job.store.read(layer, name) for name in statistics},
+        encoded=job.store.read(layer, statistics),
         matches=layer.digest in ("", digest(data)),
     )
 

@@ -7,7 +7,7 @@ tensors that it is given.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from gradpipe.errors import GradpipeError
 from gradpipe.stages.checkpoint import TensorInfo, tensor_bytes
+from gradpipe.stages.decode import decode_layer
 from gradpipe.stages.mask import Group, Pattern, exact_sparsity, pattern_mask, unstructured_mask
 from gradpipe.stages.score import METHODS, Norms
-from gradpipe.store import codec
+from gradpipe.store.codec import Encoded
 
 _COPY_BYTES = 16 << 20
 
@@ -71,13 +72,12 @@ class Recipe:
         return METHODS[self.method].statistics(self.grad_norm)
 
 
-def decode_norms(encoded: dict[str, codec.Encoded], device: torch.device) -> Norms:
+def norms_on(encoded: Mapping[str, Encoded], device: torch.device) -> Norms:
     """Move codes to the device, and decode them there."""
-    sums = {}
-    for statistic, item in encoded.items():
-        parts = {name: torch.from_numpy(part).to(device) for name, part in item.parts.items()}
-        sums[statistic] = codec.decode(statistic, item.spec, parts, Tensor.float)
-    return Norms(sums=sums, num_samples={s: e.spec.num_samples for s, e in encoded.items()})
+    return Norms(
+        values=decode_layer(encoded, device),
+        num_samples={name: item.spec.num_samples for name, item in encoded.items()},
+    )
 
 
 def prune_layer(

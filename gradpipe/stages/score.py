@@ -10,6 +10,7 @@ Shapes: O out, I in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -23,18 +24,18 @@ _REFERENCE_SAMPLES = 128
 class Norms:
     """One layer's statistics as norms, decoded on the device where scores are computed."""
 
-    sums: Mapping[str, Tensor]  # statistic -> float32 (O, I) or (I,)
+    values: Mapping[str, Tensor]  # statistic -> float32 (O, I) or (I,): Σ|G|, √ΣG², ΣG, √Σx²
     num_samples: Mapping[str, int]  # statistic -> over how many samples
 
     def activation(self) -> Tensor:
         """‖X‖₂ of each input, (I,)."""
-        return (self.sums["act_l2"] / self.num_samples["act_l2"]).sqrt()
+        return self.values["act_l2"] / math.sqrt(self.num_samples["act_l2"])
 
     def gradient(self, norm: str) -> Tensor:
         """‖G‖₁, ‖G‖₂ or |ΣG| of each weight over samples, (O, I)."""
         statistic = f"grad_{norm}"
-        values = self.sums[statistic] * (_REFERENCE_SAMPLES / self.num_samples[statistic])
-        return values.sqrt() if norm == "l2" else values.abs()
+        ratio = _REFERENCE_SAMPLES / self.num_samples[statistic]
+        return (self.values[statistic] * (math.sqrt(ratio) if norm == "l2" else ratio)).abs()
 
 
 def magnitude(weight_OI: Tensor, _: Norms, __: str, ___: float) -> Tensor:

@@ -1,8 +1,8 @@
 """Arrays as objects: Zarr v3 is the format, one object of data per array.
 
 Zarr encodes and decodes in memory; `store.objects` moves the bytes. Only the one layout that
-the format allows is ever decoded (`docs/store-format.md`): a regular grid of one shard, inner
-chunks of whole rows, zstd with a checksum. What a store's metadata asks for beyond that is refused.
+the format allows is ever decoded (`docs/store-format.md`): one chunk, or one shard of inner chunks
+of whole rows, zstd with a checksum. What a store's metadata asks for beyond that is refused.
 """
 
 from __future__ import annotations
@@ -22,21 +22,20 @@ from zarr.storage import MemoryStore
 from gradpipe.errors import StoreError
 
 Array = npt.NDArray[Any]
-DTYPES = ("uint8", "int32", "int64", "float16", "float32")
+DTYPES = ("uint8", "int16", "int32", "int64", "float16", "float32")
 _CHUNK_BYTES = 4 << 20  # 1-6 MB decode fastest and still allow partial reads
 
 
 def encode_array(array: Array, attributes: dict[str, Any] | None = None) -> dict[str, bytes]:
     """The two objects of one array, keyed `zarr.json` and `c/0/0` (`c/0` in one dimension)."""
-    rows = _chunk_rows(array.shape, array.itemsize)
-    shard_rows = math.ceil(array.shape[0] / rows) * rows
+    chunk, shard = _layout(array.shape, array.itemsize)
     store = MemoryStore()
     zarr_array = zarr.create_array(
         store,
         shape=array.shape,
         dtype=array.dtype,
-        chunks=(rows, *array.shape[1:]),
-        shards=(shard_rows, *array.shape[1:]),
+        chunks=chunk,
+        shards=shard if shard != chunk else None,
         compressors=[ZstdCodec(level=1, checksum=True)],
         fill_value=0,
         config={"write_empty_chunks": True},
@@ -81,8 +80,12 @@ def consolidate(metadata: dict[str, bytes]) -> bytes:
 
 
 def contents(store: MemoryStore) -> dict[str, bytes]:
-    """The objects of a store in memory."""
-    return {key: buffer.to_bytes() for key, buffer in store._store_dict.items()}  # noqa: SLF001
+    """The objects of a store in memory, metadata as compact JSON: small layers have little else."""
+    objects = {key: buffer.to_bytes() for key, buffer in store._store_dict.items()}  # noqa: SLF001
+    for key in objects:
+        if key.endswith("zarr.json"):
+            objects[key] = json.dumps(json.loads(objects[key]), separators=(",", ":")).encode()
+    return objects
 
 
 def parse_group(metadata: bytes) -> dict[str, Any]:
@@ -93,10 +96,15 @@ def parse_group(metadata: bytes) -> dict[str, Any]:
     return document
 
 
-def _chunk_rows(shape: tuple[int, ...], itemsize: int) -> int:
-    """Rows of an inner chunk: about `_CHUNK_BYTES`, at least one row, at most all."""
+def _layout(shape: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of the inner chunk, whole rows of about `_CHUNK_BYTES`, and of the one shard.
+
+    Where they are equal the array is one plain chunk.
+    """
     row_bytes = math.prod(shape[1:]) * itemsize
-    return max(1, min(shape[0], _CHUNK_BYTES // row_bytes))
+    rows = max(1, min(shape[0], _CHUNK_BYTES // row_bytes))
+    shard_rows = math.ceil(shape[0] / rows) * rows
+    return (rows, *shape[1:]), (shard_rows, *shape[1:])
 
 
 def _parse_json(data: bytes) -> dict[str, Any]:
@@ -112,8 +120,9 @@ def _parse_json(data: bytes) -> dict[str, Any]:
 
 def _check_metadata(document: dict[str, Any], shape: tuple[int, ...], dtype: str) -> None:
     """Refuse any array but the one that this format writes for `shape` and `dtype`."""
-    rows = _chunk_rows(shape, np.dtype(dtype).itemsize)
-    shard = [math.ceil(shape[0] / rows) * rows, *shape[1:]]
+    itemsize = np.dtype(dtype).itemsize
+    chunk, shard = _layout(shape, itemsize)
+    codecs = _chunk_codecs(itemsize) if chunk == shard else [_sharding(chunk, itemsize)]
     got = {
         "zarr_format": document.get("zarr_format"),
         "node_type": document.get("node_type"),
@@ -129,8 +138,8 @@ def _check_metadata(document: dict[str, Any], shape: tuple[int, ...], dtype: str
         "node_type": "array",
         "data_type": dtype,
         "shape": list(shape),
-        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
-        "codecs": [_sharding([rows, *shape[1:]], np.dtype(dtype).itemsize)],
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
+        "codecs": codecs,
         "fill_value": 0,
         "storage_transformers": [],
     }
@@ -139,18 +148,22 @@ def _check_metadata(document: dict[str, Any], shape: tuple[int, ...], dtype: str
             raise StoreError(f"array metadata: {name} is {str(got[name])[:200]}, expected {value}")
 
 
-def _sharding(chunk_shape: list[int], itemsize: int) -> dict[str, Any]:
-    """The one codec chain of the format, as it stands in `zarr.json`."""
-    endian: dict[str, Any] = {"name": "bytes"}
+def _chunk_codecs(itemsize: int) -> list[dict[str, Any]]:
+    """How a chunk's numbers become bytes, as it stands in `zarr.json`."""
+    numbers: dict[str, Any] = {"name": "bytes"}
     if itemsize > 1:
-        endian["configuration"] = {"endian": "little"}
-    zstd = {"name": "zstd", "configuration": {"level": 1, "checksum": True}}
+        numbers["configuration"] = {"endian": "little"}
+    return [numbers, {"name": "zstd", "configuration": {"level": 1, "checksum": True}}]
+
+
+def _sharding(chunk: tuple[int, ...], itemsize: int) -> dict[str, Any]:
+    """The codec of an array of several inner chunks."""
     index = {"name": "bytes", "configuration": {"endian": "little"}}
     return {
         "name": "sharding_indexed",
         "configuration": {
-            "chunk_shape": chunk_shape,
-            "codecs": [endian, zstd],
+            "chunk_shape": list(chunk),
+            "codecs": _chunk_codecs(itemsize),
             "index_codecs": [index, {"name": "crc32c"}],
             "index_location": "end",
         },

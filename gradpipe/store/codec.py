@@ -1,31 +1,47 @@
-"""From float32 sums to the arrays that are stored, and back.
+"""From float32 sums to the arrays that are stored, and back to norms.
 
-A statistic is stored as a group of plain arrays, its *parts*, with a `StatisticSpec` that says
-how to read them. Lossy steps happen here, on the values, never as Zarr filters, so that any Zarr
-reader sees ordinary numbers. An encoding is one pair of functions and one line in `ENCODINGS`;
-`decode` works alike on numpy arrays and on tensors already moved to a device.
+A statistic is stored as a group of plain arrays, its *parts*, and a `StatisticSpec` that says how
+to read them. Lossy steps happen here, on the values, never as Zarr filters, so that any Zarr
+reader sees ordinary numbers. What comes back is a norm: the root of the sum where the sum is of
+squares (`SQUARED`), the sum itself elsewhere.
 
-    float32   values = the sums themselves
-    float16   values = sums / scale, of their square roots for grad_l2 and act_l2, with a power
-              of two as scale that puts the largest near 2^14
+    float32   values = the sums, exact
+    float16   values = norms / scale, with a power of two as scale that puts the largest near 2¹⁴
+    compact   gradient norms as 4-bit logarithms (below); activations as float32, signed sums as
+              float16
+
+A compact norm is 2^(level/16), at most 2.2 % off. A gradient's magnitude is close to a product
+of one factor per row and one per column, so level = rows[i] + cols[j] + code, and the codes are
+small: 0..14 fit half a byte, 15 says that the next escape stands here instead. `offsets` holds
+rows, cols and escapes. Where both gradient norms are kept, `grad_l1` is coded against `grad_l2`,
+whose levels are added.
+`docs/store-format.md` decodes it in ten lines; `gradpipe.stages.decode` does so on a device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from gradpipe.errors import GradpipeError
+from gradpipe.errors import StoreError
 from gradpipe.store.schema import LayerSpec, StatisticSpec
 
 Sums = npt.NDArray[np.float32]
+Levels = npt.NDArray[np.int32]
 Parts = dict[str, npt.NDArray[Any]]
 
+ENCODINGS = ("compact", "float32", "float16")
 SQUARED = ("grad_l2", "act_l2")  # sums of squares, whose roots are the norms
+STEPS = 16  # levels of a factor of two
+ESCAPE = 15
+SPECIAL = 1 << 14  # levels below −this stand for 0, above it for ∞
+LOWEST, HIGHEST = -126 * STEPS - 1, 128 * STEPS  # one beyond float32's normal numbers
+
+_COMPACT = {"grad_l1": "log", "grad_l2": "log", "grad_sum": "float16"}  # the rest as float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,66 +52,169 @@ class Encoded:
     parts: Parts
 
 
-def encode(encoding: str, statistic: str, sums: Sums, counts: tuple[int, int]) -> Encoded:
-    """Encode `sums`, taken over `counts` = (samples, tokens)."""
-    parts, extra = ENCODINGS[encoding].encode(statistic, sums)
-    spec = StatisticSpec(encoding=encoding, num_samples=counts[0], num_tokens=counts[1], **extra)
-    return Encoded(spec=spec, parts=parts)
+def encode_layer(
+    encoding: str, sums: Mapping[str, Sums], num_samples: int, num_tokens: int
+) -> dict[str, Encoded]:
+    """Encode every statistic of one layer, in the order in which a reader needs them."""
+    encoded: dict[str, Encoded] = {}
+    for statistic in sorted(sums, key=lambda name: name != "grad_l2"):
+        kind = _COMPACT.get(statistic, "float32") if encoding == "compact" else encoding
+        base = "grad_l2" if kind == "log" and statistic == "grad_l1" and "grad_l2" in sums else None
+        fields: dict[str, Any] = {}
+        if kind == "log":
+            norms = norm_of(statistic, sums[statistic])
+            parts, num_escapes = _encode_log(norms, encoded[base] if base else None)
+            fields["num_escapes"] = num_escapes
+        elif kind == "float16":
+            parts, fields["scale"] = _encode_float16(norm_of(statistic, sums[statistic]))
+        else:
+            parts = {"values": sums[statistic]}
+        spec = StatisticSpec(
+            encoding=kind, num_samples=num_samples, num_tokens=num_tokens, base=base, **fields
+        )
+        encoded[statistic] = Encoded(spec=spec, parts=parts)
+    return encoded
 
 
-def decode(
-    statistic: str, spec: StatisticSpec, parts: Mapping[str, Any], float32: Callable[[Any], Any]
-) -> Any:
-    """The float32 sums behind `parts`; `float32` casts one part, on whatever device it is."""
-    return ENCODINGS[spec.encoding].decode(statistic, spec, parts, float32)
+def decode_layer(encoded: Mapping[str, Encoded]) -> dict[str, Sums]:
+    """The float32 norms of one layer's statistics, bases among them."""
+    norms = {}
+    for statistic, item in encoded.items():
+        if item.spec.encoding == "log":
+            base = None if item.spec.base is None else encoded[item.spec.base]
+            levels = decode_levels(item, base)
+            norms[statistic] = level_table().take(levels - LOWEST, mode="clip")
+        elif item.spec.encoding == "float16":
+            norms[statistic] = item.parts["values"].astype(np.float32) * np.float32(item.spec.scale)
+        else:
+            norms[statistic] = norm_of(statistic, item.parts["values"])
+    return norms
 
 
-def part_types(spec: StatisticSpec, layer: LayerSpec, statistic: str) -> dict[str, Any]:
-    """Shape and dtype of each part, by name: what a reader must insist on."""
-    return ENCODINGS[spec.encoding].parts(layer.statistic_shape(statistic))
+def norm_of(statistic: str, sums: Sums) -> Sums:
+    """The root of sums of squares, other sums as they are."""
+    return np.sqrt(sums) if statistic in SQUARED else sums
 
 
-def _encode_float32(_: str, sums: Sums) -> tuple[Parts, dict[str, Any]]:
-    return {"values": sums}, {}
+def part_types(
+    spec: StatisticSpec, layer: LayerSpec, statistic: str
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of each part, by name: what a reader must insist on.
+
+    Raises StoreError for an encoding or a base that this version cannot decode.
+    """
+    _check_spec(spec, statistic)
+    shape = layer.statistic_shape(statistic)
+    if spec.encoding != "log":
+        return {"values": (shape, spec.encoding)}
+    rows, columns = shape
+    if spec.num_escapes > rows * columns:
+        raise StoreError(f"{spec.num_escapes} escapes in {rows} x {columns} codes")
+    return {
+        "codes": ((rows, (columns + 1) // 2), "uint8"),
+        "offsets": ((rows + columns + spec.num_escapes,), "int16"),
+    }
 
 
-def _decode_float32(_: str, __: StatisticSpec, parts: Mapping[str, Any], float32: Any) -> Any:
-    return float32(parts["values"])
+def _check_spec(spec: StatisticSpec, statistic: str) -> None:
+    kinds = ("float32", "float16", *(("log",) if statistic.startswith("grad_l") else ()))
+    if spec.encoding not in kinds:
+        raise StoreError(
+            f"{statistic}: unknown encoding {spec.encoding[:40]!r}, expected one of {kinds}"
+        )
+    bases = (None, "grad_l2") if (spec.encoding, statistic) == ("log", "grad_l1") else (None,)
+    if spec.base not in bases:
+        raise StoreError(f"{statistic}: cannot be coded against {str(spec.base)[:40]!r}")
 
 
-def _encode_float16(statistic: str, sums: Sums) -> tuple[Parts, dict[str, Any]]:
-    values = np.sqrt(sums) if statistic in SQUARED else sums
-    largest = float(np.abs(values).max())
-    if not np.isfinite(largest):
-        raise GradpipeError(f"{statistic} is not finite and cannot be encoded")
-    scale = 2.0 ** (np.frexp(largest)[1] - 15) if largest > 0 else 1.0
-    return {"values": (values / np.float32(scale)).astype(np.float16)}, {"scale": float(scale)}
+def decode_levels(item: Encoded, base: Encoded | None = None) -> Levels:
+    """offsets + codes, and the base's levels, (out, in); specials far outside ±`SPECIAL`."""
+    packed, offsets = item.parts["codes"], item.parts["offsets"].astype(np.int32)
+    rows, cols, escapes = split_offsets(offsets, len(packed), item.spec.num_escapes)
+    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
+    levels = codes[:, : len(cols)].astype(np.int32)
+    escaped = levels == ESCAPE
+    check_escapes(int(np.count_nonzero(escaped)), item.spec)
+    levels[escaped] = escapes
+    levels += rows[:, None] + cols
+    return levels if base is None else levels + _finite(decode_levels(base))
 
 
-def _decode_float16(
-    statistic: str,
-    spec: StatisticSpec,
-    parts: Mapping[str, Any],
-    float32: Any,
-) -> Any:
-    values = float32(parts["values"]) * spec.scale
-    return values * values if statistic in SQUARED else values
+def split_offsets(offsets: Any, num_rows: int, num_escapes: int) -> tuple[Any, Any, Any]:
+    """Rows (out,), columns (in,) and escapes of an `offsets` part, numpy or torch."""
+    end = len(offsets) - num_escapes
+    return offsets[:num_rows], offsets[num_rows:end], offsets[end:]
 
 
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """How sums become parts, what the parts look like, and how to read them."""
-
-    encode: Callable[[str, Sums], tuple[Parts, dict[str, Any]]]
-    decode: Callable[[str, StatisticSpec, Mapping[str, Any], Any], Any]
-    parts: Callable[[tuple[int, ...]], dict[str, Any]]
+def check_escapes(found: int, spec: StatisticSpec) -> None:
+    """Refuse codes that do not go with their escapes."""
+    if found != spec.num_escapes:
+        raise StoreError(f"codes hold {found} escapes, expected {spec.num_escapes}")
 
 
-ENCODINGS = {
-    "float32": Encoding(
-        _encode_float32, _decode_float32, lambda shape: {"values": (shape, "float32")}
-    ),
-    "float16": Encoding(
-        _encode_float16, _decode_float16, lambda shape: {"values": (shape, "float16")}
-    ),
-}
+def level_table() -> Sums:
+    """The norm of each level from `LOWEST` to `HIGHEST`: 0, 2^(level/16) …, ∞."""
+    norms = np.exp2(np.arange(LOWEST, HIGHEST) / STEPS).astype(np.float32)
+    norms[0] = 0
+    return np.append(norms, np.float32(np.inf))
+
+
+def _finite(levels: Levels) -> Levels:
+    """Levels to code against: 0 where the value is zero or infinite."""
+    return np.where(np.abs(levels) < SPECIAL, levels, 0)
+
+
+def _encode_log(norms: Sums, base: Encoded | None) -> tuple[Parts, int]:
+    """The parts of a compact statistic, and its number of escapes."""
+    zero = norms < np.finfo(np.float32).tiny  # subnormals too
+    infinite = np.isinf(norms)
+    finite = ~(zero | infinite)
+    levels = np.zeros(norms.shape, np.int32)
+    levels[finite] = np.rint(np.log2(norms[finite]) * STEPS)
+    if base is not None:
+        levels -= _finite(decode_levels(base))
+    rows, cols = _fit(levels, finite)
+    levels -= rows[:, None] + cols
+    first = _best_window(levels[finite])
+    levels -= first
+    levels[zero], levels[infinite] = -2 * SPECIAL, 2 * SPECIAL - 1
+    escaped = (levels < 0) | (levels >= ESCAPE)
+    escapes = levels[escaped]
+    codes = np.where(escaped, ESCAPE, levels).astype(np.uint8)
+    if codes.shape[1] % 2:
+        codes = np.pad(codes, ((0, 0), (0, 1)))
+    parts = {
+        "codes": codes[:, 0::2] | codes[:, 1::2] << 4,
+        "offsets": np.concatenate([rows + first, cols, escapes]).astype(np.int16),
+    }
+    return parts, len(escapes)
+
+
+def _fit(levels: Levels, finite: npt.NDArray[np.bool_]) -> tuple[Levels, Levels]:
+    """One whole offset per row and one per column: means over the finite levels."""
+    rows = np.rint(_means(levels, finite, axis=1)).astype(np.int32)
+    cols = np.rint(_means(levels - rows[:, None], finite, axis=0)).astype(np.int32)
+    return rows, cols
+
+
+def _means(levels: Levels, finite: npt.NDArray[np.bool_], axis: int) -> npt.NDArray[np.float64]:
+    """Means of the finite levels along an axis; 0 where there is none."""
+    counts = np.maximum(np.count_nonzero(finite, axis=axis), 1)
+    return np.sum(levels, axis=axis, where=finite, dtype=np.int64) / counts
+
+
+def _best_window(residual: Levels) -> int:
+    """The first of the 15 consecutive levels that hold most of the residuals."""
+    if not residual.size:
+        return 0
+    low = int(residual.min())
+    counts = np.bincount(residual - low)
+    inside = np.convolve(counts, np.ones(ESCAPE, dtype=np.int64))
+    return low + int(inside.argmax()) - (ESCAPE - 1)
+
+
+def _encode_float16(norms: Sums) -> tuple[Parts, float]:
+    """Norms divided by a power of two, and that power."""
+    largest = float(np.abs(norms).max())
+    scale = 2.0 ** (int(np.frexp(largest)[1]) - 15) if 0 < largest < np.inf else 1.0
+    return {"values": (norms / np.float32(scale)).astype(np.float16)}, scale

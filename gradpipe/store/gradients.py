@@ -8,6 +8,7 @@ commit.json                                written last: key, size and digest of
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -62,18 +63,21 @@ class StoreWriter:
 
     def write_layer(self, layer: LayerSpec, stats: LayerStats) -> None:
         """Encode and write every statistic of one layer."""
-        self._write_group(f"layers/{layer.name}/zarr.json", None)
-        counts = (stats.num_samples, stats.num_tokens)
-        for statistic, sums in stats.arrays.items():
-            encoded = codec.encode(self.spec.encoding, statistic, sums, counts)
-            self.write_encoded(layer, statistic, encoded)
+        self.write_encoded(
+            layer,
+            codec.encode_layer(
+                self.spec.encoding, stats.arrays, stats.num_samples, stats.num_tokens
+            ),
+        )
 
-    def write_encoded(self, layer: LayerSpec, statistic: str, encoded: codec.Encoded) -> None:
-        """Write one statistic of one layer as it is."""
-        key = f"layers/{layer.name}/{statistic}"
-        self._write_group(f"{key}/zarr.json", encoded.spec.to_json())
-        for part, array in encoded.parts.items():
-            self._write_array(f"{key}/{part}", array)
+    def write_encoded(self, layer: LayerSpec, encoded: dict[str, codec.Encoded]) -> None:
+        """Write statistics of one layer as they are."""
+        self._write_group(f"layers/{layer.name}/zarr.json", None)
+        for statistic, item in encoded.items():
+            key = f"layers/{layer.name}/{statistic}"
+            self._write_group(f"{key}/zarr.json", item.spec.to_json())
+            for part, array in item.parts.items():
+                self._write_array(f"{key}/{part}", array)
 
     def commit(self) -> None:
         """Consolidate the metadata and declare the store complete."""
@@ -115,23 +119,28 @@ class GradientStore:
         """Where the store was opened."""
         return self._objects.url
 
-    def read(self, layer: LayerSpec, statistic: str) -> codec.Encoded:
-        """One statistic of one layer, as stored; `codec.decode` makes sums of it."""
+    def read(self, layer: LayerSpec, statistics: Iterable[str]) -> dict[str, codec.Encoded]:
+        """Statistics of one layer as stored, with the bases that they are coded against."""
+        encoded: dict[str, codec.Encoded] = {}
+        waiting = list(statistics)
+        while waiting:
+            statistic = waiting.pop()
+            if statistic not in encoded:
+                item = self._read_statistic(layer, statistic)
+                encoded[statistic] = item
+                waiting.extend([item.spec.base] if item.spec.base else [])
+        return encoded
+
+    def read_norms(self, layer: LayerSpec, statistic: str) -> codec.Sums:
+        """One statistic of one layer as float32 norms: Σ|G|, √ΣG², ΣG, (out, in); √Σx², Σx, (in,)."""
+        return codec.decode_layer(self.read(layer, [statistic]))[statistic]
+
+    def _read_statistic(self, layer: LayerSpec, statistic: str) -> codec.Encoded:
         key = f"layers/{layer.name}/{statistic}"
         spec = StatisticSpec.from_json(self._attributes(f"{key}/zarr.json"))
-        if spec.encoding not in codec.ENCODINGS:
-            raise StoreError(
-                f"{key}: unknown encoding {spec.encoding[:40]!r}, expected {[*codec.ENCODINGS]}"
-            )
         types = codec.part_types(spec, layer, statistic)
         parts = {name: self._array(f"{key}/{name}", *types[name]) for name in types}
         return codec.Encoded(spec=spec, parts=parts)
-
-    def read_sums(self, layer: LayerSpec, statistic: str) -> codec.Sums:
-        """One statistic of one layer as float32 sums, in numpy."""
-        encoded = self.read(layer, statistic)
-        sums = codec.decode(statistic, encoded.spec, encoded.parts, lambda a: a.astype(np.float32))
-        return np.asarray(sums, dtype=np.float32)
 
     def input_ids(self) -> npt.NDArray[np.int32]:
         """The calibration tokens, (samples, tokens)."""
@@ -144,8 +153,7 @@ class GradientStore:
         for key in self._objects.record.objects:
             self._objects.read(key)
         for layer in self.spec.layers:
-            for statistic in self.spec.statistics:
-                self.read(layer, statistic)
+            codec.decode_layer(self.read(layer, self.spec.statistics))
         if self.spec.samples.seq_len:
             self.input_ids()
 

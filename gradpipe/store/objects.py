@@ -1,16 +1,16 @@
 """Objects: named bytes, written durably to a local folder and read back, verified, from anywhere.
 
-A key is a relative POSIX path (`layers/<layer>/<statistic>/values/c/0/0`). Zarr cannot tell a
-missing object from zeros, so a store is complete only when its commit record exists: the last
-object written, naming the size and digest of every other one. Readers get no byte that the
-record does not vouch for.
+A key is a relative POSIX path (`layers/<layer>/<statistic>/codes/c/0/0`). Zarr cannot tell a
+missing object from zeros, so nothing counts as written until a commit record names it, with its
+size and digest. A store has one record over all (`commit.json`); a snapshot has one of its own.
+Readers get no byte that their record does not vouch for.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +22,7 @@ from gradpipe.errors import GradpipeError, InputError, StoreError
 
 COMMIT_KEY = "commit.json"
 _MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
+_TEMPORARY = ".{}.tmp"  # one writer per object, so that a name is enough, and a restart reuses it
 
 
 def digest(data: bytes | bytearray | memoryview) -> str:
@@ -31,7 +32,7 @@ def digest(data: bytes | bytearray | memoryview) -> str:
 
 @dataclass(slots=True)
 class CommitRecord:
-    """Size and digest of each object of a complete store, by key."""
+    """Size and digest of each committed object, by key."""
 
     objects: dict[str, tuple[int, str]] = field(default_factory=dict)
 
@@ -68,7 +69,7 @@ class ObjectWriter:
         self.record = CommitRecord()
 
     def write(self, key: str, data: bytes) -> None:
-        """Write `data` under `key`: a sibling file, fsync, rename, fsync of the folder."""
+        """Write `data` under `key`: a sibling file, fsync, rename."""
         path = self.folder / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,27 +78,30 @@ class ObjectWriter:
             raise GradpipeError(f"cannot write {path}: {error.strerror or error}") from error
         self.record.objects[key] = (len(data), digest(data))
 
-    def commit(self) -> None:
-        """Declare the folder complete: all objects written so far, and no others, are in it."""
-        for parent in {path for key in self.record.objects for path in (self.folder / key).parents}:
-            if parent == self.folder or self.folder in parent.parents:
-                fsync_folder(parent)
+    def commit(self, key: str = COMMIT_KEY) -> None:
+        """Declare all objects written so far complete, by a record under `key`."""
+        paths = {path for name in self.record.objects for path in (self.folder / name).parents}
+        for path in sorted(paths):
+            if path == self.folder or self.folder in path.parents:
+                fsync_folder(path)
         fsync_folder(self.folder.absolute().parent)
-        write_durably(self.folder / COMMIT_KEY, self.record.to_bytes())
+        try:
+            write_durably(self.folder / key, self.record.to_bytes())
+        except OSError as error:
+            raise GradpipeError(f"cannot write {key}: {error.strerror or error}") from error
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """Publish `data` as `path`, whole or not at all, whatever happens to the machine."""
-    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(_TEMPORARY.format(path.name))
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
-        Path(temporary).replace(path)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 
@@ -109,6 +113,18 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def remove_strays(folder: Path, keep: Iterable[str]) -> None:
+    """Delete every file below `folder` but those with these keys, and folders left empty."""
+    kept = set(keep)
+    for parent, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            path = Path(parent, name)
+            if path.relative_to(folder).as_posix() not in kept:
+                path.unlink()
+        if not any(Path(parent).iterdir()) and Path(parent) != folder:
+            Path(parent).rmdir()
 
 
 class ObjectReader:

@@ -10,7 +10,7 @@ import dataclasses
 import re
 import types
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Self
 
 from gradpipe.errors import StoreError
@@ -163,9 +163,12 @@ class StatisticSpec(JsonSpec):
     encoding: str
     num_samples: int  # over how many samples it was summed
     num_tokens: int
-    scale: float = field(default=1.0)  # float16 only: a power of two; value = stored * scale
+    scale: float = 1.0  # float16: a power of two; norm = stored * scale
+    num_escapes: int = 0  # log: how many escapes the codes hold
+    base: str | None = None  # log: the statistic whose levels are added
 
     def __post_init__(self) -> None:
         """Refuse counts that would divide by zero."""
-        if self.num_samples < 1 or self.num_tokens < 0 or not 0.0 < self.scale < float("inf"):
+        counts_are_odd = self.num_samples < 1 or self.num_tokens < 0 or self.num_escapes < 0
+        if counts_are_odd or not 0.0 < self.scale < float("inf"):
             raise StoreError(f"statistic with impossible counts or scale: {self.to_json()}")
