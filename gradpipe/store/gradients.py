@@ -1,10 +1,14 @@
-"""The gradient store: written once by stage one, read layer by layer by stage two.
+"""The gradient store: written by stage one, read layer by layer by stage two.
 
-zarr.json                                  StoreSpec, and a consolidated copy of all metadata
-calibration/input_ids, calibration/sources
-layers/<layer>/<statistic>/<part>          plain Zarr arrays; StatisticSpec on the statistic
-commit.json                                written last: key, size and digest of every object
-"""
+    zarr.json                                StoreSpec, and a consolidated copy of all metadata
+    calibration/input_ids, …/sources         the samples
+    layers/<layer>/<statistic>/<part>        plain Zarr arrays; StatisticSpec on the statistic
+    partial/…                                while collecting: see `gradpipe.store.partial`
+    commit.json                              written last: key, size, digest of every object
+
+A store is complete when it has its commit record, and begun when it has the record of its
+calibration samples, which every worker, resumption and shard then reads.
+"""  # noqa: D208 (a drawing)
 
 from __future__ import annotations
 
@@ -16,12 +20,22 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from gradpipe.errors import StoreError
+from gradpipe.errors import InputError, StoreError
 from gradpipe.store import arrays, codec
-from gradpipe.store.objects import COMMIT_KEY, ObjectReader, ObjectWriter
+from gradpipe.store.nodes import ATTRIBUTE, read_array, read_attributes, write_array, write_group
+from gradpipe.store.objects import (
+    COMMIT_KEY,
+    CommitRecord,
+    ObjectReader,
+    ObjectWriter,
+    digest,
+    remove_strays,
+)
 from gradpipe.store.schema import LayerSpec, StatisticSpec, StoreSpec
 
-_ATTRIBUTE = "gradpipe"
+LOCK_NAME = ".lock"
+PARTIAL = "partial"
+_BEGUN_KEY = f"{PARTIAL}/calibration.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,67 +47,113 @@ class LayerStats:
     num_tokens: int
 
 
-def is_unfinished(folder: Path) -> bool:
-    """True if `folder` is a gradient store that was begun and never committed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """The samples of a store."""
+
+    input_ids: npt.NDArray[np.int32]  # (samples, tokens)
+    sources: npt.NDArray[np.int64]  # (samples, 2): document (-1 if joined), first token in it
+
+
+def is_complete(folder: Path) -> bool:
+    """True if the folder has a store's commit record."""
+    return (folder / COMMIT_KEY).is_file()
+
+
+def is_begun(folder: Path) -> bool:
+    """True if the folder holds an unfinished store whose samples are fixed."""
+    return not is_complete(folder) and (folder / _BEGUN_KEY).is_file()
+
+
+def is_ours(folder: Path) -> bool:
+    """True if the folder is free for a store: empty, or left by a run that was killed."""
+    if not folder.exists():
+        return True
+    names = {path.name for path in folder.iterdir()}
+    if not names or LOCK_NAME in names or is_begun(folder):
+        return True
     root = folder / "zarr.json"
-    if (folder / COMMIT_KEY).exists() or not root.is_file():
-        return False
-    return _ATTRIBUTE in arrays.parse_group(root.read_bytes()).get("attributes", {})
+    unfinished = root.is_file() and not is_complete(folder)
+    return unfinished and ATTRIBUTE in arrays.parse_group(root.read_bytes()).get("attributes", {})
+
+
+def read_begun(folder: Path) -> tuple[StoreSpec, Calibration]:
+    """Spec and samples of an unfinished store; StoreError if they are damaged."""
+    document = arrays.parse_group((folder / "zarr.json").read_bytes())
+    spec = StoreSpec.from_json(document["attributes"][ATTRIBUTE])
+    return spec, _read_calibration(ObjectReader(str(folder), record_key=_BEGUN_KEY), spec)
+
+
+def _read_calibration(objects: ObjectReader, spec: StoreSpec) -> Calibration:
+    count, seq_len = spec.samples.num_samples, spec.samples.seq_len
+    calibration = Calibration(
+        input_ids=read_array(objects, "calibration/input_ids", (count, seq_len), "int32"),
+        sources=read_array(objects, "calibration/sources", (count, 2), "int64"),
+    )
+    if digest(calibration.input_ids.tobytes()) != spec.samples.digest:
+        raise StoreError(f"store {objects.url}: calibration/input_ids are not the spec's samples")
+    return calibration
 
 
 class StoreWriter:
-    """Writes a store into a local folder: metadata and calibration, then layers, then commit."""
+    """Writes a store into a local folder: samples and spec, then layers, then the commit record."""
 
     def __init__(self, folder: Path, spec: StoreSpec) -> None:
         """Nothing is written yet."""
+        self.folder = folder
         self.spec = spec
         self._objects = ObjectWriter(folder)
-        self._metadata: dict[str, bytes] = {}
 
-    def begin(self) -> None:
-        """Write the root group, which says what is to come."""
-        self._write_group("zarr.json", self.spec.to_json())
-        self._write_group("layers/zarr.json", None)
+    def begin(self, calibration: Calibration | None) -> None:
+        """Write samples and spec; writing them again, to resume, gives the same bytes."""
+        if calibration is not None:
+            samples = ObjectWriter(self.folder)
+            write_group(samples, "calibration", None)
+            write_array(samples, "calibration/input_ids", calibration.input_ids)
+            write_array(samples, "calibration/sources", calibration.sources)
+            self.adopt(samples.record)
+        write_group(self._objects, "", self.spec.to_json())
+        write_group(self._objects, "layers", None)
+        if calibration is not None:
+            (self.folder / PARTIAL).mkdir(exist_ok=True)
+            samples.commit(_BEGUN_KEY)
 
-    def write_calibration(self, input_ids: npt.NDArray[np.int32], sources: Any) -> None:
-        """Write the tokens (samples, tokens) and where each came from (samples, 2)."""
-        self._write_group("calibration/zarr.json", None)
-        self._write_array("calibration/input_ids", input_ids)
-        self._write_array("calibration/sources", sources)
+    def adopt(self, record: CommitRecord) -> None:
+        """Count objects that were written and committed before as part of the store."""
+        self._objects.record.objects.update(record.objects)
 
-    def write_layer(self, layer: LayerSpec, stats: LayerStats) -> None:
-        """Encode and write every statistic of one layer."""
-        self.write_encoded(
-            layer,
-            codec.encode_layer(
-                self.spec.encoding, stats.arrays, stats.num_samples, stats.num_tokens
-            ),
+    def write_layer(self, layer: LayerSpec, stats: LayerStats) -> CommitRecord:
+        """Encode and write every statistic of one layer; returns what was written."""
+        counts = (stats.num_samples, stats.num_tokens)
+        return self.write_encoded(
+            layer, codec.encode_layer(self.spec.encoding, stats.arrays, *counts)
         )
 
-    def write_encoded(self, layer: LayerSpec, encoded: dict[str, codec.Encoded]) -> None:
-        """Write statistics of one layer as they are."""
-        self._write_group(f"layers/{layer.name}/zarr.json", None)
+    def write_encoded(self, layer: LayerSpec, encoded: dict[str, codec.Encoded]) -> CommitRecord:
+        """Write statistics of one layer as they are; returns what was written."""
+        objects = ObjectWriter(self.folder)
+        write_group(objects, f"layers/{layer.name}", None)
         for statistic, item in encoded.items():
             key = f"layers/{layer.name}/{statistic}"
-            self._write_group(f"{key}/zarr.json", item.spec.to_json())
+            write_group(objects, key, item.spec.to_json())
             for part, array in item.parts.items():
-                self._write_array(f"{key}/{part}", array)
+                write_array(objects, f"{key}/{part}", array)
+        self.adopt(objects.record)
+        return objects.record
 
     def commit(self) -> None:
-        """Consolidate the metadata and declare the store complete."""
-        self._objects.write("zarr.json", arrays.consolidate(self._metadata))
+        """Consolidate the metadata, declare the store complete, and remove all else from it."""
+        keys = [key for key in self._objects.record.objects if key.endswith("zarr.json")]
+        metadata = {key: (self.folder / key).read_bytes() for key in keys}
+        self._objects.write("zarr.json", arrays.consolidate(metadata))
         self._objects.commit()
+        tidy(self.folder)
 
-    def _write_group(self, key: str, attributes: dict[str, Any] | None) -> None:
-        document = {} if attributes is None else {_ATTRIBUTE: attributes}
-        self._metadata[key] = arrays.group_metadata(document)
-        self._objects.write(key, self._metadata[key])
 
-    def _write_array(self, key: str, array: npt.NDArray[Any]) -> None:
-        for name, data in arrays.encode_array(array).items():
-            self._objects.write(f"{key}/{name}", data)
-            if name == "zarr.json":
-                self._metadata[f"{key}/{name}"] = data
+def tidy(folder: Path) -> None:
+    """Remove from a complete store whatever its commit record does not name."""
+    record = CommitRecord.from_bytes((folder / COMMIT_KEY).read_bytes())
+    remove_strays(folder, {*record.objects, COMMIT_KEY, LOCK_NAME})
 
 
 class GradientStore:
@@ -102,8 +162,7 @@ class GradientStore:
     def __init__(self, objects: ObjectReader) -> None:
         """Use `GradientStore.open`."""
         self._objects = objects
-        attributes = self._attributes("zarr.json")
-        self.spec = StoreSpec.from_json(attributes)
+        self.spec = StoreSpec.from_json(read_attributes(objects, ""))
         self.digest = objects.record_digest  # names the whole content
 
     @classmethod
@@ -126,27 +185,19 @@ class GradientStore:
         while waiting:
             statistic = waiting.pop()
             if statistic not in encoded:
-                item = self._read_statistic(layer, statistic)
-                encoded[statistic] = item
+                encoded[statistic] = item = self._read_statistic(layer, statistic)
                 waiting.extend([item.spec.base] if item.spec.base else [])
         return encoded
 
     def read_norms(self, layer: LayerSpec, statistic: str) -> codec.Sums:
-        """One statistic of one layer as float32 norms: Σ|G|, √ΣG², ΣG, (out, in); √Σx², Σx, (in,)."""
+        """One statistic of a layer as float32 norms: Σ|G|, √ΣG², ΣG, (out, in); √Σx², Σx, (in,)."""
         return codec.decode_layer(self.read(layer, [statistic]))[statistic]
 
-    def _read_statistic(self, layer: LayerSpec, statistic: str) -> codec.Encoded:
-        key = f"layers/{layer.name}/{statistic}"
-        spec = StatisticSpec.from_json(self._attributes(f"{key}/zarr.json"))
-        types = codec.part_types(spec, layer, statistic)
-        parts = {name: self._array(f"{key}/{name}", *types[name]) for name in types}
-        return codec.Encoded(spec=spec, parts=parts)
-
     def input_ids(self) -> npt.NDArray[np.int32]:
-        """The calibration tokens, (samples, tokens)."""
-        samples = self.spec.samples
-        shape = (samples.num_samples, samples.seq_len)
-        return self._array("calibration/input_ids", shape, "int32")
+        """The calibration tokens, (samples, tokens); InputError if the store was imported."""
+        if not self.spec.samples.digest:
+            raise InputError(f"store {self.url} was imported: it does not have its samples")
+        return _read_calibration(self._objects, self.spec).input_ids
 
     def validate(self) -> None:
         """Read everything; raise StoreError naming the first object that is not as it must be."""
@@ -154,7 +205,7 @@ class GradientStore:
             self._objects.read(key)
         for layer in self.spec.layers:
             codec.decode_layer(self.read(layer, self.spec.statistics))
-        if self.spec.samples.seq_len:
+        if self.spec.samples.digest:
             self.input_ids()
 
     def sizes(self) -> dict[str, int]:
@@ -166,19 +217,9 @@ class GradientStore:
             sizes[statistic if statistic in sizes else "other"] += size
         return sizes
 
-    def _attributes(self, key: str) -> object:
-        try:
-            document = arrays.parse_group(self._objects.read(key))
-            return document["attributes"][_ATTRIBUTE]
-        except (KeyError, TypeError) as error:
-            raise StoreError(
-                f"store {self.url}: {key} has no gradpipe attributes: it is damaged"
-            ) from error
-
-    def _array(self, key: str, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-        data_key = "/".join([key, "c", *("0" for _ in shape)])
-        data = self._objects.read(data_key)
-        try:
-            return arrays.decode_array(self._objects.read(f"{key}/zarr.json"), data, shape, dtype)
-        except StoreError as error:
-            raise StoreError(f"store {self.url}: {key}: {error}") from error
+    def _read_statistic(self, layer: LayerSpec, statistic: str) -> codec.Encoded:
+        key = f"layers/{layer.name}/{statistic}"
+        spec = StatisticSpec.from_json(read_attributes(self._objects, key))
+        types = codec.part_types(spec, layer, statistic)
+        parts = {name: read_array(self._objects, f"{key}/{name}", *types[name]) for name in types}
+        return codec.Encoded(spec=spec, parts=parts)

@@ -130,7 +130,9 @@ def remove_strays(folder: Path, keep: Iterable[str]) -> None:
 class ObjectReader:
     """Reads a complete store's objects from a path or any fsspec URL, each one verified."""
 
-    def __init__(self, url: str, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, url: str, options: dict[str, Any] | None = None, record_key: str = COMMIT_KEY
+    ) -> None:
         """Read the commit record.
 
         Raises InputError where nothing is found at `url`, StoreError where a store is but

@@ -1,0 +1,59 @@
+"""Block inputs and gradients between passes, in a folder: what one block's work needs at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class ActivationFile:
+    """(samples, tokens, hidden) values in one file, published once all of them are written."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """Nothing is read or written yet."""
+        self.path = path
+        self.shape_NTH = shape
+        self.dtype = dtype
+        self._part = path.with_name(path.name + ".part")
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the whole file."""
+        return self._sample_bytes * self.shape_NTH[0]
+
+    @property
+    def _sample_bytes(self) -> int:
+        return self.shape_NTH[1] * self.shape_NTH[2] * self.dtype.itemsize
+
+    def exists(self) -> bool:
+        """True once it is whole."""
+        return self.path.is_file() and self.path.stat().st_size == self.num_bytes
+
+    def write(self, start: int, values_BTH: Tensor) -> None:
+        """Write the values of consecutive samples, the first being `start`; in order."""
+        with self._part.open("wb" if start == 0 else "r+b") as file:
+            file.seek(start * self._sample_bytes)
+            raw = values_BTH.detach().cpu().contiguous().flatten().view(torch.uint8)
+            file.write(raw.numpy().data)
+
+    def publish(self) -> None:
+        """Make the file whole and durable."""
+        with self._part.open("r+b") as file:
+            os.fsync(file.fileno())
+        self._part.replace(self.path)
+
+    def read(self, start: int, count: int) -> Tensor:
+        """The values of `count` samples, (count, tokens, hidden), on the CPU."""
+        data = bytearray(count * self._sample_bytes)
+        with self.path.open("rb") as file:
+            file.seek(start * self._sample_bytes)
+            file.readinto(data)
+        values = torch.frombuffer(data, dtype=self.dtype)
+        return values.view(count, *self.shape_NTH[1:])
+
+    def delete(self) -> None:
+        """Free the space."""
+        self.path.unlink(missing_ok=True)

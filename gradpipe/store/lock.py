@@ -1,0 +1,58 @@
+"""One writer at a time: a lock file that says who holds it, and that a dead holder does not keep."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gradpipe.errors import GradpipeError, InputError
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the lock `path`, whose file is gone afterwards.
+
+    The kernel releases it when its holder dies, on network file systems too. Raises InputError
+    that names the holder if it is taken and `wait` is False.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _acquire(path, wait=wait)
+    except OSError as error:
+        raise GradpipeError(f"cannot lock {path}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(path: Path, *, wait: bool) -> int:
+    """A descriptor of the locked file; waits or raises if another process holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            raise InputError(
+                f"{path.parent} is being written by {holder or 'another process'}: "
+                "wait for it, or stop it"
+            ) from error
+        if _is_current(path, descriptor):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            return descriptor
+        os.close(descriptor)  # its holder removed it while we waited
+
+
+def _is_current(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False

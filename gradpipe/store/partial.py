@@ -1,0 +1,154 @@
+"""Unfinished work inside a store: float32 sums that a killed run goes on from, and shards add up.
+
+    partial/<I>-of-<N>/<name>.json            the commit record of a snapshot, written last
+    partial/<I>-of-<N>/<name>/zarr.json       SnapshotSpec: which samples and layers it covers
+    partial/<I>-of-<N>/<name>/<layer>/<statistic>
+
+A snapshot is written once, under a name of its own. Sums add; roots and codes do not, which is
+why nothing here is encoded. State is keyed by sample, never by process or step.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+
+from gradpipe.errors import InputError, StoreError
+from gradpipe.store.gradients import PARTIAL, LayerStats
+from gradpipe.store.nodes import read_array, read_attributes, write_array, write_group
+from gradpipe.store.objects import ObjectReader, ObjectWriter
+from gradpipe.store.schema import JsonSpec, LayerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One of `count` independent jobs, each with its own share of the samples."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The shard in `3/8`, counted from 0; InputError for anything else."""
+        index, slash, count = text.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise InputError(f"--shard {text}: expected I/N with 0 ≤ I < N, such as 0/8")
+        return cls(int(index), int(count))
+
+    @property
+    def name(self) -> str:
+        """Folder name: `3-of-8`."""
+        return f"{self.index}-of-{self.count}"
+
+    def share(self, total: int) -> range:
+        """Its samples, or files, out of `total`: a run of consecutive ones."""
+        return range(self.index * total // self.count, (self.index + 1) * total // self.count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCounts(JsonSpec):
+    """Over how much one layer's sums were taken."""
+
+    name: str
+    num_samples: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SnapshotSpec(JsonSpec):
+    """What a snapshot covers."""
+
+    samples: tuple[int, ...]  # ids of the samples whose sums it holds
+    layers: tuple[LayerCounts, ...]
+
+
+class Partial:
+    """One shard's folder of snapshots."""
+
+    def __init__(self, store: Path, shard: Shard) -> None:
+        """Nothing is read or written yet."""
+        self.store = store
+        self.prefix = f"{PARTIAL}/{shard.name}"
+        self.folder = store / self.prefix
+
+    def write(
+        self, name: str, samples: Iterable[int], layers: Iterable[tuple[LayerSpec, LayerStats]]
+    ) -> None:
+        """Write a snapshot and commit it."""
+        objects = ObjectWriter(self.store)
+        counts = []
+        for layer, stats in layers:
+            for statistic, sums in stats.arrays.items():
+                write_array(objects, f"{self.prefix}/{name}/{layer.name}/{statistic}", sums)
+            counts.append(
+                LayerCounts(
+                    name=layer.name, num_samples=stats.num_samples, num_tokens=stats.num_tokens
+                )
+            )
+        spec = SnapshotSpec(samples=tuple(samples), layers=tuple(counts))
+        write_group(objects, f"{self.prefix}/{name}", spec.to_json())
+        objects.commit(f"{self.prefix}/{name}.json")
+
+    def names(self) -> list[str]:
+        """Names of the committed snapshots, in order."""
+        return sorted(path.stem for path in self.folder.glob("*.json"))
+
+    def keep_only(self, name: str) -> None:
+        """Delete every other snapshot, and what a killed run left of one."""
+        for path in self.folder.iterdir() if self.folder.exists() else ():
+            if path.name == f"{name}.json" or path.name == name or path.suffix == ".lock":
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def read(self, name: str) -> Snapshot:
+        """A committed snapshot; StoreError if it is damaged."""
+        return Snapshot(self.store, f"{self.prefix}/{name}")
+
+
+class Snapshot:
+    """A committed snapshot; each layer's sums are read, and verified, when they are asked for."""
+
+    def __init__(self, store: Path, prefix: str) -> None:
+        """Use `Partial.read`."""
+        self._objects = ObjectReader(str(store), record_key=f"{prefix}.json")
+        self._prefix = prefix
+        self.spec = SnapshotSpec.from_json(read_attributes(self._objects, prefix))
+        self.counts = {counts.name: counts for counts in self.spec.layers}
+
+    def layer(self, layer: LayerSpec, statistics: Iterable[str]) -> LayerStats:
+        """The sums of one layer."""
+        counts = self.counts.get(layer.name)
+        if counts is None:
+            raise StoreError(f"{self._prefix} holds no sums of {layer.name}: it is damaged")
+        return LayerStats(
+            arrays={
+                name: read_array(
+                    self._objects,
+                    f"{self._prefix}/{layer.name}/{name}",
+                    layer.statistic_shape(name),
+                    "float32",
+                )
+                for name in statistics
+            },
+            num_samples=counts.num_samples,
+            num_tokens=counts.num_tokens,
+        )
+
+
+def add_stats(total: LayerStats | None, more: LayerStats) -> LayerStats:
+    """The sum of two shards' sums."""
+    if total is None:
+        return more
+    return LayerStats(
+        arrays={name: np.add(sums, more.arrays[name]) for name, sums in total.arrays.items()},
+        num_samples=total.num_samples + more.num_samples,
+        num_tokens=total.num_tokens + more.num_tokens,
+    )
