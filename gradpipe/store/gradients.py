@@ -37,7 +37,10 @@ def is_unfinished(folder: Path) -> bool:
     root = folder / "zarr.json"
     if (folder / COMMIT_KEY).exists() or not root.is_file():
         return False
-    return _ATTRIBUTE in arrays.parse_group(root.read_bytes()).get("attributes", {})
+    try:
+        return _ATTRIBUTE in arrays.parse_group(root.read_bytes()).get("attributes", {})
+    except (StoreError, TypeError):
+        return False
 
 
 class StoreWriter:
@@ -114,6 +117,11 @@ class GradientStore:
     def url(self) -> str:
         """Where the store was opened."""
         return self._objects.url
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder that it lies in, None if it is remote."""
+        return self._objects.local_folder
 
     def read(self, layer: LayerSpec, statistic: str) -> codec.Encoded:
         """One statistic of one layer, as stored; `codec.decode` makes sums of it."""
