@@ -12,7 +12,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import datasets
 import typer
+from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 from rich.console import Console
 from rich.table import Table
 
@@ -172,6 +174,7 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Perplexity of a checkpoint, on windows that do not overlap."""
+    _check_json(json_file)
     metrics = evaluating.evaluate(
         evaluating.EvalConfig(
             model=model,
@@ -215,6 +218,7 @@ def store_info(
     store: Annotated[str, typer.Argument(help="Path or URL.")], json_file: Json = None
 ) -> None:
     """What a store holds, and of what."""
+    _check_json(json_file)
     opened = GradientStore.open(store)
     document = {**opened.spec.to_json(), "digest": opened.digest, "bytes": opened.sizes()}
     if not _write_json(json_file, document):
@@ -263,10 +267,14 @@ def store_import_gblm(
 def main() -> None:
     """Run `pipe`, and turn what went wrong into one line and an exit code."""
     codes = {InputError: 2, StoreError: 3}
+    if not sys.stderr.isatty():  # what the Hub's clients draw, they draw anywhere
+        datasets.disable_progress_bars()
+        disable_hub_bars()
     try:
         app()
     except GradpipeError as error:
-        Console(stderr=True).print(f"pipe: {error}", markup=False, highlight=False, soft_wrap=True)
+        line = "".join(char if char.isprintable() else " " for char in f"pipe: {error}")
+        Console(stderr=True).print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
         sys.exit(codes.get(type(error), 1))
 
 
@@ -284,6 +292,12 @@ def _data(
     return DataConfig(
         name=name, config=config, split=split, revision=revision, text_column=text_column
     )
+
+
+def _check_json(path: Path | None) -> None:
+    """Refuse a file that cannot be written before the work is done, not after."""
+    if path is not None and str(path) != "-" and (path.is_dir() or not path.parent.is_dir()):
+        raise InputError(f"--json {path}: expected - or a file in a folder that exists")
 
 
 def _write_json(path: Path | None, document: dict[str, Any]) -> bool:

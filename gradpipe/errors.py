@@ -6,6 +6,8 @@ the command line alone turns a class into an exit code (`gradpipe.cli`).
 
 from __future__ import annotations
 
+import textwrap
+
 
 class GradpipeError(Exception):
     """Something went wrong that gradpipe can name: a full disk, a model that yields NaN."""
@@ -17,3 +19,8 @@ class InputError(GradpipeError):
 
 class StoreError(GradpipeError):
     """A gradient store that is incomplete, damaged, or not a gradient store at all."""
+
+
+def one_line(error: BaseException) -> str:
+    """What another library's error says, on one line of bounded length; its class if nothing."""
+    return textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__

@@ -12,12 +12,19 @@ import torch
 from rich.console import Console
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.command import changed_options, recorded_command
+from gradpipe.pipeline.command import (
+    changed_options,
+    check_local,
+    check_regexes,
+    recorded_command,
+)
+from gradpipe.pipeline.output import holds
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.model import (
     Layer,
+    check_tokens,
     find_blocks,
     find_layers,
     load_model,
@@ -29,6 +36,7 @@ from gradpipe.stages.schedule import resident_batch
 from gradpipe.stages.statistics import LayerAccumulator
 from gradpipe.store.codec import ENCODINGS
 from gradpipe.store.gradients import GradientStore, StoreWriter, is_unfinished
+from gradpipe.store.objects import COMMIT_KEY
 from gradpipe.store.schema import (
     FORMAT_VERSION,
     STATISTICS,
@@ -71,6 +79,7 @@ class CollectConfig:
             if value is not None and value < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {value}: expected at least {least}")
+        check_regexes("--include", self.include)
 
 
 def collect(config: CollectConfig, console: Console = QUIET) -> GradientStore:
@@ -79,12 +88,13 @@ def collect(config: CollectConfig, console: Console = QUIET) -> GradientStore:
     Raises InputError before anything is written if the model, the data or the store's folder
     cannot be used; GradpipeError if the model yields NaN or the disk fails.
     """
-    check_destination(config.store, overwrite=config.overwrite)
+    sources = (Path(config.model), Path(config.data.name))
+    check_destination(config.store, overwrite=config.overwrite, sources=sources)
     device = resolve_device(config.device)
     checkpoint = Checkpoint.open(config.model)
     samples = _draw(config, checkpoint)
     model = load_model(checkpoint, config.dtype, device)
-    _check_tokens(config, samples, model)
+    check_tokens(samples.input_ids, checkpoint, model)
     blocks = find_blocks(model, config.blocks)
     layers = find_layers(model, blocks, checkpoint, config.include)
     spec = _store_spec(config, checkpoint, model, samples, layers)
@@ -99,23 +109,27 @@ def collect(config: CollectConfig, console: Console = QUIET) -> GradientStore:
 
 
 def _draw(config: CollectConfig, checkpoint: Checkpoint) -> Samples:
-    tokenizer = load_tokenizer(checkpoint)
     seq_len = sequence_length(config.seq_len, checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
     text = load_text(config.data, "calibration")
     return draw_samples(config.data.name, text, tokenizer, config.num_samples, seq_len, config.seed)
 
 
-def check_destination(folder: Path, *, overwrite: bool) -> None:
-    """Raises InputError unless a store may be written to `folder`."""
-    if "://" in str(folder):
-        raise InputError(
-            f"store {folder}: stores are written to a local folder; copy it to a URL after"
-        )
+def check_destination(folder: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
+    """Raises InputError unless a store may be written to `folder`, which no source may lie in."""
+    check_local("store", folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"store {folder} is a file, expected a folder to create")
-    if not folder.exists() or not any(folder.iterdir()) or is_unfinished(folder):
+    if not folder.exists() or not any(folder.iterdir()):
         return
-    GradientStore.open(folder)  # anything but a store is never replaced
+    for source in sources:
+        if source.exists() and holds(folder, source):
+            raise InputError(f"store {folder} holds {source}, which is read: give another name")
+    if is_unfinished(folder):
+        return
+    if not (folder / COMMIT_KEY).exists():  # anything but a store is never replaced
+        raise InputError(f"store {folder} holds files of another kind: give another name")
+    GradientStore.open(folder)
     if not overwrite:
         raise InputError(f"store {folder} exists and is complete: give another name or --overwrite")
 
@@ -127,15 +141,6 @@ def replace_store(folder: Path, spec: StoreSpec) -> StoreWriter:
     writer = StoreWriter(folder, spec)
     writer.begin()
     return writer
-
-
-def _check_tokens(config: CollectConfig, samples: Samples, model: Any) -> None:
-    size = model.get_input_embeddings().num_embeddings
-    if int(samples.input_ids.max()) >= size:
-        raise InputError(
-            f"{config.model}: its tokenizer yields token {samples.input_ids.max()}, its embedding "
-            f"has {size}: the tokenizer belongs to another model"
-        )
 
 
 def _store_spec(
@@ -154,7 +159,7 @@ def _store_spec(
         model=ModelSpec(
             name=checkpoint.label,
             revision=checkpoint.revision,
-            architecture=str((checkpoint.config.get("architectures") or ["unknown"])[0]),
+            architecture=checkpoint.architecture,
             dtype=str(model.dtype).removeprefix("torch."),
             config_digest=checkpoint.config_digest,
         ),

@@ -1,4 +1,4 @@
-"""The command that makes an artefact again, as it is recorded inside it.
+"""Commands: options that several take, and the command recorded in what it made.
 
 Paths of outputs are left as placeholders, so that the same work gives the same bytes anywhere.
 """
@@ -6,8 +6,30 @@ Paths of outputs are left as placeholders, so that the same work gives the same 
 from __future__ import annotations
 
 import dataclasses
+import re
 import shlex
+from pathlib import Path
 from typing import Any
+
+from gradpipe.errors import InputError
+
+
+def check_regexes(flag: str, patterns: tuple[str, ...]) -> None:
+    """Refuse what is not a regular expression."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise InputError(f"{flag} {pattern!r}: not a regular expression: {error}") from error
+
+
+def check_local(what: str, path: Path) -> None:
+    """Refuse a URL where a local folder is to be created, and a folder inside a file."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has turned :// into :/
+        raise InputError(f"{what} {path} is a URL, expected a local folder: copy it to a URL after")
+    for parent in path.absolute().parents:
+        if parent.exists() and not parent.is_dir():
+            raise InputError(f"{what} {path}: {parent} is a file, expected a folder: give another")
 
 
 def recorded_command(verb: str, arguments: tuple[str, ...], options: dict[str, Any]) -> str:

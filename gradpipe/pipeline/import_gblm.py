@@ -47,13 +47,19 @@ class ImportConfig:
 
 def import_gblm(config: ImportConfig) -> GradientStore:
     """Write the store, and return it; InputError if files and checkpoint do not fit together."""
-    check_destination(config.store, overwrite=config.overwrite)
+    activations = None if config.activations is None else GradientStore.open(config.activations)
+    taken_from = None if activations is None else activations.local_folder
+    sources = (config.l1, config.l2, Path(config.model), taken_from)
+    check_destination(
+        config.store,
+        overwrite=config.overwrite,
+        sources=tuple(source for source in sources if source is not None),
+    )
     checkpoint = Checkpoint.open(config.model)
     sums = _read_files(config)
     keys = set.union(*(set(arrays) for arrays in sums.values()))
     layers = match_layers(keys, checkpoint)
     _check_files(sums, layers)
-    activations = None if config.activations is None else GradientStore.open(config.activations)
     taken = () if activations is None else _taken(activations, layers)
     spec = _spec(config, checkpoint, layers, (*sums, *taken))
     writer = replace_store(config.store, spec)
@@ -81,10 +87,13 @@ def _check_files(sums: dict[str, dict[str, Sums]], layers: dict[str, LayerSpec])
     for statistic, arrays in sums.items():
         for key, layer in layers.items():
             if key not in arrays:
-                raise InputError(f"the {statistic} file lacks {key}, which the other one has")
+                raise InputError(
+                    f"the {statistic} file lacks {key}, which the other one has: compute it again"
+                )
             if arrays[key].shape != layer.shape:
                 raise InputError(
-                    f"{key} is {arrays[key].shape}, {layer.name} is {layer.shape}: other models"
+                    f"{key} is {arrays[key].shape}, {layer.name} is {layer.shape}: "
+                    "give the model that the file was computed from"
                 )
 
 
@@ -116,7 +125,7 @@ def _spec(
         model=ModelSpec(
             name=checkpoint.label,
             revision=checkpoint.revision,
-            architecture=str((checkpoint.config.get("architectures") or ["unknown"])[0]),
+            architecture=checkpoint.architecture,
             dtype="float16",
             config_digest=checkpoint.config_digest,
         ),

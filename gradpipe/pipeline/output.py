@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from gradpipe.errors import GradpipeError, InputError
+from gradpipe.pipeline.command import check_local
 from gradpipe.store.objects import fsync_folder, write_durably
 
 
@@ -55,8 +56,9 @@ def staging_folder(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> 
 
     Raises InputError if `out` exists and `overwrite` is not given, or if it holds a source.
     """
+    check_local("OUT", out)
     for source in sources:
-        if _holds(out, source) or _holds(source, out):
+        if holds(out, source) or holds(source, out):
             raise InputError(
                 f"OUT {out} and {source}, which is read, are in one another: give another OUT"
             )
@@ -64,7 +66,8 @@ def staging_folder(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> 
         raise InputError(f"OUT {out} exists: give another name or --overwrite")
     if out.exists() and not out.is_dir():
         raise InputError(f"OUT {out} is a file, expected a folder to create or replace")
-    staging = out.absolute().with_name(f".{out.absolute().name}.partial")
+    staging = out.resolve().with_name(f".{out.resolve().name}.partial")
+    created = [parent for parent in staging.parents if not parent.exists()]
     _remove(staging)
     try:
         staging.mkdir(parents=True)
@@ -74,19 +77,23 @@ def staging_folder(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> 
         yield staging
     except BaseException:
         _remove(staging)
+        with suppress(OSError):  # somebody else's files may be there by now
+            for parent in created:
+                parent.rmdir()
         raise
 
 
 def publish(staging: Path, out: Path) -> None:
     """Rename the finished `staging` to `out`, replacing what was there."""
+    out = out.resolve()
     for path in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
         fsync_folder(path)
-    old = staging.with_name(f".{out.absolute().name}.old")
+    old = staging.with_name(f".{out.name}.old")
     _remove(old)
     if out.exists():
         out.rename(old)
     staging.rename(out)
-    fsync_folder(out.absolute().parent)
+    fsync_folder(out.parent)
     _remove(old)
 
 
@@ -135,7 +142,8 @@ Sparsity of each layer: `pruning.json`. The weights are dense tensors with zeros
 """
 
 
-def _holds(outer: Path, inner: Path) -> bool:
+def holds(outer: Path, inner: Path) -> bool:
+    """Whether `inner` is `outer`, or lies in it, links followed."""
     return inner.resolve().is_relative_to(outer.resolve())
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 from gradpipe.errors import GradpipeError, InputError
-from gradpipe.pipeline.command import changed_options, recorded_command
+from gradpipe.pipeline.command import changed_options, check_regexes, recorded_command
 from gradpipe.pipeline.output import LayerResult, PruneResult, publish, staging_folder, write_report
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.stages.checkpoint import (
@@ -82,10 +82,14 @@ class PruneConfig:
             raise InputError(
                 f"--group {self.group}: an n:m pattern compares within its m inputs; leave it out"
             )
-        if len({target.label for target in self.targets()}) != len(self.targets()):
-            raise InputError("the same --sparsity or --pattern is given twice")
-        for pattern in (*self.include, *self.exclude):
-            _check_regex(pattern)
+        labels = [target.label for target in self.targets()]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise InputError(
+                f"--sparsity or --pattern: {twice[0]} is given twice, expected different targets: "
+                "leave one out"
+            )
+        check_regexes("--include", self.include)
+        check_regexes("--exclude", self.exclude)
 
     def targets(self) -> tuple[Target, ...]:
         """The checkpoints to write, in order."""
@@ -137,21 +141,12 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
 
 def _sources(job: _Job) -> tuple[Path, ...]:
     """Folders that an output must never replace."""
-    store = job.config.store
-    return (job.checkpoint.folder, *([] if "://" in store else [Path(store)]))
+    store = job.store.local_folder
+    return (job.checkpoint.folder, *([] if store is None else [store]))
 
 
 def _folder(job: _Job, root: Path, target: Target) -> Path:
     return root if len(job.config.targets()) == 1 else root / target.label
-
-
-def _check_regex(pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InputError(
-            f"--include/--exclude {pattern!r}: not a regular expression: {error}"
-        ) from error
 
 
 def _select_layers(

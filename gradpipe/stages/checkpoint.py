@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, one_line
 from gradpipe.store.objects import digest
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -97,6 +97,12 @@ class Checkpoint:
         return Path(self.name).resolve().name if is_path else self.name
 
     @property
+    def architecture(self) -> str:
+        """The first of `config.json`'s architectures."""
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else "unknown"
+
+    @property
     def config_digest(self) -> str:
         """xxh3-128 of `config.json`."""
         return digest((self.folder / "config.json").read_bytes())
@@ -149,9 +155,9 @@ def _download(name: str) -> tuple[Path, str | None]:
     try:
         folder = Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the Hub client raises from many families
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(
-            f"{name} is neither a model directory nor a Hub id that can be fetched: {reason}"
+            f"{name} is neither a model directory nor a Hub id that can be fetched: "
+            f"{one_line(error)}"
         ) from error
     if not (folder / "config.json").is_file():
         raise InputError(f"{name} has no config.json on the Hub: expected a transformers model")

@@ -13,7 +13,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # `meta` is a device, and holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(
             f"--device {name}: no such device here: expected auto, cpu or cuda[:N]"

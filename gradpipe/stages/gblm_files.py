@@ -7,13 +7,14 @@ Source: VILA-Lab/GBLM-Pruner, gradient_computation.py.
 
 from __future__ import annotations
 
-import pickle
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint import Checkpoint
@@ -29,40 +30,66 @@ def read_gblm_file(path: Path, statistic: str, scale: float) -> dict[str, npt.ND
     `scale` is what the reference multiplied its gradients by. Raises InputError if the file is
     not one of the reference's.
     """
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"{path}: expected a file of tensors that GBLM-Pruner wrote: {reason}"
-        ) from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(key, str) and _KEY.fullmatch(key) and isinstance(value, torch.Tensor)
-        for key, value in tensors.items()
-    ):
-        raise InputError(f"{path}: expected a dict of tensors keyed like self_attn.q_proj_layer_0")
     sums = {}
-    for key, tensor in tensors.items():
+    for key, tensor in _tensors(path).items():
         values = tensor.float() / scale
         if not bool(torch.isfinite(values).all()):
             raise InputError(
                 f"{path}: {key} holds NaN or infinite values (float16 overflow): compute it again"
             )
+        if bool((values < 0).any()):
+            raise InputError(
+                f"{path}: {key} holds negative values, expected norms: compute it again"
+            )
         sums[key] = (values.square() if statistic == "grad_l2" else values).numpy()
     return sums
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """What the file holds, checked to be dense float tensors under the reference's keys."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file, expected a .pth file that GBLM-Pruner wrote")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the pickle protocol of what is no tensor
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damage, or code, which torch does not run
+        raise InputError(
+            f"{path}: not a whole file of tensors alone ({type(error).__name__}; nothing in it was "
+            "run): expected what GBLM-Pruner wrote: copy or compute it again"
+        ) from error
+    if isinstance(tensors, dict) and tensors and all(_is_entry(k, v) for k, v in tensors.items()):
+        return tensors
+    raise InputError(
+        f"{path}: expected a dict of float tensors keyed like self_attn.q_proj_layer_0"
+    )
+
+
+def _is_entry(key: object, value: object) -> bool:
+    """A key of the reference's, and a tensor that is as large as its file says."""
+    return (
+        isinstance(key, str)
+        and _KEY.fullmatch(key) is not None
+        and isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and value.is_floating_point()
+        and value.numel() * value.itemsize <= value.untyped_storage().nbytes()
+    )
 
 
 def match_layers(keys: set[str], checkpoint: Checkpoint) -> dict[str, LayerSpec]:
     """The checkpoint's layer behind each of the file's keys; InputError names one without."""
     layers = {}
-    for key in keys:
+    for key in sorted(keys):
         match = _KEY.fullmatch(key)
         assert match is not None  # read_gblm_file let no other key through
         tail = f".{match['block']}.{match['module']}.weight"
         found = [k for k, info in checkpoint.tensors.items() if k.endswith(tail) and info.is_matrix]
         if len(found) != 1:
             raise InputError(
-                f"{key}: {checkpoint.name} has {len(found)} tensors *{tail}, expected one"
+                f"{key}: {checkpoint.name} has {len(found)} tensors *{tail}, expected one: "
+                "give the model that the file was computed from"
             )
         layers[key] = LayerSpec(
             name=found[0].removesuffix(".weight"),

@@ -28,16 +28,16 @@ class Pattern:
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """The pattern in `2:4`; InputError for anything else, or n > m."""
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        """The pattern in `2:4`; InputError for anything else, n > m or n = 0."""
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
         if not match:
             raise InputError(
                 f"pattern {text!r}: expected n:m, n weights kept of every m, such as 2:4"
             )
         n, m = int(match[1]), int(match[2])
-        if not m >= 1 or n > m:
+        if not 1 <= n <= m:
             raise InputError(
-                f"pattern {text}: cannot keep {n} weights of every {m}: expected n ≤ m, m ≥ 1"
+                f"pattern {text}: cannot keep {n} weights of every {m}: expected n ≤ m, n ≥ 1"
             )
         return cls(n, m)
 
@@ -61,7 +61,7 @@ class Group:
     @classmethod
     def parse(cls, text: str) -> Self:
         """`output`, `input`, `layer`, `output:128`, `input:128`; InputError for anything else."""
-        match = re.fullmatch(r"(output|input)(?::([1-9]\d*))?", text)
+        match = re.fullmatch(r"(output|input)(?::([1-9]\d{0,8}))?", text)
         if match:
             return cls(0 if match[1] == "output" else 1, int(match[2] or 1))
         if text == "layer":

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -45,8 +47,14 @@ class Blocks:
 
 def sequence_length(asked: int | None, checkpoint: Checkpoint) -> int:
     """`asked`, or 2048 capped by the model's positions; InputError if the model has fewer."""
-    config = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
-    limit: int | None = getattr(config, "max_position_embeddings", None)
+    try:
+        with _silence():
+            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    except Exception as error:  # each config has validators of its own
+        raise InputError(
+            f"{checkpoint.name}: transformers cannot read its config.json: {_first_line(error)}"
+        ) from error
     if asked is not None and limit is not None and asked > limit:
         raise InputError(
             f"--seq-len {asked}: {checkpoint.name} has {limit} positions: give at most that"
@@ -57,11 +65,23 @@ def sequence_length(asked: int | None, checkpoint: Checkpoint) -> int:
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer; InputError if it has none."""
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        with _silence():
+            return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # so has each tokenizer, in two languages
         raise InputError(
-            f"{checkpoint.name}: cannot load its tokenizer: {_first_line(error)}"
+            f"{checkpoint.name}: cannot load its tokenizer, such as tokenizer.json: "
+            f"{_first_line(error)}"
         ) from error
+
+
+def check_tokens(ids: npt.NDArray[np.integer[Any]], checkpoint: Checkpoint, model: Any) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    size = model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= size:
+        raise InputError(
+            f"{checkpoint.name}: its tokenizer yields token {ids.max()}, its embedding has {size}: "
+            "the tokenizer belongs to another model"
+        )
 
 
 def load_model(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Any:
@@ -72,26 +92,49 @@ def load_model(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Any:
     if dtype != "auto" and dtype not in DTYPES:
         raise InputError(f"--dtype {dtype}: expected auto or one of {', '.join(DTYPES)}")
     try:
-        with _no_loading_bar():
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True
+        with _silence():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                dtype=DTYPES.get(dtype, "auto"),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"{checkpoint.name}: transformers cannot load it as a causal language model: "
             f"{_first_line(error)}"
         ) from error
+    model, report = loaded
+    _check_whole(checkpoint, report)
     return model.to(device).eval().requires_grad_(requires_grad=False)
 
 
+def _check_whole(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
+    """Refuse what transformers would make up: it draws missing weights at random."""
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"{checkpoint.name}: tensor {key} is {tuple(found)}, by its config.json "
+            f"{tuple(expected)}: weights and config.json are of different models"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{checkpoint.name} lacks {len(missing)} tensors that its config.json asks for, "
+            f"first {missing[0]}: fetch it again"
+        )
+
+
 @contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    """Silence transformers' own bar, which does not look whether it is on a terminal."""
-    was_on = hf_logging.is_progress_bar_enabled()
+def _silence() -> Iterator[None]:
+    """Silence what transformers writes by itself: bars, reports, advice. We say what matters."""
+    was_on, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     try:
         yield
     finally:
+        hf_logging.set_verbosity(verbosity)
         if was_on:
             hf_logging.enable_progress_bar()
 
@@ -127,19 +170,36 @@ def find_layers(
 ) -> tuple[Layer, ...]:
     """Every linear map in the blocks, and those outside whose name matches an `include` regex.
 
-    Each is tied to its tensor in the checkpoint. Raises InputError for one that has none.
+    Each is tied to its tensor in the checkpoint. Raises InputError for one that has none, and for
+    a regex without a match.
     """
     prefix = blocks.path + "."
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    outside = [name for name in linears if not name.startswith(prefix)]
+    included = {name for pattern in include for name in _matches(pattern, outside, checkpoint)}
     layers = []
-    for name, module in model.named_modules():
-        if not is_linear(module):
-            continue
+    for name, module in linears.items():
         inside = name.startswith(prefix)
-        if not inside and not any(re.search(pattern, name) for pattern in include):
-            continue
-        block = int(name.removeprefix(prefix).split(".")[0]) if inside else None
-        layers.append(Layer(spec=_layer_spec(name, module, block, checkpoint), module=module))
+        if inside or name in included:
+            block = int(name.removeprefix(prefix).split(".")[0]) if inside else None
+            layers.append(Layer(spec=_layer_spec(name, module, block, checkpoint), module=module))
     return tuple(layers)
+
+
+def _matches(pattern: str, names: list[str], checkpoint: Checkpoint) -> list[str]:
+    """The modules meant by an `include` regex, by their own name or their tensor's."""
+    found = [
+        name
+        for name in names
+        if re.search(pattern, name)
+        or re.search(pattern, _weight_key(name, checkpoint).removesuffix(".weight"))
+    ]
+    if not found:
+        raise InputError(
+            f"--include {pattern}: matches no linear layer outside the blocks; "
+            f"{checkpoint.name} has {', '.join(names) or 'none'}"
+        )
+    return found
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -203,5 +263,8 @@ def _num_parameters(module: nn.Module) -> int:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    """What an error says first; libraries write paragraphs."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

@@ -7,7 +7,10 @@ text and cuts it into windows that do not overlap.
 
 from __future__ import annotations
 
+import gzip
+import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,9 @@ import datasets
 import huggingface_hub
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, one_line
 from gradpipe.stages.embedded import DOCUMENT_SEPARATOR, stdlib_documents
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import SampleSpec
@@ -41,6 +45,11 @@ class DataConfig:
     split: str | None = None  # Hub only: default train to calibrate, test to evaluate
     revision: str | None = None  # Hub only: a commit; default the newest, which is recorded
     text_column: str = "text"
+
+    def __post_init__(self) -> None:
+        """Refuse an empty name: it would be the current folder."""
+        if not self.name:
+            raise InputError(f"--dataset '': expected one of {', '.join(PRESETS)}, a path or an id")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +202,7 @@ def _load_c4(use: Use) -> Text:
     split = "train" if use == "calibration" else "validation"
     num_files = 1024 if use == "calibration" else 8
     file = f"en/c4-{split}.00000-of-{num_files:05d}.json.gz"
-    rows = _load_dataset(hub_id, data_files={split: file}, split=split, revision=revision)
+    rows = _load_file(hub_id, file, revision)
     if use == "calibration":
         return Text(documents=rows["text"], revision=revision, separator=" ", joined=False)
     num_documents, num_windows = _C4_EVALUATION
@@ -210,49 +219,63 @@ def _load_wikitext2(use: Use) -> Text:
     """WikiText-2 raw; train rows joined by spaces to calibrate, test rows by blank lines."""
     hub_id, revision = _WIKITEXT
     split, separator = ("train", " ") if use == "calibration" else ("test", "\n\n")
-    rows = _load_dataset(hub_id, "wikitext-2-raw-v1", split=split, revision=revision)
+    rows = _load_file(hub_id, f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet", revision)
     return Text(documents=rows["text"], revision=revision, separator=separator, joined=True)
+
+
+def _load_file(hub_id: str, file: str, revision: str) -> Any:
+    """The rows of one file of a dataset at just this commit, from the cache if it is there."""
+    kind = "parquet" if file.endswith(".parquet") else "json"
+    try:
+        path = huggingface_hub.hf_hub_download(hub_id, file, repo_type="dataset", revision=revision)
+        return datasets.load_dataset(kind, data_files=path, split="train")
+    except Exception as error:  # Hub client and datasets raise from many families
+        raise _unknown_dataset(hub_id, error) from error
 
 
 def _load_hub(data: DataConfig, use: Use) -> Text:
     """Any dataset of the Hub, at a commit that is recorded."""
     split = data.split or ("train" if use == "calibration" else "test")
-    revision = data.revision or _newest_revision(data.name)
-    rows = _load_dataset(data.name, data.config, split=split, revision=revision)
+    revision = _commit(data.name, data.revision)
+    try:
+        builder = datasets.load_dataset_builder(data.name, data.config, revision=revision)
+        builder.download_and_prepare()
+        rows = builder.as_dataset(split=split)
+    except Exception as error:  # as above
+        raise _unknown_dataset(data.name, error) from error
+    if revision not in {None, builder.hash}:  # without the Hub, `datasets` takes the last cached
+        raise InputError(
+            f"dataset {data.name}: cannot fetch commit {revision}, and the cache gives "
+            f"{builder.hash}: connect to the Hub, or choose that with --revision"
+        )
     if data.text_column not in rows.column_names:
         raise _no_column(data.name, data.text_column, rows.column_names)
     documents = rows[data.text_column]
-    return Text(documents=documents, revision=revision, separator="\n\n", joined=False)
+    return Text(documents=documents, revision=builder.hash, separator="\n\n", joined=False)
 
 
-def _newest_revision(name: str) -> str | None:
+def _commit(name: str, revision: str | None) -> str | None:
+    """The commit that `revision`, by default the newest, means now: a branch or tag can move."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return None
+        return revision
     try:
-        return huggingface_hub.dataset_info(name).sha
-    except Exception as error:  # the Hub client raises from many families
-        raise _unknown_dataset(name, error) from error
-
-
-def _load_dataset(name: str, config: str | None = None, **options: Any) -> Any:
-    try:
-        return datasets.load_dataset(name, config, **options)
+        return huggingface_hub.dataset_info(name, revision=revision).sha
     except Exception as error:  # as above
         raise _unknown_dataset(name, error) from error
 
 
 def _unknown_dataset(name: str, error: Exception) -> InputError:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
     return InputError(
         f"dataset {name}: expected one of {', '.join(PRESETS)}, a file or folder of "
-        f"{', '.join(FILE_KINDS)}, or a Hub id that can be fetched ({lines[0]})"
+        f"{', '.join(FILE_KINDS)}, or a Hub id that can be fetched ({one_line(error)})"
     )
 
 
 def _local_documents(path: Path, column: str) -> list[str]:
     """The documents of one file, or of every file of a known kind below a folder, in name order."""
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if _kind(p))
-    if not files or not all(map(_kind, files)):
+    below = [] if path.is_file() else [p for p in path.rglob("*") if _kind(p) and p.is_file()]
+    files = sorted(below) or [path]
+    if not all(p.is_file() and _kind(p) for p in files):
         raise InputError(f"dataset {path}: expected a file or folder of {', '.join(FILE_KINDS)}")
     return [document for file in files for document in _file_documents(file, column)]
 
@@ -267,21 +290,59 @@ def _file_documents(path: Path, column: str) -> list[str]:
     try:
         if kind == "text":
             return [path.read_text(encoding="utf-8")]
-        rows = list(
-            datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        )
-    except Exception as error:  # pyarrow, json and datasets raise from many families
-        raise InputError(
-            f"dataset {path}: cannot read it as {kind}: {str(error).splitlines()[0]}"
-        ) from error
-    for row in rows:
-        if not isinstance(row.get(column), str):
-            raise _no_column(str(path), column, sorted(row))
-    return [row[column] for row in rows]
+        values = _json_values(path, column) if kind == "json" else _parquet_values(path, column)
+    except InputError:
+        raise
+    except Exception as error:  # pyarrow, json and gzip raise from many families
+        raise InputError(f"dataset {path}: cannot read it as {kind}: {one_line(error)}") from error
+    for number, value in enumerate(values, 1):
+        if oddity := _oddity(value):
+            raise InputError(
+                f"dataset {path}: row {number} holds {oddity} under {column!r}, expected text: "
+                "mend it, or choose with --text-column"
+            )
+    return values
+
+
+def _oddity(value: object) -> str | None:
+    """What keeps a value from being text, None if it is."""
+    if not isinstance(value, str):
+        return type(value).__name__
+    return "half a surrogate pair" if re.search("[\ud800-\udfff]", value) else None
+
+
+def _json_values(path: Path, column: str) -> list[Any]:
+    """One value from each line of a .jsonl file; blank lines are none."""
+    data = path.read_bytes()
+    text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8-sig")
+    return [
+        _json_value(path, number, line, column)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    ]
+
+
+def _json_value(path: Path, number: int, line: str, column: str) -> Any:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+    if not isinstance(row, dict) or column not in row:
+        raise _no_column(str(path), column, [*row] if isinstance(row, dict) else [])
+    return row[column]
+
+
+def _parquet_values(path: Path, column: str) -> list[Any]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise _no_column(str(path), column, names)
+        values: list[Any] = file.read(columns=[column]).column(column).to_pylist()
+    return values
 
 
 def _no_column(name: str, column: str, columns: Sequence[str]) -> InputError:
     return InputError(
-        f"dataset {name} has no text column {column!r}; it has {', '.join(columns)}: "
+        f"dataset {name} has no text column {column!r}; it has {', '.join(columns) or 'none'}: "
         "choose with --text-column"
     )

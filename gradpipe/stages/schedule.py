@@ -1,7 +1,4 @@
-"""Schedules: in which order samples and blocks meet.
-
-`resident` is an ordinary forward and backward of the whole model, hooks on.
-"""
+"""The `resident` schedule: an ordinary forward and backward of the whole model, hooks on."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ def resident_batch(
     """
     num_samples = ids_BT.shape[0]
     backward = any(accumulator.needs_gradients for accumulator in accumulators)
-    scale = _FLOAT16_SCALE if model.dtype is torch.float16 else 1.0
+    scale = loss_scale(model)
     entry = blocks.modules[0].register_forward_pre_hook(_require_grad, with_kwargs=True)
     try:
         with (
@@ -44,13 +41,24 @@ def resident_batch(
             torch.set_grad_enabled(backward),
         ):
             loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-            value = float(loss.detach())
-            if not math.isfinite(value):
-                raise GradpipeError(f"the model's loss is {value}: try --dtype bfloat16 or float32")
+            value = check_loss(loss)
             if backward:
                 (loss * (num_samples * scale)).backward()
     finally:
         entry.remove()
+    return value
+
+
+def loss_scale(model: Any) -> float:
+    """What the loss is multiplied by before it is differentiated."""
+    return _FLOAT16_SCALE if model.dtype is torch.float16 else 1.0
+
+
+def check_loss(loss: Tensor) -> float:
+    """The loss as a number; GradpipeError if it is none."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise GradpipeError(f"the model's loss is {value}: try --dtype bfloat16 or float32")
     return value
 
 

@@ -72,9 +72,13 @@ def is_ours(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     if not names or LOCK_NAME in names or is_begun(folder):
         return True
-    root = folder / "zarr.json"
-    unfinished = root.is_file() and not is_complete(folder)
-    return unfinished and ATTRIBUTE in arrays.parse_group(root.read_bytes()).get("attributes", {})
+    if is_complete(folder) or not (folder / "zarr.json").is_file():
+        return False
+    try:
+        document = arrays.parse_group((folder / "zarr.json").read_bytes())
+        return ATTRIBUTE in document.get("attributes", {})
+    except (StoreError, TypeError):
+        return False
 
 
 def read_begun(folder: Path) -> tuple[StoreSpec, Calibration]:
@@ -177,6 +181,11 @@ class GradientStore:
     def url(self) -> str:
         """Where the store was opened."""
         return self._objects.url
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder that it lies in, None if it is remote."""
+        return self._objects.local_folder
 
     def read(self, layer: LayerSpec, statistics: Iterable[str]) -> dict[str, codec.Encoded]:
         """Statistics of one layer as stored, with the bases that they are coded against."""

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import fsspec
+import fsspec.implementations.local
 import xxhash
 
-from gradpipe.errors import GradpipeError, InputError, StoreError
+from gradpipe.errors import GradpipeError, InputError, StoreError, one_line
 
 COMMIT_KEY = "commit.json"
 _MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
@@ -49,13 +50,22 @@ class CommitRecord:
         try:
             objects = json.loads(data)["objects"]
             record = cls({str(k): (int(size), str(hexes)) for k, (size, hexes) in objects.items()})
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            OverflowError,
+        ) as error:
             raise StoreError(
-                f"{COMMIT_KEY} is damaged ({type(error).__name__}): restore it or collect again"
+                f"object {COMMIT_KEY} is damaged ({type(error).__name__}): restore it from a copy, "
+                "or remove the store and collect again"
             ) from error
         if record.to_bytes() != data:
             raise StoreError(
-                f"{COMMIT_KEY} is damaged (its digest differs): restore it or collect again"
+                f"object {COMMIT_KEY} is damaged (its digest differs): restore it from a copy, "
+                "or remove the store and collect again"
             )
         return record
 
@@ -135,34 +145,48 @@ class ObjectReader:
     ) -> None:
         """Read the commit record.
 
-        Raises InputError where nothing is found at `url`, StoreError where a store is but
-        has no commit record, or a damaged one.
+        Raises InputError where nothing is found at `url`, or it cannot be reached; StoreError
+        where a store is but has no commit record, or a damaged one.
         """
         self.url = url
         try:
-            self._files, self._root = fsspec.core.url_to_fs(url, **(options or {}))
-            self._root = self._root.rstrip("/")
-            found = self._files.exists(self._root)
-        except (ValueError, ImportError, OSError) as error:
-            raise InputError(f"cannot open store {url}: {error}") from error
-        if not found:
+            self._files, root = fsspec.core.url_to_fs(url, **(options or {}))
+            self._root = root.rstrip("/")
+            self._check_complete(record_key)
+        except GradpipeError:
+            raise
+        except Exception as error:  # every fsspec backend raises from families of its own
             raise InputError(
-                f"no store at {url}: expected a folder or URL that `pipe collect-grads` wrote"
-            )
-        self.record_digest, self.record = self._read_record()
+                f"cannot open store {url} ({one_line(error)}): check the URL and the credentials"
+            ) from error
+        data = self._read_file(record_key, _MAX_RECORD_BYTES)
+        self.record_digest = digest(data)  # names the store's whole content
+        try:
+            self.record = CommitRecord.from_bytes(data)
+        except StoreError as error:
+            raise StoreError(f"store {url}: {error}") from error
 
-    def _read_record(self) -> tuple[str, CommitRecord]:
-        """The commit record and its digest, which names the store's whole content."""
-        if not self._files.exists(f"{self._root}/{COMMIT_KEY}"):
-            if not self._files.exists(f"{self._root}/zarr.json"):
-                raise InputError(
-                    f"{self.url} is not a gradient store: it has neither {COMMIT_KEY} nor zarr.json"
-                )
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder behind the URL, also behind `file://`; None if it is remote."""
+        is_local = isinstance(self._files, fsspec.implementations.local.LocalFileSystem)
+        return Path(self._root) if is_local else None
+
+    def _check_complete(self, record_key: str) -> None:
+        """Look for the commit record, and where there is none, for what there is instead."""
+        if self._files.exists(f"{self._root}/{record_key}"):
+            return
+        if self._files.exists(f"{self._root}/zarr.json"):
             raise StoreError(
                 f"store {self.url} is incomplete (no {COMMIT_KEY}): run its collect-grads again"
             )
-        data = self._read_file(COMMIT_KEY, _MAX_RECORD_BYTES)
-        return digest(data), CommitRecord.from_bytes(data)
+        if self._files.exists(self._root):
+            raise InputError(
+                f"{self.url} is not a gradient store: it has neither {COMMIT_KEY} nor zarr.json"
+            )
+        raise InputError(
+            f"no store at {self.url}: expected a folder or URL that `pipe collect-grads` wrote"
+        )
 
     def read(self, key: str) -> bytes:
         """The bytes under `key`; StoreError if they are missing or not those committed."""
@@ -176,7 +200,7 @@ class ObjectReader:
             raise StoreError(
                 f"store {self.url}: object {key} is damaged "
                 f"(expected {size} bytes, xxh3 {expected}; got {len(data)} bytes, {digest(data)}): "
-                "restore it from a copy or collect again"
+                "restore it from a copy, or remove the store and collect again"
             )
         return data
 
@@ -187,8 +211,11 @@ class ObjectReader:
                 data: bytes = file.read(limit + 1)
         except FileNotFoundError as error:
             raise StoreError(
-                f"store {self.url}: object {key} is missing: restore it or collect again"
+                f"store {self.url}: object {key} is missing: restore it from a copy, "
+                "or remove the store and collect again"
             ) from error
-        except OSError as error:
-            raise GradpipeError(f"store {self.url}: cannot read {key}: {error}") from error
+        except Exception as error:  # as above
+            raise GradpipeError(
+                f"store {self.url}: cannot read {key}: {one_line(error)}"
+            ) from error
         return data
