@@ -5,15 +5,17 @@ store. Stage two, `prune`, sparsifies the checkpoint from the store, at as many 
 asked, and never runs the model.
 """
 
-from gradpipe.errors import GradpipeError, InputError, StoreError
-from gradpipe.pipeline.collect import CollectConfig, collect
+from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
+from gradpipe.pipeline.collect import CollectConfig, collect, collect_shard, plan
 from gradpipe.pipeline.demo import DemoResult, demo
 from gradpipe.pipeline.evaluate import EvalConfig, Metrics, evaluate
 from gradpipe.pipeline.import_gblm import ImportConfig, import_gblm
+from gradpipe.pipeline.merge import merge
 from gradpipe.pipeline.output import LayerResult, PruneResult
 from gradpipe.pipeline.prune import PruneConfig, prune
 from gradpipe.stages.samples import DataConfig
 from gradpipe.store.gradients import GradientStore
+from gradpipe.store.partial import Shard
 
 open_store = GradientStore.open
 
@@ -26,15 +28,20 @@ __all__ = [
     "GradpipeError",
     "ImportConfig",
     "InputError",
+    "Interrupted",
     "LayerResult",
     "Metrics",
     "PruneConfig",
     "PruneResult",
+    "Shard",
     "StoreError",
     "collect",
+    "collect_shard",
     "demo",
     "evaluate",
     "import_gblm",
+    "merge",
     "open_store",
+    "plan",
     "prune",
 ]

@@ -1,13 +1,14 @@
 """The command `pipe`: options to configs, one call, errors to exit codes. Nothing else.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 done; 1 a failure; 2 the user's
-mistake; 3 the store is incomplete or damaged.
+mistake; 3 the store is incomplete or damaged; 75 interrupted, run again to go on.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,15 +19,18 @@ from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 from rich.console import Console
 from rich.table import Table
 
-from gradpipe.errors import GradpipeError, InputError, StoreError
+from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
 from gradpipe.pipeline import collect as collecting
 from gradpipe.pipeline import demo as demonstrating
 from gradpipe.pipeline import evaluate as evaluating
 from gradpipe.pipeline import import_gblm as importing
+from gradpipe.pipeline import merge as merging
 from gradpipe.pipeline import prune as pruning
 from gradpipe.pipeline.output import PruneResult
+from gradpipe.stages.plan import Plan
 from gradpipe.stages.samples import DataConfig
 from gradpipe.store.gradients import GradientStore
+from gradpipe.store.partial import Shard
 
 app = typer.Typer(
     name="pipe",
@@ -81,32 +85,63 @@ def collect_grads(
         str | None, typer.Option(help="Path of the block list, as model.layers.")
     ] = None,
     include: Include = [],  # noqa: B006 (typer wants a list)
+    schedule: Annotated[
+        str, typer.Option(help="auto, resident, or streamed: one block in memory at a time.")
+    ] = "auto",
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder for streamed activations [default: in the store].")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Samples between snapshots [default: under 5 % of the time].")
+    ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="I/N: be job I of N on this store [default: a Slurm array's task, if in one]."
+        ),
+    ] = None,
+    finalize: Annotated[
+        bool, typer.Option("--finalize", help="If this shard is the last to finish, merge them.")
+    ] = False,
     overwrite: Overwrite = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what it would take, and stop.")
+    ] = False,
 ) -> None:
     """Stage one: stream calibration samples through a model and write a gradient store."""
     data = _data(dataset, dataset_config, split, revision, text_column)
-    result = collecting.collect(
-        collecting.CollectConfig(
-            model=model,
-            store=store,
-            data=data,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            seed=seed,
-            batch_size=batch_size,
-            statistics=tuple(name.strip() for name in statistics.split(",")),
-            encoding=encoding,
-            blocks=blocks,
-            include=tuple(include),
-            device=device,
-            dtype=dtype,
-            overwrite=overwrite,
-        ),
-        _stderr(),
+    config = collecting.CollectConfig(
+        model=model,
+        store=store,
+        data=data,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        batch_size=batch_size,
+        statistics=tuple(name.strip() for name in statistics.split(",")),
+        encoding=encoding,
+        blocks=blocks,
+        include=tuple(include),
+        schedule=schedule,
+        scratch=scratch,
+        device=device,
+        dtype=dtype,
+        checkpoint_every=checkpoint_every,
+        shard=_shard(shard),
+        finalize=finalize,
+        overwrite=overwrite,
     )
-    _stdout().print(_store_table(result))
+    if dry_run:
+        _stdout().print(_plan_table(collecting.plan(config)))
+        return
+    run = collecting.collect if config.shard is None else collecting.collect_shard
+    result = run(config, _stderr())
+    if result is not None:
+        _stdout().print(_store_table(result))
+    else:
+        _stderr().print(f"shard {shard} is done: merge with pipe store merge {store}")
 
 
 @app.command()
@@ -233,6 +268,16 @@ def store_verify(store: Annotated[str, typer.Argument(help="Path or URL.")]) -> 
     _stdout().print(f"{store}: complete and intact ({opened.digest})", highlight=False)
 
 
+@store_app.command("merge")
+def store_merge(
+    stores: Annotated[
+        list[Path], typer.Argument(help="The store to finish, and others with more of its shards.")
+    ],
+) -> None:
+    """Add up the shards of one collection, and finish the first store."""
+    _stdout().print(_store_table(merging.merge(stores)))
+
+
 @store_app.command("import-gblm")
 def store_import_gblm(
     model: Model,
@@ -266,13 +311,15 @@ def store_import_gblm(
 
 def main() -> None:
     """Run `pipe`, and turn what went wrong into one line and an exit code."""
-    codes = {InputError: 2, StoreError: 3}
+    codes: dict[type[Exception], int] = {InputError: 2, StoreError: 3, Interrupted: 75}
     if not sys.stderr.isatty():  # what the Hub's clients draw, they draw anywhere
         datasets.disable_progress_bars()
         disable_hub_bars()
     try:
         app()
-    except GradpipeError as error:
+    except KeyboardInterrupt:
+        sys.exit(75)
+    except (GradpipeError, OSError) as error:
         line = "".join(char if char.isprintable() else " " for char in f"pipe: {error}")
         Console(stderr=True).print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
         sys.exit(codes.get(type(error), 1))
@@ -292,6 +339,37 @@ def _data(
     return DataConfig(
         name=name, config=config, split=split, revision=revision, text_column=text_column
     )
+
+
+def _shard(text: str | None) -> Shard | None:
+    """The shard asked for, or the task of the Slurm array that this runs in."""
+    task = (os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_ARRAY_TASK_COUNT"))
+    if text is None and task[0] and task[1]:
+        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+        text = f"{int(task[0]) - first}/{task[1]}"
+    return None if text is None else Shard.parse(text)
+
+
+def _plan_table(plan: Plan) -> Table:
+    table = Table(title="collect-grads would take", show_header=False)
+    rows = {
+        "schedule": f"{plan.schedule} ({plan.reason})",
+        "parameters": f"{plan.num_parameters:,}",
+        "memory on the device": f"{_gib(plan.device_bytes)} of {_gib(plan.free_bytes)} free",
+        "  resident / streamed": f"{_gib(plan.resident_bytes)} / {_gib(plan.streamed_bytes)}",
+        "memory on the host": _gib(plan.host_bytes),
+        "scratch": _gib(plan.scratch_bytes),
+        "store": _gib(plan.store_bytes),
+        "weights read": _gib(plan.read_bytes),
+        "operations": f"{plan.flops:.2e}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 def _check_json(path: Path | None) -> None:

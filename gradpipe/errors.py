@@ -21,6 +21,10 @@ class StoreError(GradpipeError):
     """A gradient store that is incomplete, damaged, or not a gradient store at all."""
 
 
+class Interrupted(GradpipeError):  # noqa: N818 (what happened, not what went wrong)
+    """A signal asked to stop; what was done is saved, and the same command goes on from it."""
+
+
 def one_line(error: BaseException) -> str:
     """What another library's error says, on one line of bounded length; its class if nothing."""
     return textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__

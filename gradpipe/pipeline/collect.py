@@ -2,45 +2,59 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, Interrupted, StoreError
 from gradpipe.pipeline.command import (
     changed_options,
     check_local,
     check_regexes,
+    check_same,
     recorded_command,
 )
+from gradpipe.pipeline.merge import finalize, is_finished, shards_in
 from gradpipe.pipeline.output import holds
-from gradpipe.pipeline.progress import QUIET, progress_bar
+from gradpipe.pipeline.progress import QUIET
+from gradpipe.pipeline.share import Job, run_share
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.model import (
     Layer,
+    build_skeleton,
     check_tokens,
     find_blocks,
     find_layers,
-    load_model,
     load_tokenizer,
+    resolve_dtype,
     sequence_length,
 )
+from gradpipe.stages.plan import Plan, Workload, check_schedule, make_plan
 from gradpipe.stages.samples import DataConfig, Samples, draw_samples, load_text
-from gradpipe.stages.schedule import resident_batch
-from gradpipe.stages.statistics import LayerAccumulator
 from gradpipe.store.codec import ENCODINGS
-from gradpipe.store.gradients import GradientStore, StoreWriter, is_unfinished
-from gradpipe.store.objects import COMMIT_KEY
+from gradpipe.store.gradients import (
+    LOCK_NAME,
+    Calibration,
+    GradientStore,
+    StoreWriter,
+    is_begun,
+    is_complete,
+    is_ours,
+    read_begun,
+    tidy,
+)
+from gradpipe.store.lock import locked
+from gradpipe.store.objects import remove_strays
+from gradpipe.store.partial import Shard
 from gradpipe.store.schema import (
     FORMAT_VERSION,
     STATISTICS,
     ModelSpec,
+    SampleSpec,
     StoreSpec,
 )
 
@@ -60,8 +74,13 @@ class CollectConfig:
     encoding: str = "compact"
     blocks: str | None = None  # path of the block list, where it cannot be found
     include: tuple[str, ...] = ()  # regexes: linear layers outside the blocks to collect too
+    schedule: str = "auto"  # resident where the model fits in memory, else streamed
+    scratch: Path | None = None  # where `streamed` keeps activations; default inside the store
     device: str = "auto"
     dtype: str = "auto"  # the checkpoint's own
+    checkpoint_every: int | None = None  # samples between snapshots; default by their cost
+    shard: Shard | None = None  # one of several jobs that share the store
+    finalize: bool = False  # the last shard to finish merges them all
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -74,38 +93,143 @@ class CollectConfig:
             )
         if self.encoding not in ENCODINGS:
             raise InputError(f"--encoding {self.encoding}: expected one of {', '.join(ENCODINGS)}")
-        for name, least in (("num_samples", 1), ("batch_size", 1), ("seq_len", 2)):
+        check_schedule(self.schedule)
+        limits = {"num_samples": 1, "batch_size": 1, "seq_len": 2, "checkpoint_every": 1}
+        for name, least in limits.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 flag = name.replace("_", "-")
                 raise InputError(f"--{flag} {value}: expected at least {least}")
         check_regexes("--include", self.include)
+        if self.shard is not None and self.shard.count > self.num_samples:
+            raise InputError(
+                f"--shard {self.shard.index}/{self.shard.count}: more shards than the "
+                f"{self.num_samples} samples: give at most one a sample"
+            )
+
+
+_NOT_RESULTS = {  # fields that leave the store's content as it is
+    *("model", "store", "data", "overwrite", "device", "schedule", "scratch"),
+    *("checkpoint_every", "shard", "finalize"),
+}
 
 
 def collect(config: CollectConfig, console: Console = QUIET) -> GradientStore:
-    """Run stage one, and return the finished store.
+    """Run stage one, and return the finished store; the same call again finishes a killed one.
 
     Raises InputError before anything is written if the model, the data or the store's folder
-    cannot be used; GradpipeError if the model yields NaN or the disk fails.
+    cannot be used; GradpipeError if the model yields NaN or the disk fails; Interrupted on a
+    signal. After the last two the store can be resumed.
     """
-    sources = (Path(config.model), Path(config.data.name))
-    check_destination(config.store, overwrite=config.overwrite, sources=sources)
-    device = resolve_device(config.device)
+    if config.shard is not None:
+        raise InputError("--shard: use collect_shard, which may leave the store unfinished")
+    _run(config, Shard(0, 1), console)
+    return GradientStore.open(config.store)
+
+
+def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientStore | None:
+    """Run one shard of stage one; returns the store if this finished it (`finalize`).
+
+    Raises as `collect` does.
+    """
+    if config.shard is None:
+        raise InputError("--shard: expected I/N, the job's number among N")
+    _run(config, config.shard, console)
+    if config.finalize and not is_complete(config.store):
+        with locked(config.store / LOCK_NAME, wait=True):
+            if not is_complete(config.store):
+                spec, _ = read_begun(config.store)
+                if all(is_finished(config.store, spec, s) for s in shards_in(config.store)):
+                    finalize(config.store)
+    return GradientStore.open(config.store) if is_complete(config.store) else None
+
+
+def plan(config: CollectConfig) -> Plan:
+    """What stage one would take: no weight is read, nothing is written."""
     checkpoint = Checkpoint.open(config.model)
-    samples = _draw(config, checkpoint)
-    model = load_model(checkpoint, config.dtype, device)
-    check_tokens(samples.input_ids, checkpoint, model)
+    device = resolve_device(config.device)
+    model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
+    blocks = find_blocks(model, config.blocks)
+    layers = find_layers(model, blocks, checkpoint, config.include, with_digests=False)
+    seq_len = sequence_length(config.seq_len, checkpoint)
+    return make_plan(config.schedule, model, blocks, layers, _workload(config, seq_len), device)
+
+
+def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
+    """Collect one share, and finish the store if it is all there is."""
+    sources = (Path(config.model), Path(config.data.name))
+    check_destination(config.store, sources)
+    checkpoint = Checkpoint.open(config.model)
+    device = resolve_device(config.device)
+    model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
     layers = find_layers(model, blocks, checkpoint, config.include)
-    spec = _store_spec(config, checkpoint, model, samples, layers)
-    accumulators = [LayerAccumulator(x.spec, spec.statistics, device) for x in layers]
-    ids = torch.from_numpy(samples.input_ids).long()
-    with progress_bar(console, "collecting", len(ids), "samples", samples.spec.seq_len) as advance:
-        for ids_BT in ids.split(config.batch_size):
-            resident_batch(model, blocks, layers, accumulators, ids_BT.to(device))
-            advance(len(ids_BT))
-    _write(config, spec, samples, accumulators)
-    return GradientStore.open(config.store)
+    spec = _begin(config, checkpoint, model, layers)
+    if spec is None:
+        return
+    work = _workload(config, spec.samples.seq_len)
+    job = Job(
+        checkpoint=checkpoint,
+        model=model,
+        blocks=blocks,
+        layers=layers,
+        spec=spec,
+        calibration=read_begun(config.store)[1],
+        plan=make_plan(config.schedule, model, blocks, layers, work, device),
+        device=device,
+        store=config.store,
+        shard=shard,
+        batch_size=config.batch_size,
+        scratch=config.scratch,
+        checkpoint_every=config.checkpoint_every,
+    )
+    try:
+        run_share(job, console)
+    except Interrupted as error:
+        raise Interrupted(f"{error}: run the same command again to go on") from error
+
+
+def _begin(
+    config: CollectConfig, checkpoint: Checkpoint, model: torch.nn.Module, layers: tuple[Layer, ...]
+) -> StoreSpec | None:
+    """Fix the samples, or find them fixed; None if the same command has finished before."""
+    folder, samples = config.store, None
+    if config.overwrite or not (is_begun(folder) or is_complete(folder)):
+        samples = _draw(config, checkpoint)
+        check_tokens(samples.input_ids, checkpoint, model)
+    with locked(folder / LOCK_NAME, wait=True):
+        if is_complete(folder) and not config.overwrite:
+            store = GradientStore.open(folder)
+            if _spec(config, checkpoint, layers, store.spec.samples) != store.spec:
+                raise InputError(
+                    f"store {folder} exists and is complete: give another name or --overwrite"
+                )
+            tidy(folder)
+            return None
+        if is_begun(folder) and not (config.overwrite and samples is not None):
+            begun, _ = read_begun(folder)
+            check_same(folder, _spec(config, checkpoint, layers, begun.samples), begun)
+            return begun
+        if samples is None:
+            raise StoreError(f"store {folder} was removed meanwhile: run the same command again")
+        remove_strays(folder, {LOCK_NAME})
+        spec = _spec(config, checkpoint, layers, samples.spec)
+        StoreWriter(folder, spec).begin(
+            Calibration(input_ids=samples.input_ids, sources=samples.sources)
+        )
+        return spec
+
+
+def check_destination(folder: Path, sources: tuple[Path, ...]) -> None:
+    """Raises InputError unless `folder` is free, or a store, and holds no source."""
+    check_local("store", folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"store {folder} is a file, expected a folder to create")
+    for source in sources:
+        if folder.exists() and source.exists() and holds(folder, source):
+            raise InputError(f"store {folder} holds {source}, which is read: give another name")
+    if not is_ours(folder) and not is_complete(folder):
+        raise InputError(f"store {folder} holds files of another kind: give another name")
 
 
 def _draw(config: CollectConfig, checkpoint: Checkpoint) -> Samples:
@@ -115,43 +239,22 @@ def _draw(config: CollectConfig, checkpoint: Checkpoint) -> Samples:
     return draw_samples(config.data.name, text, tokenizer, config.num_samples, seq_len, config.seed)
 
 
-def check_destination(folder: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
-    """Raises InputError unless a store may be written to `folder`, which no source may lie in."""
-    check_local("store", folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"store {folder} is a file, expected a folder to create")
-    if not folder.exists() or not any(folder.iterdir()):
-        return
-    for source in sources:
-        if source.exists() and holds(folder, source):
-            raise InputError(f"store {folder} holds {source}, which is read: give another name")
-    if is_unfinished(folder):
-        return
-    if not (folder / COMMIT_KEY).exists():  # anything but a store is never replaced
-        raise InputError(f"store {folder} holds files of another kind: give another name")
-    GradientStore.open(folder)
-    if not overwrite:
-        raise InputError(f"store {folder} exists and is complete: give another name or --overwrite")
+def _workload(config: CollectConfig, seq_len: int) -> Workload:
+    return Workload(
+        num_samples=config.num_samples,
+        seq_len=seq_len,
+        batch_size=config.batch_size,
+        statistics=config.statistics,
+        encoding=config.encoding,
+    )
 
 
-def replace_store(folder: Path, spec: StoreSpec) -> StoreWriter:
-    """A writer into `folder`, once what `check_destination` let pass is gone from it."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    writer = StoreWriter(folder, spec)
-    writer.begin()
-    return writer
-
-
-def _store_spec(
-    config: CollectConfig,
-    checkpoint: Checkpoint,
-    model: Any,
-    samples: Samples,
-    layers: tuple[Layer, ...],
+def _spec(
+    config: CollectConfig, checkpoint: Checkpoint, layers: tuple[Layer, ...], samples: SampleSpec
 ) -> StoreSpec:
-    options = changed_options(config, leave_out={"model", "store", "data", "overwrite", "device"})
+    options = changed_options(config, leave_out=_NOT_RESULTS)
     options |= {"dataset": config.data.name, "statistics": ",".join(config.statistics)}
+    dtype = resolve_dtype(config.dtype, checkpoint)
     return StoreSpec(
         version=FORMAT_VERSION,
         gradpipe=version("gradpipe"),
@@ -160,26 +263,12 @@ def _store_spec(
             name=checkpoint.label,
             revision=checkpoint.revision,
             architecture=checkpoint.architecture,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             config_digest=checkpoint.config_digest,
         ),
-        samples=samples.spec,
+        samples=samples,
         statistics=tuple(name for name in STATISTICS if name in config.statistics),
         encoding=config.encoding,
         layers=tuple(layer.spec for layer in layers),
         command=recorded_command("collect-grads", (checkpoint.label, "STORE"), options),
     )
-
-
-def _write(
-    config: CollectConfig,
-    spec: StoreSpec,
-    samples: Samples,
-    accumulators: list[LayerAccumulator],
-) -> None:
-    results = [accumulator.result() for accumulator in accumulators]  # every check comes first
-    writer = replace_store(config.store, spec)
-    writer.write_calibration(samples.input_ids, samples.sources)
-    for accumulator, stats in zip(accumulators, results, strict=True):
-        writer.write_layer(accumulator.spec, stats)
-    writer.commit()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpipe.errors import InputError
+from gradpipe.store.schema import StoreSpec
 
 
 def check_regexes(flag: str, patterns: tuple[str, ...]) -> None:
@@ -53,3 +54,15 @@ def changed_options(config: Any, leave_out: set[str]) -> dict[str, Any]:
         for f in dataclasses.fields(config)
         if f.name not in leave_out and getattr(config, f.name) != f.default
     }
+
+
+def check_same(store: Path, spec: StoreSpec, other: StoreSpec) -> None:
+    """Refuse to go on with a collection of other settings; samples are the store's own."""
+    for f in dataclasses.fields(StoreSpec):
+        mine, theirs = getattr(spec, f.name), getattr(other, f.name)
+        if mine != theirs and f.name != "samples":
+            shown = "" if f.name == "layers" else f" ({theirs!s:.200} there, {mine!s:.200} now)"
+            raise InputError(
+                f"store {store} was begun with another {f.name}{shown}: "
+                "give the same command, another store or --overwrite"
+            )

@@ -10,7 +10,13 @@ from gradpipe.errors import InputError
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.device import resolve_device
-from gradpipe.stages.model import check_tokens, load_model, load_tokenizer, sequence_length
+from gradpipe.stages.model import (
+    check_tokens,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+    sequence_length,
+)
 from gradpipe.stages.perplexity import perplexity
 from gradpipe.stages.samples import DataConfig, evaluation_windows, load_text
 
@@ -57,7 +63,7 @@ def evaluate(config: EvalConfig, console: Console = QUIET) -> Metrics:
     tokenizer = load_tokenizer(checkpoint)
     text = load_text(config.data, "evaluation")
     windows = evaluation_windows(config.data.name, text, tokenizer, seq_len, config.max_windows)
-    model = load_model(checkpoint, config.dtype, device)
+    model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
     check_tokens(windows, checkpoint, model)
     with progress_bar(console, "evaluating", len(windows), "windows", seq_len) as advance:
         value = perplexity(model, windows, config.batch_size, advance)

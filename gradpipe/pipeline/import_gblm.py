@@ -7,11 +7,19 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.collect import check_destination, replace_store
+from gradpipe.pipeline.collect import check_destination
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.gblm_files import match_layers, read_gblm_file
 from gradpipe.store.codec import Sums
-from gradpipe.store.gradients import GradientStore, LayerStats
+from gradpipe.store.gradients import (
+    LOCK_NAME,
+    GradientStore,
+    LayerStats,
+    StoreWriter,
+    is_complete,
+)
+from gradpipe.store.lock import locked
+from gradpipe.store.objects import remove_strays
 from gradpipe.store.schema import (
     ACTIVATION_STATISTICS,
     FORMAT_VERSION,
@@ -50,11 +58,11 @@ def import_gblm(config: ImportConfig) -> GradientStore:
     activations = None if config.activations is None else GradientStore.open(config.activations)
     taken_from = None if activations is None else activations.local_folder
     sources = (config.l1, config.l2, Path(config.model), taken_from)
-    check_destination(
-        config.store,
-        overwrite=config.overwrite,
-        sources=tuple(source for source in sources if source is not None),
-    )
+    check_destination(config.store, tuple(source for source in sources if source is not None))
+    if is_complete(config.store) and not config.overwrite:
+        raise InputError(
+            f"store {config.store} exists and is complete: give another name or --overwrite"
+        )
     checkpoint = Checkpoint.open(config.model)
     sums = _read_files(config)
     keys = set.union(*(set(arrays) for arrays in sums.values()))
@@ -62,15 +70,18 @@ def import_gblm(config: ImportConfig) -> GradientStore:
     _check_files(sums, layers)
     taken = () if activations is None else _taken(activations, layers)
     spec = _spec(config, checkpoint, layers, (*sums, *taken))
-    writer = replace_store(config.store, spec)
-    for key, layer in sorted(layers.items(), key=lambda item: (item[1].block, item[0])):
-        gradients = {statistic: arrays[key] for statistic, arrays in sums.items()}
-        writer.write_layer(
-            layer, LayerStats(arrays=gradients, num_samples=config.num_samples, num_tokens=0)
-        )
-        if activations is not None:
-            writer.write_encoded(layer, activations.read(layer, taken))
-    writer.commit()
+    with locked(config.store / LOCK_NAME, wait=False):
+        remove_strays(config.store, {LOCK_NAME})
+        writer = StoreWriter(config.store, spec)
+        writer.begin(None)
+        for key, layer in sorted(layers.items(), key=lambda item: (item[1].block, item[0])):
+            gradients = {statistic: arrays[key] for statistic, arrays in sums.items()}
+            writer.write_layer(
+                layer, LayerStats(arrays=gradients, num_samples=config.num_samples, num_tokens=0)
+            )
+            if activations is not None:
+                writer.write_encoded(layer, activations.read(layer, taken))
+        writer.commit()
     return GradientStore.open(config.store)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from gradpipe.errors import GradpipeError, InputError
 from gradpipe.pipeline.command import check_local
-from gradpipe.store.objects import fsync_folder, write_durably
+from gradpipe.store.objects import fsync, write_durably
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +87,13 @@ def publish(staging: Path, out: Path) -> None:
     """Rename the finished `staging` to `out`, replacing what was there."""
     out = out.resolve()
     for path in [staging, *(p for p in staging.rglob("*") if p.is_dir())]:
-        fsync_folder(path)
+        fsync(path)
     old = staging.with_name(f".{out.name}.old")
     _remove(old)
     if out.exists():
         out.rename(old)
     staging.rename(out)
-    fsync_folder(out.parent)
+    fsync(out.parent)
     _remove(old)
 
 

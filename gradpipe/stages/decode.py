@@ -48,7 +48,7 @@ def decode_layer(encoded: Mapping[str, Encoded], device: torch.device) -> dict[s
 
 
 def _levels(spec: StatisticSpec, packed: Tensor, offsets: Tensor) -> Tensor:
-    """offsets + codes, int32 (O, I)."""
+    """Offsets + codes, int32 (O, I)."""
     rows, cols, escapes = split_offsets(offsets, len(packed), spec.num_escapes)
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, : len(cols)]
     escaped = codes == ESCAPE

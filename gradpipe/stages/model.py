@@ -7,9 +7,9 @@ parameters, and a layer is a linear map inside one. `--blocks` names the list by
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from gradpipe.errors import InputError
-from gradpipe.stages.checkpoint import Checkpoint, matrix_shape
+from gradpipe.stages.checkpoint import FLOAT_TYPES, Checkpoint, matrix_shape
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
 
@@ -31,8 +31,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """One prunable linear map of a loaded model."""
+    """One prunable linear map of a model."""
 
+    path: str  # of its module in the model
     spec: LayerSpec
     module: nn.Module
 
@@ -84,31 +85,70 @@ def check_tokens(ids: npt.NDArray[np.integer[Any]], checkpoint: Checkpoint, mode
         )
 
 
-def load_model(checkpoint: Checkpoint, dtype: str, device: torch.device) -> Any:
-    """The causal language model, in eval mode, every weight frozen.
+def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
+    """`auto` is the checkpoint's own: its config's dtype, else its first weight's."""
+    if asked != "auto":
+        if asked not in DTYPES:
+            raise InputError(f"--dtype {asked}: expected auto or one of {', '.join(DTYPES)}")
+        return DTYPES[asked]
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if isinstance(name, str) and name in DTYPES:
+        return DTYPES[name]
+    kinds = [FLOAT_TYPES[t.dtype] for t in checkpoint.tensors.values() if t.dtype in FLOAT_TYPES]
+    if not kinds:
+        raise InputError(f"{checkpoint.name} holds no float weights: give --dtype")
+    return kinds[0]
 
-    `dtype` is `auto` (the checkpoint's own) or a key of `DTYPES`. Remote code is never run.
+
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The causal language model on the meta device, in eval mode, frozen, its buffers real.
+
+    It costs no memory and reads no weights. Buffers that no checkpoint holds (rotary frequencies,
+    embedding scales) are computed as `from_pretrained` computes them. Remote code is never run.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise InputError(f"--dtype {dtype}: expected auto or one of {', '.join(DTYPES)}")
+    with _loading(checkpoint):
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        owners = set()
+        for name, buffer in model.named_non_persistent_buffers():
+            owner, _, leaf = name.rpartition(".")
+            real = torch.empty_like(buffer, device="cpu")
+            model.get_submodule(owner).register_buffer(leaf, real, persistent=False)
+            owners.add(owner)
+        for owner in sorted(owners):
+            model._init_weights(model.get_submodule(owner))  # noqa: SLF001 (from_pretrained's way)
+        model.tie_weights()
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """The causal language model with its weights, in eval mode, frozen. No remote code is run."""
+    with _loading(checkpoint):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    model, report = loaded
+    _check_whole(checkpoint, report)
+    return model.to(device).eval().requires_grad_(requires_grad=False)
+
+
+@contextmanager
+def _loading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what transformers cannot build into the user's line."""
     try:
         with _silence():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                checkpoint.folder,
-                dtype=DTYPES.get(dtype, "auto"),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-            )
+            yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"{checkpoint.name}: transformers cannot load it as a causal language model: "
             f"{_first_line(error)}"
         ) from error
-    model, report = loaded
-    _check_whole(checkpoint, report)
-    return model.to(device).eval().requires_grad_(requires_grad=False)
 
 
 def _check_whole(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
@@ -166,38 +206,52 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
 
 
 def find_layers(
-    model: nn.Module, blocks: Blocks, checkpoint: Checkpoint, include: tuple[str, ...] = ()
+    model: nn.Module,
+    blocks: Blocks,
+    checkpoint: Checkpoint,
+    include: tuple[str, ...] = (),
+    *,
+    with_digests: bool = True,
 ) -> tuple[Layer, ...]:
     """Every linear map in the blocks, and those outside whose name matches an `include` regex.
 
     Each is tied to its tensor in the checkpoint. Raises InputError for one that has none, and for
-    a regex without a match.
+    a regex without a match. Digests need the weights to be read.
     """
     prefix = blocks.path + "."
+    keys = weight_keys(model, checkpoint)
     linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    outside = [name for name in linears if not name.startswith(prefix)]
+    outside = {name: keys[f"{name}.weight"] for name in linears if not name.startswith(prefix)}
     included = {name for pattern in include for name in _matches(pattern, outside, checkpoint)}
     layers = []
     for name, module in linears.items():
         inside = name.startswith(prefix)
         if inside or name in included:
             block = int(name.removeprefix(prefix).split(".")[0]) if inside else None
-            layers.append(Layer(spec=_layer_spec(name, module, block, checkpoint), module=module))
+            spec = _layer_spec(keys[f"{name}.weight"], module, block, checkpoint)
+            if with_digests:
+                data = checkpoint.read_bytes(spec.weight_key)
+                spec = replace(spec, digest=digest(data))
+            layers.append(Layer(path=name, spec=spec, module=module))
     return tuple(layers)
 
 
-def _matches(pattern: str, names: list[str], checkpoint: Checkpoint) -> list[str]:
+def attach(layers: Iterable[Layer], model: nn.Module) -> tuple[Layer, ...]:
+    """The same layers, of another instance of the model."""
+    return tuple(replace(layer, module=model.get_submodule(layer.path)) for layer in layers)
+
+
+def _matches(pattern: str, outside: dict[str, str], checkpoint: Checkpoint) -> list[str]:
     """The modules meant by an `include` regex, by their own name or their tensor's."""
     found = [
         name
-        for name in names
-        if re.search(pattern, name)
-        or re.search(pattern, _weight_key(name, checkpoint).removesuffix(".weight"))
+        for name, key in outside.items()
+        if re.search(pattern, name) or re.search(pattern, key.removesuffix(".weight"))
     ]
     if not found:
         raise InputError(
             f"--include {pattern}: matches no linear layer outside the blocks; "
-            f"{checkpoint.name} has {', '.join(names) or 'none'}"
+            f"{checkpoint.name} has {', '.join(outside) or 'none'}"
         )
     return found
 
@@ -208,49 +262,68 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def _layer_spec(
-    name: str, module: nn.Module, block: int | None, checkpoint: Checkpoint
+    key: str, module: nn.Module, block: int | None, checkpoint: Checkpoint
 ) -> LayerSpec:
     transposed = isinstance(module, Conv1D)
-    weight = module.get_parameter("weight")
-    shape = tuple(weight.shape)[::-1] if transposed else tuple(weight.shape)
-    key = _weight_key(name, checkpoint)
-    if matrix_shape(checkpoint.tensors[key], transposed=transposed) != shape:
-        raise InputError(
-            f"layer {name}: the model holds {shape}, the checkpoint {key} differs in shape"
-        )
     return LayerSpec(
         name=key.removesuffix(".weight"),
         weight_key=key,
-        shape=shape,
+        shape=matrix_shape(checkpoint.tensors[key], transposed=transposed),
         block=block,
         transposed=transposed,
-        digest=digest(checkpoint.read_bytes(key)),
+        digest="",
     )
 
 
-def _weight_key(name: str, checkpoint: Checkpoint) -> str:
-    """The checkpoint's key of a module's weight.
+def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+    """The checkpoint's tensor behind each of the model's parameters and persistent buffers.
 
-    Checkpoints may be saved from the headless model (GPT-2's `h.0…` for `transformer.h.0…`), so
-    the longest tail of the name that one tensor alone bears is taken. A tied head has no tensor
-    of its own: it is the input embedding's.
+    A checkpoint may be saved from the headless model (GPT-2's `h.0…` for `transformer.h.0…`), so
+    the longest tail of the name that one tensor alone bears is taken. A tied parameter has the
+    tensor of the one it is tied to; what is left goes by shape, where that leaves no choice
+    (GPT-NeoX's head). Raises InputError for a parameter without a tensor.
     """
-    steps = [*name.split("."), "weight"]
-    if ".".join(steps) in checkpoint.tensors:
-        return ".".join(steps)
-    for start in range(len(steps) - 1):
-        tail = ".".join(steps[start:])
-        matches = [k for k in checkpoint.tensors if k == tail or k.endswith("." + tail)]
-        if len(matches) == 1:
-            return matches[0]
-    embeddings = [
-        k
-        for k in checkpoint.tensors
-        if re.search(r"(embed_tokens|wte|embed_in|word_embeddings)\.weight$", k)
-    ]
-    if checkpoint.config.get("tie_word_embeddings", True) and len(embeddings) == 1:
-        return embeddings[0]
-    raise InputError(f"layer {name}: no tensor of {checkpoint.name} is its weight")
+    tails: dict[str, list[str]] = {}
+    for tensor in checkpoint.tensors:
+        steps = tensor.split(".")
+        for start in range(len(steps)):
+            tails.setdefault(".".join(steps[start:]), []).append(tensor)
+    stored = dict(model.state_dict(keep_vars=True))
+    keys = {n: key for n in stored if (key := _by_tail(n, tails, checkpoint)) is not None}
+    by_identity = {id(stored[n]): key for n, key in keys.items()}
+    unclaimed = set(checkpoint.tensors) - set(keys.values())
+    for name in sorted(stored.keys() - keys.keys()):
+        shape = tuple(stored[name].shape)
+        alike = [key for key in unclaimed if checkpoint.tensors[key].shape == shape]
+        if id(stored[name]) in by_identity:
+            keys[name] = by_identity[id(stored[name])]
+        elif len(alike) == 1:
+            keys[name] = alike[0]
+        else:
+            raise InputError(
+                f"{checkpoint.name} has no tensor {name}, which its config.json asks for: "
+                "fetch it again"
+            )
+    _check_shapes(keys, stored, checkpoint)
+    return keys
+
+
+def _by_tail(name: str, tails: dict[str, list[str]], checkpoint: Checkpoint) -> str | None:
+    if name in checkpoint.tensors:
+        return name
+    steps = name.split(".")
+    found = (tails.get(".".join(steps[start:]), []) for start in range(1, len(steps) - 1))
+    return next((keys[0] for keys in found if len(keys) == 1), None)
+
+
+def _check_shapes(keys: dict[str, str], stored: dict[str, Any], checkpoint: Checkpoint) -> None:
+    for name, key in sorted(keys.items()):
+        shape, expected = checkpoint.tensors[key].shape, tuple(stored[name].shape)
+        if shape != expected:
+            raise InputError(
+                f"{checkpoint.name}: tensor {key} is {shape}, by its config.json {expected}: "
+                "weights and config.json are of different models"
+            )
 
 
 def _is_block_list(modules: nn.ModuleList) -> bool:

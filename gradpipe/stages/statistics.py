@@ -73,6 +73,18 @@ class LayerAccumulator:
         if "grad_l1" in self.sums:
             self.sums["grad_l1"][rows] += g_OI.abs_()
 
+    def clear(self) -> None:
+        """Start from nothing."""
+        for sums in self.sums.values():
+            sums.zero_()
+        self.num_samples = self.num_tokens = 0
+
+    def restore(self, stats: LayerStats) -> None:
+        """Go on from sums that `result` gave before."""
+        for name, sums in self.sums.items():
+            sums.copy_(torch.from_numpy(stats.arrays[name]))
+        self.num_samples, self.num_tokens = stats.num_samples, stats.num_tokens
+
     def result(self) -> LayerStats:
         """The sums on the host; GradpipeError if the layer never ran or a sum is not finite."""
         if not self.num_samples:

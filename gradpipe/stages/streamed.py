@@ -16,7 +16,7 @@ Shapes: N samples, B of a micro-batch, T tokens, H hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from gradpipe.stages.hooks import LayerHooks
 from gradpipe.stages.model import Blocks, Layer
 from gradpipe.stages.schedule import check_loss, loss_scale
 from gradpipe.stages.scratch import ActivationFile
-from gradpipe.stages.skeleton import WeightLoader
 from gradpipe.stages.statistics import LayerAccumulator
+from gradpipe.stages.weights import WeightLoader
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +159,8 @@ class Streamed:
                 raise _AllCaptured
             return self._returned(hidden_BTH)
 
-        with self._replaced(record):
-            try:
-                self._model(input_ids=ids_BT, labels=ids_BT, use_cache=False)
-            except _AllCaptured:
-                pass
+        with self._replaced(record), suppress(_AllCaptured):
+            self._model(input_ids=ids_BT, labels=ids_BT, use_cache=False)
         self._remember(len(ids_BT), calls)
         return inputs[0]
 
@@ -179,11 +176,8 @@ class Streamed:
             self._is_tuple = isinstance(output, tuple)
             raise _AllCaptured
 
-        with self._replaced(record):
-            try:
-                self._model(input_ids=ids_BT, labels=ids_BT, use_cache=False)
-            except _AllCaptured:
-                pass
+        with self._replaced(record), suppress(_AllCaptured):
+            self._model(input_ids=ids_BT, labels=ids_BT, use_cache=False)
 
     def _returned(self, hidden_BTH: Tensor) -> Any:
         """`hidden_BTH` as a block would return it."""

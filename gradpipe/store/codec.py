@@ -128,7 +128,7 @@ def _check_spec(spec: StatisticSpec, statistic: str) -> None:
 
 
 def decode_levels(item: Encoded, base: Encoded | None = None) -> Levels:
-    """offsets + codes, and the base's levels, (out, in); specials far outside ±`SPECIAL`."""
+    """Offsets + codes, and the base's levels, (out, in); specials far outside ±`SPECIAL`."""
     packed, offsets = item.parts["codes"], item.parts["offsets"].astype(np.int32)
     rows, cols, escapes = split_offsets(offsets, len(packed), item.spec.num_escapes)
     codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
@@ -200,7 +200,9 @@ def _fit(levels: Levels, finite: npt.NDArray[np.bool_]) -> tuple[Levels, Levels]
 def _means(levels: Levels, finite: npt.NDArray[np.bool_], axis: int) -> npt.NDArray[np.float64]:
     """Means of the finite levels along an axis; 0 where there is none."""
     counts = np.maximum(np.count_nonzero(finite, axis=axis), 1)
-    return np.sum(levels, axis=axis, where=finite, dtype=np.int64) / counts
+    sums: npt.NDArray[np.int64] = np.sum(levels, axis=axis, where=finite, dtype=np.int64)
+    means: npt.NDArray[np.float64] = sums / counts
+    return means
 
 
 def _best_window(residual: Levels) -> int:

@@ -8,7 +8,7 @@
 
 A store is complete when it has its commit record, and begun when it has the record of its
 calibration samples, which every worker, resumption and shard then reads.
-"""  # noqa: D208 (a drawing)
+"""
 
 from __future__ import annotations
 

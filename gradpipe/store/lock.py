@@ -1,4 +1,4 @@
-"""One writer at a time: a lock file that says who holds it, and that a dead holder does not keep."""
+"""One writer at a time: a lock file that names its holder, and that a dead one does not keep."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +24,7 @@ from gradpipe.errors import GradpipeError, InputError, StoreError, one_line
 
 COMMIT_KEY = "commit.json"
 _MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
+_FSYNC_THREADS = 16
 _TEMPORARY = ".{}.tmp"  # one writer per object, so that a name is enough, and a restart reuses it
 
 
@@ -71,7 +73,7 @@ class CommitRecord:
 
 
 class ObjectWriter:
-    """Writes objects durably under one local folder and remembers what it wrote."""
+    """Writes objects under one local folder, and makes them durable when it commits."""
 
     def __init__(self, folder: Path) -> None:
         """`folder` is created when the first object is written."""
@@ -79,50 +81,67 @@ class ObjectWriter:
         self.record = CommitRecord()
 
     def write(self, key: str, data: bytes) -> None:
-        """Write `data` under `key`: a sibling file, fsync, rename."""
+        """Write `data` under `key`, whole or not at all; durable only once committed."""
         path = self.folder / key
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(path, data)
+            _replace(path, data)
         except OSError as error:
-            raise GradpipeError(f"cannot write {path}: {error.strerror or error}") from error
+            raise _write_error(path, error) from error
         self.record.objects[key] = (len(data), digest(data))
 
     def commit(self, key: str = COMMIT_KEY) -> None:
-        """Declare all objects written so far complete, by a record under `key`."""
-        paths = {path for name in self.record.objects for path in (self.folder / name).parents}
-        for path in sorted(paths):
-            if path == self.folder or self.folder in path.parents:
-                fsync_folder(path)
-        fsync_folder(self.folder.absolute().parent)
+        """Make all objects written so far durable, then declare them complete under `key`."""
+        files = [self.folder / name for name in self.record.objects]
+        folders = {folder for file in files for folder in file.parents if self._is_inside(folder)}
+        record = self.folder / key
         try:
-            write_durably(self.folder / key, self.record.to_bytes())
+            with ThreadPoolExecutor(_FSYNC_THREADS) as pool:  # file systems batch these
+                list(pool.map(fsync, [*files, *folders, self.folder.absolute().parent]))
+            record.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(record, self.record.to_bytes())
         except OSError as error:
-            raise GradpipeError(f"cannot write {key}: {error.strerror or error}") from error
+            raise _write_error(record, error) from error
+
+    def _is_inside(self, folder: Path) -> bool:
+        return folder == self.folder or self.folder in folder.parents
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """Publish `data` as `path`, whole or not at all, whatever happens to the machine."""
-    temporary = path.with_name(_TEMPORARY.format(path.name))
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
+    _replace(path, data, durable=True)
+    fsync(path.parent)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _replace(path: Path, data: bytes, *, durable: bool = False) -> None:
+    """Write a sibling file, then rename it."""
+    temporary = path.with_name(_TEMPORARY.format(path.name))
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _write_error(path: Path, error: OSError) -> GradpipeError:
+    return GradpipeError(
+        f"cannot write {path}: {error.strerror or error}: make room or give another folder, "
+        "then run the same command again"
+    )
 
 
 def remove_strays(folder: Path, keep: Iterable[str]) -> None:

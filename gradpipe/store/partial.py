@@ -101,7 +101,7 @@ class Partial:
     def keep_only(self, name: str) -> None:
         """Delete every other snapshot, and what a killed run left of one."""
         for path in self.folder.iterdir() if self.folder.exists() else ():
-            if path.name == f"{name}.json" or path.name == name or path.suffix == ".lock":
+            if path.name in (f"{name}.json", name) or path.suffix == ".lock":
                 continue
             if path.is_dir():
                 shutil.rmtree(path)

@@ -1,0 +1,230 @@
+"""One worker's share of stage one: its samples through a schedule, its progress safe on disk.
+
+Alone, a worker writes the store itself; as one of several shards it leaves raw sums to be merged.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gradpipe.errors import Interrupted, StoreError
+from gradpipe.pipeline.interrupt import stop_requests
+from gradpipe.pipeline.progress import progress_bar
+from gradpipe.stages.checkpoint import Checkpoint
+from gradpipe.stages.model import Blocks, Layer, attach, load_model
+from gradpipe.stages.plan import Plan
+from gradpipe.stages.schedule import resident_batch
+from gradpipe.stages.statistics import LayerAccumulator
+from gradpipe.stages.streamed import Streamed
+from gradpipe.stages.weights import WeightLoader
+from gradpipe.store.gradients import LOCK_NAME, PARTIAL, Calibration, StoreWriter
+from gradpipe.store.lock import locked
+from gradpipe.store.objects import CommitRecord, ObjectWriter, digest
+from gradpipe.store.partial import Partial, Shard
+from gradpipe.store.schema import StoreSpec
+
+_SNAPSHOT_SHARE = 0.04  # of the time, at most, goes into snapshots
+_FIRST_SNAPSHOT = 60.0  # seconds: before that, starting over costs less
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A worker's part of a collection that has begun."""
+
+    checkpoint: Checkpoint
+    model: Any  # a skeleton
+    blocks: Blocks
+    layers: tuple[Layer, ...]
+    spec: StoreSpec
+    calibration: Calibration
+    plan: Plan
+    device: torch.device
+    store: Path
+    shard: Shard
+    batch_size: int
+    scratch: Path | None
+    checkpoint_every: int | None
+
+    @property
+    def share(self) -> range:
+        """Ids of the samples that are this worker's."""
+        return self.shard.share(len(self.calibration.input_ids))
+
+    @property
+    def is_alone(self) -> bool:
+        """True if this worker's sums are the store's."""
+        return self.shard.count == 1
+
+    def ids(self) -> torch.Tensor:
+        """The share's tokens, (samples, tokens)."""
+        share = self.share
+        return torch.from_numpy(self.calibration.input_ids[share.start : share.stop]).long()
+
+
+def run_share(job: Job, console: Console) -> None:
+    """Collect the share; alone, finish the store. Raises Interrupted on a signal, all saved."""
+    partial = Partial(job.store, job.shard)
+    lock = job.store / PARTIAL / f"{job.shard.name}.lock"
+    console.print(f"schedule {job.plan.schedule}: {job.plan.reason}", highlight=False)
+    with locked(lock, wait=False), stop_requests() as stop_requested:
+        run = _run_resident if job.plan.schedule == "resident" else _run_streamed
+        run(job, partial, console, stop_requested)
+
+
+def _run_resident(
+    job: Job, partial: Partial, console: Console, stop_requested: Callable[[], bool]
+) -> None:
+    sums = [LayerAccumulator(x.spec, job.spec.statistics, job.device) for x in job.layers]
+    done = _restore(job, partial, sums)
+    if done == len(job.share) and not job.is_alone:
+        return
+    model = load_model(job.checkpoint, job.model.dtype, job.device)
+    blocks = Blocks(path=job.blocks.path, modules=tuple(model.get_submodule(job.blocks.path)))
+    layers = attach(job.layers, model)
+    timer = _SnapshotTimer(every=job.checkpoint_every)
+    with _bar(job, console, len(job.share)) as advance:
+        advance(done)
+        for ids_BT in job.ids()[done:].split(job.batch_size):
+            resident_batch(model, blocks, layers, sums, ids_BT.to(job.device))
+            done += len(ids_BT)
+            advance(len(ids_BT))
+            finished = done == len(job.share)
+            if finished and job.is_alone:
+                break
+            if finished or stop_requested() or timer.is_due(len(ids_BT)):
+                with timer.measured():
+                    _save(job, partial, sums, done)
+            if stop_requested() and not finished:
+                raise Interrupted(f"stopped after {done} of {len(job.share)} samples")
+    if job.is_alone:
+        _finish(job, ((x.spec, x) for x in sums))
+
+
+def _restore(job: Job, partial: Partial, sums: list[LayerAccumulator]) -> int:
+    """Load the newest sound snapshot; returns how many of the share's samples it covers."""
+    for name in reversed(partial.names()):
+        try:
+            snapshot = partial.read(name)
+            for accumulator in sums:
+                accumulator.restore(snapshot.layer(accumulator.spec, job.spec.statistics))
+        except StoreError:
+            for accumulator in sums:
+                accumulator.clear()
+            continue  # damaged: an older one, or none, does as well
+        partial.keep_only(name)
+        return len(snapshot.spec.samples)
+    partial.keep_only("")
+    return 0
+
+
+def _save(job: Job, partial: Partial, sums: list[LayerAccumulator], done: int) -> None:
+    """Write a snapshot, then delete the one before."""
+    name = f"samples-{done:08d}"
+    partial.write(name, job.share[:done], ((x.spec, x.result()) for x in sums))
+    partial.keep_only(name)
+
+
+def _finish(job: Job, sums: Iterator[tuple[Any, LayerAccumulator]]) -> None:
+    """Write the whole store from sums in memory."""
+    with locked(job.store / LOCK_NAME, wait=True):
+        writer = StoreWriter(job.store, job.spec)
+        writer.begin(job.calibration)
+        for layer, accumulator in sums:
+            writer.write_layer(layer, accumulator.result())
+        writer.commit()
+
+
+def _run_streamed(
+    job: Job, partial: Partial, console: Console, stop_requested: Callable[[], bool]
+) -> None:
+    loader = WeightLoader(job.model, job.checkpoint, job.device)
+    scratch = _scratch_folder(job, partial)
+    done = _done_blocks(job, partial)
+    run = Streamed(job.model, job.blocks, loader, job.ids(), job.batch_size, scratch, job.device)
+    writer = StoreWriter(job.store, job.spec)
+    with _bar(job, console, 2 * len(job.share) * len(job.blocks.modules)) as advance:
+
+        def step(count: int) -> None:
+            advance(count)
+            if stop_requested():
+                raise Interrupted("stopped; every finished block is saved")
+
+        for block, sums in run.run(job.layers, job.spec.statistics, frozenset(done), step):
+            name = _block_name(block)
+            if job.is_alone:
+                objects = ObjectWriter(job.store)
+                for x in sums:
+                    objects.record.objects.update(writer.write_layer(x.spec, x.result()).objects)
+                objects.commit(f"{partial.prefix}/{name}.json")
+            else:
+                partial.write(name, job.share, ((x.spec, x.result()) for x in sums))
+    if job.is_alone:
+        with locked(job.store / LOCK_NAME, wait=True):
+            writer.begin(job.calibration)
+            for name in partial.names():
+                data = (partial.folder / f"{name}.json").read_bytes()
+                writer.adopt(CommitRecord.from_bytes(data))
+            writer.commit()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _done_blocks(job: Job, partial: Partial) -> set[int | None]:
+    """Blocks whose statistics are committed."""
+    names = set(partial.names())
+    blocks: list[int | None] = [None, *range(len(job.blocks.modules))]
+    return {block for block in blocks if _block_name(block) in names}
+
+
+def _block_name(block: int | None) -> str:
+    return "outside" if block is None else f"block-{block:04d}"
+
+
+def _scratch_folder(job: Job, partial: Partial) -> Path:
+    """A folder that belongs to this collection and shard alone."""
+    if job.scratch is None:
+        return partial.folder / "scratch"
+    name = digest(repr((job.spec, job.shard, job.batch_size)).encode())
+    return job.scratch / f"gradpipe-{name}"
+
+
+@contextmanager
+def _bar(job: Job, console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    tokens = job.spec.samples.seq_len if job.plan.schedule == "resident" else 0
+    unit = "samples" if tokens else "block-samples"
+    with progress_bar(console, "collecting", total, unit, tokens) as advance:
+        yield advance
+
+
+@dataclass(slots=True)
+class _SnapshotTimer:
+    """Decides when a snapshot is worth its time."""
+
+    every: int | None  # samples; None: so that snapshots take under `_SNAPSHOT_SHARE`
+    pause: float = _FIRST_SNAPSHOT  # seconds
+    samples: int = 0
+    last: float = field(default_factory=time.monotonic)
+
+    def is_due(self, num_samples: int) -> bool:
+        """True if it is time, now that so many more samples are done."""
+        self.samples += num_samples
+        if self.every is not None:
+            return self.samples >= self.every
+        return time.monotonic() - self.last >= self.pause
+
+    @contextmanager
+    def measured(self) -> Iterator[None]:
+        """Time a snapshot, and space the next one by what it took."""
+        start = time.monotonic()
+        yield
+        self.last = time.monotonic()
+        self.samples = 0
+        self.pause = max(_FIRST_SNAPSHOT, (self.last - start) / _SNAPSHOT_SHARE)

@@ -1,0 +1,162 @@
+"""What a collection will take, from the config and the file headers alone: no weight is read.
+
+The figures are estimates, on the safe side: weights and accumulators are exact, activations are
+those that autograd and the hooks keep of each linear map, and a few of each block's width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gradpipe.errors import InputError
+from gradpipe.stages.model import Blocks, Layer
+from gradpipe.store.schema import GRADIENT_STATISTICS, LayerSpec
+
+SCHEDULES = ("auto", "resident", "streamed")
+_MARGIN = 1.2  # how much more than the estimate must be free
+_BLOCK_WIDTHS = 12  # hidden-sized values that a block keeps beside its linear maps
+_LOG_BYTES = {"grad_l1": 0.33, "grad_l2": 0.48, "grad_sum": 2.0}  # measured: docs/benchmarks.md
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How a collection runs, and what it needs."""
+
+    schedule: str  # resident or streamed
+    reason: str
+    num_parameters: int
+    resident_bytes: int  # on the device, if it ran resident
+    streamed_bytes: int  # on the device, if it ran streamed
+    free_bytes: int  # on the device, now
+    host_bytes: int  # beside the device's: codes and files in flight
+    scratch_bytes: int
+    store_bytes: int
+    read_bytes: int  # of weights
+    flops: float
+
+    @property
+    def device_bytes(self) -> int:
+        """What the chosen schedule needs on the device."""
+        return self.resident_bytes if self.schedule == "resident" else self.streamed_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """What is collected."""
+
+    num_samples: int
+    seq_len: int
+    batch_size: int
+    statistics: tuple[str, ...]
+    encoding: str
+
+
+def make_plan(
+    asked: str,
+    model: Any,
+    blocks: Blocks,
+    layers: Sequence[Layer],
+    work: Workload,
+    device: torch.device,
+) -> Plan:
+    """Plan for a skeleton; `auto` is resident where that fits with margin."""
+    size = model.dtype.itemsize
+    total = sum(p.numel() for p in model.parameters())
+    inside = sum(p.numel() for block in blocks.modules for p in block.parameters())
+    block = max(sum(p.numel() for p in b.parameters()) for b in blocks.modules)
+    sums = [_sum_bytes(x.spec, work.statistics) for x in layers]
+    block_sums = max(
+        sum(b for x, b in zip(layers, sums, strict=True) if x.spec.block == i)
+        for i in range(len(blocks.modules))
+    )
+    hidden = model.get_input_embeddings().embedding_dim
+    tokens = work.batch_size * work.seq_len
+    widths = max(
+        sum(sum(x.spec.shape) for x in layers if x.spec.block == i)
+        for i in range(len(blocks.modules))
+    )
+    activations = tokens * size * (widths + _BLOCK_WIDTHS * hidden)
+    head = tokens * _vocabulary(model) * (2 * size + 8)  # logits, and their float32 gradient
+    resident = (total * size) + sum(sums) + activations * len(blocks.modules) + head
+    streamed = max(
+        block * size + block_sums + activations + 3 * tokens * hidden * size,
+        (total - inside) * size + head + 3 * tokens * hidden * size,
+    )
+    free = free_bytes(device)
+    schedule, reason = _choose(asked, resident, free)
+    all_tokens = work.num_samples * work.seq_len
+    backward = any(name in GRADIENT_STATISTICS for name in work.statistics)
+    passes = (8 if schedule == "streamed" else 6) if backward else 2
+    read = total if schedule == "resident" else 2 * total
+    depth = len(blocks.modules)
+    return Plan(
+        schedule=schedule,
+        reason=reason,
+        num_parameters=total,
+        resident_bytes=resident,
+        streamed_bytes=streamed,
+        free_bytes=free,
+        host_bytes=3 * max(4 * x.spec.shape[0] * x.spec.shape[1] for x in layers),
+        scratch_bytes=(depth + 3) * all_tokens * hidden * size if schedule == "streamed" else 0,
+        store_bytes=sum(_stored_bytes(x.spec, work) for x in layers),
+        read_bytes=read * size,
+        flops=float(passes) * total * all_tokens,
+    )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device: of the GPU, or what this machine, or its container, has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
+    free = int(available[1]) * 1024 if available else 1 << 62
+    limit, used = _text("/sys/fs/cgroup/memory.max"), _text("/sys/fs/cgroup/memory.current")
+    if limit.strip().isdecimal() and used.strip().isdecimal():
+        free = min(free, int(limit) - int(used))
+    return free
+
+
+def _choose(asked: str, resident: int, free: int) -> tuple[str, str]:
+    if asked != "auto":
+        return asked, "as asked"
+    fits = resident * _MARGIN <= free
+    needs = f"resident needs about {_gib(resident)}, {_gib(free)} are free"
+    return ("resident" if fits else "streamed"), needs
+
+
+def check_schedule(asked: str) -> None:
+    """Raises InputError for a schedule that is not one."""
+    if asked not in SCHEDULES:
+        raise InputError(f"--schedule {asked}: expected one of {', '.join(SCHEDULES)}")
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def _text(path: str) -> str:
+    file = Path(path)
+    return file.read_text() if file.is_file() else ""
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
+
+
+def _sum_bytes(layer: LayerSpec, statistics: tuple[str, ...]) -> int:
+    return sum(4 * torch.Size(layer.statistic_shape(name)).numel() for name in statistics)
+
+
+def _stored_bytes(layer: LayerSpec, work: Workload) -> int:
+    per_value = {"float32": 4.0, "float16": 2.0}
+    total = 0.0
+    for name in work.statistics:
+        values = torch.Size(layer.statistic_shape(name)).numel()
+        total += values * per_value.get(work.encoding, _LOG_BYTES.get(name, 4.0))
+    return int(total)
