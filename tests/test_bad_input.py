@@ -127,7 +127,7 @@ def contents(*folders: Path) -> dict[str, tuple[int, ...]]:
         for folder in folders
         for root, folders_in, files_in in os.walk(folder)
         for path in (f"{root}/{name}" for name in (*folders_in, *files_in))
-        for stat in [os.stat(path, follow_symlinks=False)]
+        for stat in [Path(path).lstat()]
     }
 
 
