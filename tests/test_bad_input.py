@@ -32,7 +32,7 @@ from tests.texts import SENTENCE, write_text
 PIPE = Path(sys.executable).with_name("pipe")
 LAYER = "model.layers.0.self_attn.q_proj"
 KEY = f"{LAYER}.weight"
-OBJECT = f"layers/{LAYER}/grad_l1/values/c/0/0"
+OBJECT = f"layers/{LAYER}/grad_l1/codes/c/0/0"
 PLANTED = "planted"  # the file that hostile input would create if its code were run
 
 COLLECT = "collect-grads model new --dataset text.txt --seq-len 16 --num-samples 2"
@@ -715,7 +715,7 @@ _DAMAGES = [_flip(0), _flip(0.5), _flip(1), _halve, _lengthen, _write("")]
     "damage", _DAMAGES, ids=["first", "middle", "last", "halved", "longer", "empty"]
 )
 @pytest.mark.parametrize(
-    "key", ["zarr.json", "commit.json", f"layers/{LAYER}/grad_l1/values/zarr.json", OBJECT]
+    "key", ["zarr.json", "commit.json", f"layers/{LAYER}/grad_l1/codes/zarr.json", OBJECT]
 )
 def test_a_damaged_object_is_named(
     refused: Refused,

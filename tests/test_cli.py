@@ -263,7 +263,7 @@ def _scores(name: str, grad_norm: str) -> Tensor:
     store = GradientStore.open("store")
     layer = store.spec.layer(name)
     assert layer is not None
-    sums = {s: torch.from_numpy(store.read_sums(layer, s)) for s in store.spec.statistics}
+    sums = {s: torch.from_numpy(store.read_norms(layer, s)) for s in store.spec.statistics}
     weight = weights("model")[layer.weight_key]
     return reference_score("gblm", weight, sums, SAMPLES, ALPHA, grad_norm)
 

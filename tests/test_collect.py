@@ -13,6 +13,7 @@ from gradpipe.stages.model import Layer, find_blocks, find_layers, load_model, l
 from gradpipe.stages.samples import Text, draw_samples
 from gradpipe.stages.schedule import resident_batch
 from gradpipe.stages.statistics import LayerAccumulator
+from gradpipe.store.codec import norm_of
 from gradpipe.store.schema import LayerSpec
 from tests.models import save_tiny, tiny_model
 from tests.reference import reference_statistics
@@ -41,14 +42,14 @@ def root(tmp_path: Path) -> Path:
 
 def test_the_store_holds_the_reference_s_statistics_of_its_own_samples(root: Path) -> None:
     """The tokens in the store, put through plain autograd, give the sums in the store."""
-    store = collect(config(root, batch_size=2))
+    store = collect(config(root, batch_size=2, encoding="float32"))
     ids = torch.from_numpy(store.input_ids()).long()
     assert ids.shape == (3, 16)
     expected = reference_statistics(tiny_model("llama"), ids)
     for layer in store.spec.layers:
         for statistic in ("grad_l1", "grad_l2", "act_l2"):
-            sums = expected[layer.name][statistic].numpy()
-            got = store.read_sums(layer, statistic)
+            sums = norm_of(statistic, expected[layer.name][statistic].numpy())
+            got = store.read_norms(layer, statistic)
             np.testing.assert_allclose(got, sums, rtol=1e-5, atol=1e-5 * np.sqrt((sums**2).mean()))
 
 
@@ -90,12 +91,23 @@ def test_short_documents_are_joined(root: Path) -> None:
         draw_samples("toy", text, tokenizer, 4, 10_000, 0)
 
 
-def test_an_unfinished_store_is_begun_anew(root: Path) -> None:
-    """A store without its commit record is not in the way of the same command."""
+def test_a_finished_store_is_the_same_command_s_result(root: Path) -> None:
+    """The same command again has nothing to do, and tidies what a kill may have left."""
     first = collect(config(root))
+    (root / "store" / "partial").mkdir()
+    (root / "store" / "partial" / "stray").touch()
+    assert collect(config(root)).digest == first.digest
+    assert not (root / "store" / "partial").exists()
+    with pytest.raises(InputError, match="exists and is complete"):
+        collect(config(root, seed=1))
+
+
+def test_an_unfinished_store_is_not_continued_by_another_command(root: Path) -> None:
+    """Mixed settings would give sums of two things; --overwrite starts anew."""
+    collect(config(root))
     (root / "store" / "commit.json").unlink()
     (root / "store" / "layers" / "stray").mkdir()
-    assert collect(config(root)).digest == first.digest
+    assert collect(config(root, seed=1)).spec.samples.seed == 1
     assert not (root / "store" / "layers" / "stray").exists()
 
 
@@ -125,7 +137,7 @@ def _accumulator() -> LayerAccumulator:
 def test_a_layer_that_runs_twice_is_refused() -> None:
     """Norms of two halves are not the norm of the whole: better no number than a wrong one."""
     model, accumulator = _Twice(), _accumulator()
-    layers = [Layer(spec=accumulator.spec, module=model.layers[0][0])]  # type: ignore[index]
+    layers = [Layer(path="layers.0.0", spec=accumulator.spec, module=model.layers[0][0])]  # type: ignore[index]
     ids = torch.zeros((1, 3), dtype=torch.long)
     with pytest.raises(GradpipeError, match="runs twice"):
         resident_batch(model, find_blocks(model), layers, [accumulator], ids)
@@ -148,20 +160,21 @@ def test_a_nan_stops_with_the_layer_s_name() -> None:
 
 
 def test_a_model_that_overflows_leaves_no_store(root: Path) -> None:
-    """A loss that is not finite stops the run before anything is written."""
+    """A loss that is not finite stops the run before a statistic is written."""
     checkpoint = Checkpoint.open(str(root / "model"))
-    model = load_model(checkpoint, "float32", torch.device("cpu"))
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
     model.model.embed_tokens.weight.data.fill_(float("nan"))
     model.save_pretrained(root / "model")
     with pytest.raises(GradpipeError, match="loss is nan"):
         collect(config(root))
-    assert not (root / "store").exists()
+    assert not (root / "store" / "commit.json").exists()
+    assert not (root / "store" / "layers" / "model.layers.0.mlp.up_proj").exists()
 
 
 def test_blocks_are_found_or_named_by_hand(root: Path) -> None:
     """The largest list of like modules is taken; any other path must be one that exists."""
     checkpoint = Checkpoint.open(str(root / "model"))
-    model = load_model(checkpoint, "float32", torch.device("cpu"))
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
     assert find_blocks(model).path == find_blocks(model, "model.layers").path == "model.layers"
     with pytest.raises(InputError, match=r"this model has model\.layers"):
         find_blocks(model, "model.blocks")
@@ -178,7 +191,7 @@ def test_cuda_gives_the_cpu_s_statistics(root: Path) -> None:
     on_gpu = collect(config(root, store=root / "gpu", device="cuda"))
     for layer in on_cpu.spec.layers:
         for statistic in on_cpu.spec.statistics:
-            expected = on_cpu.read_sums(layer, statistic)
+            expected = on_cpu.read_norms(layer, statistic)
             atol = 1e-4 * float(np.sqrt((expected**2).mean()))
-            got = on_gpu.read_sums(layer, statistic)
+            got = on_gpu.read_norms(layer, statistic)
             np.testing.assert_allclose(got, expected, rtol=1e-3, atol=atol)

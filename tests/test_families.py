@@ -13,6 +13,7 @@ from gradpipe.stages.model import Layer, find_blocks, find_layers, load_model
 from gradpipe.stages.schedule import resident_batch
 from gradpipe.stages.score import METHODS, Norms
 from gradpipe.stages.statistics import LayerAccumulator
+from gradpipe.store.codec import norm_of
 from gradpipe.store.gradients import LayerStats
 from gradpipe.store.schema import STATISTICS
 from tests.models import FAMILIES, VOCAB_SIZE, random_ids, save_tiny, tiny_model
@@ -32,7 +33,7 @@ def collected(
 ) -> dict[str, LayerStats]:
     """Statistics of the model in `folder` by layer name, with the package's own hooks."""
     checkpoint = Checkpoint.open(str(folder))
-    model = load_model(checkpoint, dtype, torch.device("cpu"))
+    model = load_model(checkpoint, getattr(torch, dtype), torch.device("cpu"))
     blocks = find_blocks(model)
     layers = find_layers(model, blocks, checkpoint)
     sums = [LayerAccumulator(x.spec, statistics, torch.device("cpu")) for x in layers]
@@ -43,14 +44,14 @@ def collected(
 
 def norms_of(stats: LayerStats) -> Norms:
     """The norms that stage two would score with."""
-    sums = {name: torch.from_numpy(array) for name, array in stats.arrays.items()}
-    return Norms(sums=sums, num_samples=dict.fromkeys(sums, stats.num_samples))
+    norms = {name: torch.from_numpy(norm_of(name, sums)) for name, sums in stats.arrays.items()}
+    return Norms(values=norms, num_samples=dict.fromkeys(norms, stats.num_samples))
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
     """Weights (out, in) by layer name."""
     checkpoint = Checkpoint.open(str(folder))
-    model = load_model(checkpoint, "float32", torch.device("cpu"))
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
     layers: tuple[Layer, ...] = find_layers(model, find_blocks(model), checkpoint)
     weights = {x.spec.name: checkpoint.read(x.spec.weight_key) for x in layers}
     return {

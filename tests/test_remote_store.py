@@ -143,8 +143,8 @@ def assert_same(remote: GradientStore, local: GradientStore) -> None:
     np.testing.assert_array_equal(remote.input_ids(), local.input_ids(), strict=True)
     for layer in local.spec.layers:
         for statistic in local.spec.statistics:
-            sums = remote.read_sums(layer, statistic)
-            np.testing.assert_array_equal(sums, local.read_sums(layer, statistic), strict=True)
+            sums = remote.read_norms(layer, statistic)
+            np.testing.assert_array_equal(sums, local.read_norms(layer, statistic), strict=True)
 
 
 def pipe(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
