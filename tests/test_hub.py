@@ -6,6 +6,8 @@ of GPTQ (github.com/IST-DASLab/gptq, datautils.py), which Wanda and GBLM-Pruner 
 """
 
 import contextlib
+import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -58,51 +60,18 @@ WORDS = (
     "it?",
 )
 
-# The cards declare what the real ones do: whole corpora, and more configurations than one.
-C4_CARD = """---
-dataset_info:
-- config_name: en
-  features:
-  - name: text
-    dtype: string
-  - name: timestamp
-    dtype: string
-  - name: url
-    dtype: string
-  splits:
-  - name: train
-    num_bytes: 828589180707
-    num_examples: 364868892
-  - name: validation
-    num_bytes: 825767266
-    num_examples: 364608
-  download_size: 326778635540
-  dataset_size: 1657178361414
-configs:
-- config_name: en
-  data_files:
-  - split: train
-    path: en/c4-train.*.json.gz
-  - split: validation
-    path: en/c4-validation.*.json.gz
-- config_name: fr
-  data_files:
-  - split: train
-    path: multilingual/c4-fr.*.json.gz
----
-"""
 TABLES_CARD = """---
 configs:
-- config_name: {names[0]}
+- config_name: prose
   data_files:
   - split: train
-    path: {names[0]}/train-*
+    path: prose/train-*
   - split: test
-    path: {names[0]}/test-*
-- config_name: {names[1]}
+    path: prose/test-*
+- config_name: verse
   data_files:
   - split: train
-    path: {names[1]}/train-*
+    path: verse/train-*
 ---
 """
 
@@ -126,8 +95,10 @@ def write_rows(path: Path, rows: Sequence[str], column: str = "text") -> None:
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
 
 
-TRAIN = sentences(40, longest=60, seed=1)
+SHORT, LONG = " ".join(WORDS[:4]), " ".join(WORDS)  # windows as long as these do not fit in them
+TRAIN = sentences(40, longest=60, seed=1) + 10 * [SHORT, LONG]
 VALIDATION = sentences(1300, longest=8, seed=2)
+VALIDATION[1099:1101] = [20 * LONG, 20 * SHORT]  # the last that counts, and the next
 WIKI_TRAIN, WIKI_TEST = (["", " = Rows = \n", *sentences(50, 20, seed)] for seed in (3, 4))
 OWN_TRAIN, OWN_TEST = sentences(20, 40, seed=5), sentences(20, 40, seed=6)
 
@@ -138,18 +109,15 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hubs.Hub]:
     root = tmp_path_factory.mktemp("hub")
     write_rows(root / "c4" / C4_TRAIN, TRAIN)
     write_rows(root / "c4" / C4_VALIDATION, VALIDATION)
-    (root / "c4" / "README.md").write_text(C4_CARD)
     for split, rows in (("train", WIKI_TRAIN), ("validation", []), ("test", WIKI_TEST)):
         name = f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
         write_rows(root / "wikitext" / name, rows)
-    card = TABLES_CARD.format(names=("wikitext-2-raw-v1", "wikitext-2-v1"))
-    (root / "wikitext" / "README.md").write_text(card)
     write_rows(root / "texts" / "data" / "train-00000-of-00001.parquet", OWN_TRAIN)
     write_rows(root / "texts" / "data" / "test-00000-of-00001.parquet", OWN_TEST)
     write_rows(root / "tables" / "prose" / "train-0.jsonl", OWN_TEST, column="body")
     write_rows(root / "tables" / "prose" / "test-0.jsonl", OWN_TRAIN, column="body")
     write_rows(root / "tables" / "verse" / "train-0.jsonl", OWN_TRAIN, column="body")
-    (root / "tables" / "README.md").write_text(TABLES_CARD.format(names=("prose", "verse")))
+    (root / "tables" / "README.md").write_text(TABLES_CARD)
     (root / "empty").mkdir()
     (root / "empty" / ".gitattributes").write_text("*.bin filter=lfs\n")
     save_tiny("llama", root / "tiny", max_shard_size="20KB")
@@ -228,9 +196,12 @@ def pipe(*words: str) -> tuple[int, str]:
 # What the reference does.
 
 
+_tokenizer = functools.cache(tiny_tokenizer)
+
+
 def tokens(text: str) -> list[int]:
     """The toy tokenizer's ids."""
-    ids: list[int] = tiny_tokenizer()(text)["input_ids"]
+    ids: list[int] = _tokenizer()(text)["input_ids"]
     return ids
 
 
@@ -276,19 +247,26 @@ def assert_one_line(error: InputError, *parts: str) -> None:
 # The presets.
 
 
-@pytest.mark.parametrize("seq_len", [12, 48])
+@pytest.mark.parametrize("length", [SHORT, LONG])
 @pytest.mark.parametrize("seed", [0, 1, 2024])
 def test_c4_calibration_is_the_references(
-    client: ProcessPoolExecutor, seed: int, seq_len: int
+    client: ProcessPoolExecutor, seed: int, length: str
 ) -> None:
     """Same generator, same draws: documents too short are drawn again, then a place in one."""
-    lengths = [len(tokens(document)) for document in TRAIN]
-    assert min(lengths) <= seq_len < max(lengths)
+    seq_len = len(tokens(length))
     samples = client.submit(calibration, DataConfig(name="c4"), seq_len, seed).result()
     windows, sources = reference_documents(TRAIN, seq_len, seed)
     assert samples.input_ids.tolist() == windows
     assert list(map(tuple, samples.sources.tolist())) == sources
     assert (samples.spec.sampling, samples.spec.revision) == ("document", C4_COMMIT)
+
+
+def test_c4_calibration_joins_what_is_too_short(client: ProcessPoolExecutor) -> None:
+    """Where no document is long enough the reference never ends; here they are joined by spaces."""
+    seq_len = 1 + max(len(tokens(document)) for document in TRAIN)
+    samples = client.submit(calibration, DataConfig(name="c4"), seq_len, 0).result()
+    assert samples.input_ids.tolist() == reference_joined(" ".join(TRAIN), seq_len, 0)
+    assert samples.spec.sampling == "joined"
 
 
 @pytest.mark.parametrize("seq_len", [8, 96])
@@ -454,6 +432,34 @@ def test_a_model_that_cannot_be_had_is_the_users_mistake(
     assert (code, len(stderr.strip().splitlines())) == (2, 1)
     assert list(tmp_path.iterdir()) == []
     assert not any("pytorch_model.bin" in line for line in hub.requests)
+
+
+def test_a_store_on_the_hub_prunes_as_the_local_one(
+    hub: hubs.Hub, client: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    """`hf://` reads a store that was published as a dataset; the output's bytes are the same."""
+    model = save_tiny("llama", tmp_path / "model")
+    write_rows(tmp_path / "text.jsonl", OWN_TRAIN)
+    config = CollectConfig(
+        model=str(model),
+        store=tmp_path / "store",
+        data=DataConfig(name=str(tmp_path / "text.jsonl")),
+        num_samples=2,
+        seq_len=8,
+        statistics=("grad_l1", "act_l2"),
+    )
+    collect(config)
+    hub.commit("datasets/someone/store", tmp_path / "store")
+    outputs = []
+    for name, store in (("a", str(tmp_path / "store")), ("b", "hf://datasets/someone/store")):
+        options = PruneConfig(model=str(model), store=store, out=tmp_path / name, include=("mlp",))
+        (result,) = client.submit(prune, options).result()
+        outputs.append({p.name: p.read_bytes() for p in result.folder.iterdir()})
+    assert outputs[0] == outputs[1]
+    unheard = dataclasses.replace(options, store="hf://datasets/someone/unheard-of")
+    with pytest.raises(InputError) as caught:
+        client.submit(prune, unheard).result()
+    assert_one_line(caught.value, "hf://datasets/someone/unheard-of")
 
 
 # Without the Hub.
