@@ -38,6 +38,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # it would eat [default: …]
 )
 store_app = typer.Typer(help="Look at, check and import gradient stores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")

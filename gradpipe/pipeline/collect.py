@@ -161,6 +161,7 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     check_destination(config.store, sources)
     checkpoint = Checkpoint.open(config.model)
     device = resolve_device(config.device)
+    sequence_length(config.seq_len, checkpoint)
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
     layers = find_layers(model, blocks, checkpoint, config.include)
@@ -194,18 +195,20 @@ def _begin(
 ) -> StoreSpec | None:
     """Fix the samples, or find them fixed; None if the same command has finished before."""
     folder, samples = config.store, None
-    if config.overwrite or not (is_begun(folder) or is_complete(folder)):
+    if is_complete(folder) and not config.overwrite:
+        store = GradientStore.open(folder)
+        if _spec(config, checkpoint, layers, store.spec.samples) != store.spec:
+            raise InputError(
+                f"store {folder} exists and is complete: give another name or --overwrite"
+            )
+        tidy(folder)
+        return None
+    if config.overwrite or not is_begun(folder):
         samples = _draw(config, checkpoint)
         check_tokens(samples.input_ids, checkpoint, model)
     with locked(folder / LOCK_NAME, wait=True):
         if is_complete(folder) and not config.overwrite:
-            store = GradientStore.open(folder)
-            if _spec(config, checkpoint, layers, store.spec.samples) != store.spec:
-                raise InputError(
-                    f"store {folder} exists and is complete: give another name or --overwrite"
-                )
-            tidy(folder)
-            return None
+            return None  # another process was faster
         if is_begun(folder) and not (config.overwrite and samples is not None):
             begun, _ = read_begun(folder)
             check_same(folder, _spec(config, checkpoint, layers, begun.samples), begun)
@@ -236,7 +239,9 @@ def _draw(config: CollectConfig, checkpoint: Checkpoint) -> Samples:
     seq_len = sequence_length(config.seq_len, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     text = load_text(config.data, "calibration")
-    return draw_samples(config.data.name, text, tokenizer, config.num_samples, seq_len, config.seed)
+    return draw_samples(
+        config.data.label, text, tokenizer, config.num_samples, seq_len, config.seed
+    )
 
 
 def _workload(config: CollectConfig, seq_len: int) -> Workload:
@@ -253,7 +258,9 @@ def _spec(
     config: CollectConfig, checkpoint: Checkpoint, layers: tuple[Layer, ...], samples: SampleSpec
 ) -> StoreSpec:
     options = changed_options(config, leave_out=_NOT_RESULTS)
-    options |= {"dataset": config.data.name, "statistics": ",".join(config.statistics)}
+    data = changed_options(config.data, leave_out={"name", "config"})
+    options |= {"dataset": config.data.label, "dataset-config": config.data.config, **data}
+    options |= {"statistics": ",".join(config.statistics)}
     dtype = resolve_dtype(config.dtype, checkpoint)
     return StoreSpec(
         version=FORMAT_VERSION,

@@ -299,11 +299,11 @@ def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
             keys[name] = by_identity[id(stored[name])]
         elif len(alike) == 1:
             keys[name] = alike[0]
-        else:
-            raise InputError(
-                f"{checkpoint.name} has no tensor {name}, which its config.json asks for: "
-                "fetch it again"
-            )
+    if missing := sorted(stored.keys() - keys.keys()):
+        raise InputError(
+            f"{checkpoint.name} lacks {len(missing)} tensors that its config.json asks for, "
+            f"first {missing[0]}: fetch it again"
+        )
     _check_shapes(keys, stored, checkpoint)
     return keys
 

@@ -46,6 +46,11 @@ class DataConfig:
     revision: str | None = None  # Hub only: a commit; default the newest, which is recorded
     text_column: str = "text"
 
+    @property
+    def label(self) -> str:
+        """What a shared artefact may call it: a local file or folder by its own name alone."""
+        return Path(self.name).resolve().name if Path(self.name).exists() else self.name
+
     def __post_init__(self) -> None:
         """Refuse an empty name: it would be the current folder."""
         if not self.name:

@@ -157,7 +157,7 @@ class StoreWriter:
 def tidy(folder: Path) -> None:
     """Remove from a complete store whatever its commit record does not name."""
     record = CommitRecord.from_bytes((folder / COMMIT_KEY).read_bytes())
-    remove_strays(folder, {*record.objects, COMMIT_KEY, LOCK_NAME})
+    remove_strays(folder, {*record.objects, COMMIT_KEY})
 
 
 class GradientStore:

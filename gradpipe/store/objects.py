@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from gradpipe.errors import GradpipeError, InputError, StoreError, one_line
 COMMIT_KEY = "commit.json"
 _MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
 _FSYNC_THREADS = 16
+_STEP = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9_.\-]+"  # neither . nor .., which could leave the store
+_KEY = re.compile(rf"{_STEP}(?:/{_STEP})*")
 _TEMPORARY = ".{}.tmp"  # one writer per object, so that a name is enough, and a restart reuses it
 
 
@@ -64,6 +67,8 @@ class CommitRecord:
                 f"object {COMMIT_KEY} is damaged ({type(error).__name__}): restore it from a copy, "
                 "or remove the store and collect again"
             ) from error
+        if odd := next((key for key in record.objects if not _KEY.fullmatch(key)), None):
+            raise StoreError(f"object {COMMIT_KEY} names {odd[:80]!r}, which is no key of a store")
         if record.to_bytes() != data:
             raise StoreError(
                 f"object {COMMIT_KEY} is damaged (its digest differs): restore it from a copy, "

@@ -96,7 +96,7 @@ class LayerSpec(JsonSpec):
 class ModelSpec(JsonSpec):
     """Which checkpoint was measured."""
 
-    name: str  # as the user gave it: a path or a Hub id
+    name: str  # a Hub id, or a local folder's own name
     revision: str | None  # the Hub's commit, None for a local folder
     architecture: str  # config.json's first architecture
     dtype: str  # what the model computed in: float32, bfloat16, float16
@@ -107,7 +107,7 @@ class ModelSpec(JsonSpec):
 class SampleSpec(JsonSpec):
     """Which calibration samples were used."""
 
-    dataset: str  # preset, Hub id or path
+    dataset: str  # preset, Hub id, or a local file's own name
     revision: str | None  # the Hub's commit, None for local text
     sampling: str  # "document": windows of single documents; "joined": of all text; "imported"
     seed: int
@@ -137,14 +137,20 @@ class StoreSpec(JsonSpec):
     layers: tuple[LayerSpec, ...]
     command: str
 
-    def __post_init__(self) -> None:
-        """Refuse versions from the future, unknown statistics and repeated layers."""
-        if self.version != FORMAT_VERSION:
+    @classmethod
+    def from_json(cls, document: object) -> Self:
+        """As `JsonSpec`, but first of all refuse versions that may have other fields."""
+        version = document.get("version") if isinstance(document, dict) else FORMAT_VERSION
+        if version != FORMAT_VERSION:
             raise StoreError(
-                f"store version {self.version}, this gradpipe reads {FORMAT_VERSION}: upgrade it"
+                f"store version {version!s:.20}, this gradpipe reads {FORMAT_VERSION}: upgrade it"
             )
+        return super(StoreSpec, cls).from_json(document)
+
+    def __post_init__(self) -> None:
+        """Refuse unknown or repeated statistics and layers."""
         unknown = set(self.statistics) - set(STATISTICS)
-        if unknown or not self.statistics:
+        if unknown or not self.statistics or len(set(self.statistics)) < len(self.statistics):
             raise StoreError(
                 f"store holds unknown statistics {sorted(unknown)}, expected {STATISTICS}"
             )
