@@ -17,7 +17,6 @@ import datasets
 import typer
 from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 from rich.console import Console
-from rich.table import Table
 
 from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
 from gradpipe.pipeline import collect as collecting
@@ -26,8 +25,7 @@ from gradpipe.pipeline import evaluate as evaluating
 from gradpipe.pipeline import import_gblm as importing
 from gradpipe.pipeline import merge as merging
 from gradpipe.pipeline import prune as pruning
-from gradpipe.pipeline.output import PruneResult
-from gradpipe.stages.plan import Plan
+from gradpipe.pipeline.tables import demo_table, layer_table, plan_table, store_table
 from gradpipe.stages.samples import DataConfig
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.partial import Shard
@@ -62,6 +60,26 @@ SeqLen = Annotated[
 ]
 BatchSize = Annotated[int, typer.Option(help="Windows in one pass; results do not depend on it.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result here; - for stdout.")]
+Blocks = Annotated[str | None, typer.Option(help="Path of the block list, as model.layers.")]
+Statistics = Annotated[str, typer.Option(help="Of grad_l1, grad_l2, grad_sum, act_l2, act_sum.")]
+Encoding = Annotated[str, typer.Option(help="compact, float32 or float16.")]
+Schedule = Annotated[
+    str, typer.Option(help="auto, resident, or streamed: one block in memory at a time.")
+]
+Scratch = Annotated[
+    Path | None, typer.Option(help="Folder for streamed activations [default: in the store].")
+]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(help="Samples between snapshots [default: under 5 % of the time].")
+]
+ShardOption = Annotated[
+    str | None,
+    typer.Option("--shard", help="I/N: be job I of N on this store [default: Slurm's array task]."),
+]
+Finalize = Annotated[
+    bool, typer.Option("--finalize", help="If this shard is the last to finish, merge them.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and stop.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
 
 
@@ -78,38 +96,19 @@ def collect_grads(
     seq_len: SeqLen = None,
     seed: Annotated[int, typer.Option(help="Seed of the windows drawn.")] = 0,
     batch_size: BatchSize = 1,
-    statistics: Annotated[
-        str, typer.Option(help="Of grad_l1, grad_l2, grad_sum, act_l2, act_sum.")
-    ] = "grad_l1,grad_l2,act_l2",
-    encoding: Annotated[str, typer.Option(help="compact, float32 or float16.")] = "compact",
-    blocks: Annotated[
-        str | None, typer.Option(help="Path of the block list, as model.layers.")
-    ] = None,
+    statistics: Statistics = "grad_l1,grad_l2,act_l2",
+    encoding: Encoding = "compact",
+    blocks: Blocks = None,
     include: Include = [],  # noqa: B006 (typer wants a list)
-    schedule: Annotated[
-        str, typer.Option(help="auto, resident, or streamed: one block in memory at a time.")
-    ] = "auto",
-    scratch: Annotated[
-        Path | None, typer.Option(help="Folder for streamed activations [default: in the store].")
-    ] = None,
+    schedule: Schedule = "auto",
+    scratch: Scratch = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    checkpoint_every: Annotated[
-        int | None, typer.Option(help="Samples between snapshots [default: under 5 % of the time].")
-    ] = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            help="I/N: be job I of N on this store [default: a Slurm array's task, if in one]."
-        ),
-    ] = None,
-    finalize: Annotated[
-        bool, typer.Option("--finalize", help="If this shard is the last to finish, merge them.")
-    ] = False,
+    checkpoint_every: CheckpointEvery = None,
+    shard: ShardOption = None,
+    finalize: Finalize = False,
     overwrite: Overwrite = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what it would take, and stop.")
-    ] = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Stage one: stream calibration samples through a model and write a gradient store."""
     data = _data(dataset, dataset_config, split, revision, text_column)
@@ -135,12 +134,12 @@ def collect_grads(
         overwrite=overwrite,
     )
     if dry_run:
-        _stdout().print(_plan_table(collecting.plan(config)))
+        _stdout().print(plan_table(collecting.plan(config)))
         return
     run = collecting.collect if config.shard is None else collecting.collect_shard
     result = run(config, _stderr())
     if result is not None:
-        _stdout().print(_store_table(result))
+        _stdout().print(store_table(result))
     else:
         _stderr().print(f"shard {shard} is done: merge with pipe store merge {store}")
 
@@ -191,7 +190,7 @@ def prune(
         _stderr(),
     )
     for result in results:
-        _stdout().print(_layer_table(result))
+        _stdout().print(layer_table(result))
 
 
 @app.command("eval")
@@ -238,14 +237,7 @@ def demo(
 ) -> None:
     """The whole of it on the embedded model: collect, prune with every method, compare."""
     result = demonstrating.demo(out, _stderr())
-    table = Table(title=f"Perplexity on held-out text (dense {result.dense:.2f})")
-    table.add_column("method")
-    labels = next(iter(result.perplexities.values()))
-    for label in labels:
-        table.add_column(label, justify="right")
-    for name, row in result.perplexities.items():
-        table.add_row(name, *(f"{row[label]:.2f}" for label in labels))
-    _stdout().print(table)
+    _stdout().print(demo_table(result))
     _stdout().print(f"store and checkpoints: {result.folder}", highlight=False, soft_wrap=True)
 
 
@@ -258,7 +250,7 @@ def store_info(
     opened = GradientStore.open(store)
     document = {**opened.spec.to_json(), "digest": opened.digest, "bytes": opened.sizes()}
     if not _write_json(json_file, document):
-        _stdout().print(_store_table(opened))
+        _stdout().print(store_table(opened))
 
 
 @store_app.command("verify")
@@ -276,7 +268,7 @@ def store_merge(
     ],
 ) -> None:
     """Add up the shards of one collection, and finish the first store."""
-    _stdout().print(_store_table(merging.merge(stores)))
+    _stdout().print(store_table(merging.merge(stores)))
 
 
 @store_app.command("import-gblm")
@@ -307,7 +299,7 @@ def store_import_gblm(
         scale=scale,
         overwrite=overwrite,
     )
-    _stdout().print(_store_table(importing.import_gblm(config)))
+    _stdout().print(store_table(importing.import_gblm(config)))
 
 
 def main() -> None:
@@ -351,28 +343,6 @@ def _shard(text: str | None) -> Shard | None:
     return None if text is None else Shard.parse(text)
 
 
-def _plan_table(plan: Plan) -> Table:
-    table = Table(title="collect-grads would take", show_header=False)
-    rows = {
-        "schedule": f"{plan.schedule} ({plan.reason})",
-        "parameters": f"{plan.num_parameters:,}",
-        "memory on the device": f"{_gib(plan.device_bytes)} of {_gib(plan.free_bytes)} free",
-        "  resident / streamed": f"{_gib(plan.resident_bytes)} / {_gib(plan.streamed_bytes)}",
-        "memory on the host": _gib(plan.host_bytes),
-        "scratch": _gib(plan.scratch_bytes),
-        "store": _gib(plan.store_bytes),
-        "weights read": _gib(plan.read_bytes),
-        "operations": f"{plan.flops:.2e}",
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
-
-
 def _check_json(path: Path | None) -> None:
     """Refuse a file that cannot be written before the work is done, not after."""
     if path is not None and str(path) != "-" and (path.is_dir() or not path.parent.is_dir()):
@@ -392,32 +362,3 @@ def _write_json(path: Path | None, document: dict[str, Any]) -> bool:
     except OSError as error:
         raise GradpipeError(f"cannot write {path}: {error.strerror}") from error
     return True
-
-
-def _store_table(store: GradientStore) -> Table:
-    spec, sizes = store.spec, store.sizes()
-    num_weights = sum(layer.shape[0] * layer.shape[1] for layer in spec.layers)
-    table = Table(title=f"gradient store {store.url}", show_header=False)
-    rows = {
-        "model": f"{spec.model.name} ({spec.model.architecture}, {spec.model.dtype})",
-        "samples": f"{spec.samples.num_samples} x {spec.samples.seq_len} tokens of "
-        f"{spec.samples.dataset} ({spec.samples.sampling}, seed {spec.samples.seed})",
-        "layers": f"{len(spec.layers)}, {num_weights:,} weights",
-        "encoding": spec.encoding,
-        **{name: f"{size / num_weights:.3f} bytes per weight" for name, size in sizes.items()},
-        "size": f"{sum(sizes.values()):,} bytes",
-        "digest": store.digest,
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
-
-
-def _layer_table(result: PruneResult) -> Table:
-    table = Table(title=f"{result.folder}", show_footer=True)
-    table.add_column("layer", "total")
-    table.add_column("requested", f"{result.requested:.4f}", justify="right")
-    table.add_column("achieved", f"{result.achieved:.4f}", justify="right")
-    for layer in result.layers:
-        table.add_row(layer.name, f"{layer.requested:.4f}", f"{layer.achieved:.4f}")
-    return table

@@ -273,7 +273,7 @@ def _scores(name: str, grad_norm: str) -> Tensor:
 @pytest.mark.parametrize("grad_norm", ["l1", "l2"])
 def test_imported_gradients_prune_as_collected_ones(pipe: Pipe, grad_norm: str) -> None:
     """Masks differ only where float16 cannot tell two scores apart."""
-    pipe(COLLECT)
+    pipe(f"{COLLECT} --encoding float32")
     _gblm_files()
     pipe(
         "store import-gblm model imported --l1 l1.pth --l2 l2.pth --activations store "

@@ -14,9 +14,12 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("cli", "pipeline", "stages", "store", "errors")  # each may import itself and what follows
 FACADES = {"gradpipe", "gradpipe.__main__"}  # may import any room, and no room imports them
 COLLECT_SIDE = frozenset(
-    ["samples", "model", "hooks", "statistics", "schedule", "collect", "embedded", "perplexity"]
+    [
+        *("samples", "model", "hooks", "statistics", "schedule", "collect", "embedded"),
+        *("perplexity", "plan", "scratch", "streamed", "weights"),
+    ]
 )
-PRUNE_SIDE = frozenset(["score", "allocate", "mask", "update", "prune"])
+PRUNE_SIDE = frozenset(["score", "allocate", "mask", "update", "prune", "decode"])
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 400
 

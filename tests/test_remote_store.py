@@ -33,7 +33,7 @@ from tests.texts import write_text
 BUCKET = "statistics"
 URL = f"s3://{BUCKET}/gpt2/store"
 CREDENTIALS = {"key": "reader", "secret": "of-no-consequence"}
-OBJECT = "layers/transformer.h.1.mlp.c_fc/grad_l1/values/c/0/0"
+OBJECT = "layers/transformer.h.1.mlp.c_fc/grad_l1/codes/c/0/0"
 
 
 @pytest.fixture(scope="module")

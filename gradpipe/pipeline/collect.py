@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -239,9 +239,10 @@ def _draw(config: CollectConfig, checkpoint: Checkpoint) -> Samples:
     seq_len = sequence_length(config.seq_len, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     text = load_text(config.data, "calibration")
-    return draw_samples(
-        config.data.label, text, tokenizer, config.num_samples, seq_len, config.seed
+    samples = draw_samples(
+        config.data.name, text, tokenizer, config.num_samples, seq_len, config.seed
     )
+    return replace(samples, spec=replace(samples.spec, dataset=config.data.label))
 
 
 def _workload(config: CollectConfig, seq_len: int) -> Workload:

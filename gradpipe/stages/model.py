@@ -279,9 +279,9 @@ def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """The checkpoint's tensor behind each of the model's parameters and persistent buffers.
 
     A checkpoint may be saved from the headless model (GPT-2's `h.0…` for `transformer.h.0…`), so
-    the longest tail of the name that one tensor alone bears is taken. A tied parameter has the
-    tensor of the one it is tied to; what is left goes by shape, where that leaves no choice
-    (GPT-NeoX's head). Raises InputError for a parameter without a tensor.
+    the longest tail of the name that one tensor alone bears is taken, its block's number included.
+    A tied parameter has the tensor of the one it is tied to; what is left goes by shape, where
+    that leaves no choice (GPT-NeoX's head). Raises InputError for a parameter without a tensor.
     """
     tails: dict[str, list[str]] = {}
     for tensor in checkpoint.tensors:
@@ -312,7 +312,8 @@ def _by_tail(name: str, tails: dict[str, list[str]], checkpoint: Checkpoint) -> 
     if name in checkpoint.tensors:
         return name
     steps = name.split(".")
-    found = (tails.get(".".join(steps[start:]), []) for start in range(1, len(steps) - 1))
+    number = next((i for i, step in enumerate(steps) if step.isdecimal()), len(steps) - 2)
+    found = (tails.get(".".join(steps[start:]), []) for start in range(1, number + 1))
     return next((keys[0] for keys in found if len(keys) == 1), None)
 
 

@@ -67,13 +67,13 @@ class CommitRecord:
                 f"object {COMMIT_KEY} is damaged ({type(error).__name__}): restore it from a copy, "
                 "or remove the store and collect again"
             ) from error
-        if odd := next((key for key in record.objects if not _KEY.fullmatch(key)), None):
-            raise StoreError(f"object {COMMIT_KEY} names {odd[:80]!r}, which is no key of a store")
         if record.to_bytes() != data:
             raise StoreError(
                 f"object {COMMIT_KEY} is damaged (its digest differs): restore it from a copy, "
                 "or remove the store and collect again"
             )
+        if odd := next((key for key in record.objects if not _KEY.fullmatch(key)), None):
+            raise StoreError(f"object {COMMIT_KEY} names {odd[:80]!r}, which is no key of a store")
         return record
 
 
