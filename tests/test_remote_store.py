@@ -326,7 +326,7 @@ def test_a_server_that_goes_away_fails_the_read() -> None:
     store = GradientStore.open(URL, options)
     server.stop()
     with pytest.raises(GradpipeError, match="cannot read layers/"):
-        store.read(store.spec.layers[0], "grad_l1")
+        store.read(store.spec.layers[0], ["grad_l1"])
 
 
 def test_a_store_is_never_replaced_by_an_output_made_from_it(workplace: Path) -> None:
