@@ -164,6 +164,7 @@ def prune(
     include: Include = [],  # noqa: B006 (as above)
     exclude: Include = [],  # noqa: B006 (as above)
     device: Device = "auto",
+    shard: ShardOption = None,
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Prune weights that were not measured.")
     ] = False,
@@ -184,11 +185,14 @@ def prune(
             include=tuple(include),
             exclude=tuple(exclude),
             device=device,
+            shard=_shard(shard),
             allow_mismatch=allow_mismatch,
             overwrite=overwrite,
         ),
         _stderr(),
     )
+    if not results:
+        _stderr().print("this shard is done; the one that completes the files publishes OUT")
     for result in results:
         _stdout().print(layer_table(result))
 

@@ -9,7 +9,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gradpipe import CollectConfig, DataConfig, EvalConfig, PruneConfig, collect, evaluate, prune
+from gradpipe import (
+    CollectConfig,
+    DataConfig,
+    EvalConfig,
+    InputError,
+    PruneConfig,
+    Shard,
+    collect,
+    evaluate,
+    prune,
+)
 from gradpipe.stages.checkpoint import Checkpoint
 from tests.models import save_tiny
 from tests.reference import reference_perplexity
@@ -169,3 +179,35 @@ def test_overwrite_replaces_the_whole_folder(workplace: Path, tmp_path: Path) ->
     assert not (tmp_path / "out" / "s0.50").exists()
     assert (tmp_path / "out" / "config.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_shards_write_the_bytes_of_one_run(workplace: Path, tmp_path: Path) -> None:
+    """The shard that completes the files publishes; until then OUT is not there."""
+    prune(config(workplace, tmp_path / "whole", sparsities=(0.5, 0.6)))
+    for index in (2, 0, 1):
+        assert not (tmp_path / "out").exists()
+        results = prune(
+            config(workplace, tmp_path / "out", sparsities=(0.5, 0.6), shard=Shard(index, 3))
+        )
+    assert [result.label for result in results] == ["s0.50", "s0.60"]
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert {p.name for p in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_a_shard_that_is_run_again_finishes_its_files(workplace: Path, tmp_path: Path) -> None:
+    """A file that a killed shard left without its record is written anew."""
+    prune(config(workplace, tmp_path / "whole"))
+    prune(config(workplace, tmp_path / "out", shard=Shard(0, 2)))
+    record = next((tmp_path / ".out.partial" / ".shards").glob("*.safetensors.json"))
+    record.unlink()
+    prune(config(workplace, tmp_path / "out", shard=Shard(1, 2)))
+    assert not (tmp_path / "out").exists()
+    prune(config(workplace, tmp_path / "out", shard=Shard(0, 2)))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_shards_of_two_commands_do_not_mix(workplace: Path, tmp_path: Path) -> None:
+    """A shard that would prune otherwise than those before it is refused."""
+    prune(config(workplace, tmp_path / "out", shard=Shard(0, 2)))
+    with pytest.raises(InputError, match="another prune command"):
+        prune(config(workplace, tmp_path / "out", method="wanda", shard=Shard(1, 2)))

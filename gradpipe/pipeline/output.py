@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from gradpipe.errors import GradpipeError, InputError
 from gradpipe.pipeline.command import check_local
+from gradpipe.store.lock import locked
 from gradpipe.store.objects import fsync, write_durably
+from gradpipe.store.partial import Shard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +52,8 @@ class PruneResult:
         return sum(x.zeros for x in self.layers) / sum(x.size for x in self.layers)
 
 
-@contextmanager
-def staging_folder(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> Iterator[Path]:
-    """A folder beside `out` to write into, removed on any error.
-
-    Raises InputError if `out` exists and `overwrite` is not given, or if it holds a source.
-    """
+def check_out(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
+    """Raises InputError if `out` exists and `overwrite` is not given, or if it holds a source."""
     check_local("OUT", out)
     for source in sources:
         if holds(out, source) or holds(source, out):
@@ -66,7 +64,12 @@ def staging_folder(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> 
         raise InputError(f"OUT {out} exists: give another name or --overwrite")
     if out.exists() and not out.is_dir():
         raise InputError(f"OUT {out} is a file, expected a folder to create or replace")
-    staging = out.resolve().with_name(f".{out.resolve().name}.partial")
+
+
+@contextmanager
+def staging_folder(out: Path) -> Iterator[Path]:
+    """A folder beside `out` to write into, removed on any error."""
+    staging = _staging_path(out)
     created = [parent for parent in staging.parents if not parent.exists()]
     _remove(staging)
     try:
@@ -81,6 +84,70 @@ def staging_folder(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> 
             for parent in created:
                 parent.rmdir()
         raise
+
+
+class SharedStaging:
+    """A staging folder that several shards fill; a file counts once its record is written."""
+
+    def __init__(self, out: Path, shard: Shard, identity: bytes) -> None:
+        """`identity` is what all the shards must agree on."""
+        self.folder = _staging_path(out)
+        self._out = out
+        self._records = self.folder / ".shards"
+        self._identity = identity
+        self._locks = ExitStack()
+        self._name = shard.name
+
+    def __enter__(self) -> Self:
+        """Take this shard's lock; InputError if the folder is another command's."""
+        self._records.mkdir(parents=True, exist_ok=True)
+        lock = self.folder.with_name(f".{self._out.name}.{self._name}.lock")
+        self._locks.enter_context(locked(lock, wait=False))
+        with self._locked():
+            self._records.mkdir(parents=True, exist_ok=True)
+            path = self._records / "identity"
+            if not path.exists():
+                write_durably(path, self._identity)
+            if path.read_bytes() != self._identity:
+                self._locks.close()
+                raise InputError(
+                    f"{self.folder} is of another prune command: finish that one, or remove it"
+                )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the shard."""
+        self._locks.close()
+
+    def is_written(self, file: str) -> bool:
+        """True if this file is done for every target."""
+        return self._record(file).exists()
+
+    def record(self, file: str, data: bytes) -> None:
+        """Count a file as done."""
+        write_durably(self._record(file), data)
+
+    @contextmanager
+    def last_of(self, files: Sequence[str]) -> Iterator[list[bytes] | None]:
+        """Every file's record, to the one shard that finds them all; else None."""
+        with self._locked():
+            whole = all(self.is_written(file) for file in files)
+            yield [self._record(file).read_bytes() for file in files] if whole else None
+
+    def publish(self) -> None:
+        """Rename the folder to its final name."""
+        _remove(self._records)
+        publish(self.folder, self._out)
+
+    def _record(self, file: str) -> Path:
+        return self._records / f"{file}.json"
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return locked(self.folder.with_name(f".{self._out.name}.lock"), wait=True)
+
+
+def _staging_path(out: Path) -> Path:
+    return out.resolve().with_name(f".{out.resolve().name}.partial")
 
 
 def publish(staging: Path, out: Path) -> None:

@@ -8,20 +8,25 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
-import torch
 from rich.console import Console
-from torch import Tensor
 
 from gradpipe.errors import GradpipeError, InputError
 from gradpipe.pipeline.command import changed_options, check_regexes, recorded_command
-from gradpipe.pipeline.output import LayerResult, PruneResult, publish, staging_folder, write_report
+from gradpipe.pipeline.output import (
+    LayerResult,
+    PruneResult,
+    SharedStaging,
+    check_out,
+    publish,
+    staging_folder,
+    write_report,
+)
 from gradpipe.pipeline.progress import QUIET, progress_bar
+from gradpipe.pipeline.prune_files import PruneJob, Written, write_file
 from gradpipe.stages.checkpoint import (
     NOT_COPIED,
     Checkpoint,
@@ -29,18 +34,15 @@ from gradpipe.stages.checkpoint import (
     as_tensor,
     count_zeros,
     matrix_shape,
-    tensor_bytes,
 )
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.mask import Group, Pattern, check_pattern
-from gradpipe.stages.prune import Recipe, Target, norms_on, prune_layer, rewrite
+from gradpipe.stages.prune import Recipe, Target
 from gradpipe.stages.score import GRAD_NORMS, METHODS
-from gradpipe.store.codec import Encoded
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.objects import digest
+from gradpipe.store.partial import Shard
 from gradpipe.store.schema import LayerSpec
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ class PruneConfig:
     include: tuple[str, ...] = ()  # regexes on layer names; default: every layer in the blocks
     exclude: tuple[str, ...] = ()
     device: str = "auto"
+    shard: Shard | None = None  # one of several jobs, each with a share of the checkpoint's files
     allow_mismatch: bool = False
     overwrite: bool = False
 
@@ -110,43 +113,59 @@ class PruneConfig:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Job:
-    """What a run works on, once every check has passed."""
-
-    config: PruneConfig
-    checkpoint: Checkpoint
-    store: GradientStore
-    layers: dict[str, LayerSpec]  # by weight key
-    device: torch.device
-
-
 def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, ...]:
     """Run stage two, and return one result for each target.
 
-    Raises InputError if model, store and options do not fit together, StoreError if the store is
-    incomplete or damaged. On any error nothing is left behind.
+    As one of several shards, rewrite a share of the checkpoint's files; the one that completes
+    them publishes the output, the others return nothing. Raises InputError if model, store and
+    options do not fit together, StoreError if the store is incomplete or damaged. On any error
+    nothing is left behind, but for what other shards need.
     """
     checkpoint = Checkpoint.open(config.model)
     store = GradientStore.open(config.store)
-    layers = _select_layers(config, checkpoint, store)
-    device = resolve_device(config.device)
-    job = _Job(config=config, checkpoint=checkpoint, store=store, layers=layers, device=device)
-    with staging_folder(config.out, overwrite=config.overwrite, sources=_sources(job)) as staging:
-        written = _write_weights(job, staging, console)
-        results = tuple(_finish(job, target, staging, written) for target in config.targets())
+    job = PruneJob(
+        checkpoint=checkpoint,
+        store=store,
+        layers=_select_layers(config, checkpoint, store),
+        recipe=config.recipe(),
+        targets=config.targets(),
+        allow_mismatch=config.allow_mismatch,
+        device=resolve_device(config.device),
+    )
+    sources = (checkpoint.folder, *([store.local_folder] if store.local_folder else []))
+    check_out(config.out, overwrite=config.overwrite, sources=sources)
+    if config.shard is not None:
+        return _prune_shard(config, job, config.shard, console)
+    written = Written()
+    with staging_folder(config.out) as staging:
+        with progress_bar(console, "pruning", len(job.layers), "layers") as advance:
+            for file in checkpoint.files:
+                written.add(write_file(job, file, staging, advance).to_bytes())
+        results = _finish(config, job, staging, written)
         publish(staging, config.out)
     return results
 
 
-def _sources(job: _Job) -> tuple[Path, ...]:
-    """Folders that an output must never replace."""
-    store = job.store.local_folder
-    return (job.checkpoint.folder, *([] if store is None else [store]))
-
-
-def _folder(job: _Job, root: Path, target: Target) -> Path:
-    return root if len(job.config.targets()) == 1 else root / target.label
+def _prune_shard(
+    config: PruneConfig, job: PruneJob, shard: Shard, console: Console
+) -> tuple[PruneResult, ...]:
+    """Rewrite this shard's files; publish if that completes them."""
+    identity = repr([_report(config, job, target, []) for target in job.targets]).encode()
+    with SharedStaging(config.out, shard, identity) as staging:
+        with progress_bar(console, "pruning", len(job.layers), "layers") as advance:
+            for index in shard.share(len(job.checkpoint.files)):
+                file = job.checkpoint.files[index]
+                if not staging.is_written(file):
+                    staging.record(file, write_file(job, file, staging.folder, advance).to_bytes())
+        with staging.last_of(job.checkpoint.files) as records:
+            if records is None:
+                return ()
+            written = Written()
+            for data in records:
+                written.add(data)
+            results = _finish(config, job, staging.folder, written)
+            staging.publish()
+            return results
 
 
 def _select_layers(
@@ -214,123 +233,34 @@ def _check_layer(
             check_pattern(target.pattern, layer.name, layer.shape[1])
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """One layer read from disk, ready for the device."""
-
-    layer: LayerSpec
-    info: TensorInfo
-    weight: Tensor
-    encoded: dict[str, Encoded]
-    matches: bool  # the weight is the one that was measured
-
-
-@dataclass(frozen=True, slots=True)
-class _Written:
-    """What was meant to be written, to hold the files against."""
-
-    digests: dict[tuple[str, str], str]  # (target label, weight key) -> xxh3 of the tensor
-    mismatched: set[str]  # layers whose weights are not those that the store was collected from
-
-
-def _write_weights(job: _Job, staging: Path, console: Console) -> _Written:
-    """Write the safetensors files of every target."""
-    folders = [_folder(job, staging, target) for target in job.config.targets()]
-    for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    written = _Written({}, set())
-    with progress_bar(console, "pruning", len(job.layers), "layers") as advance:
-        for file in job.checkpoint.files:
-            infos = sorted(
-                (job.checkpoint.tensors[key] for key in job.layers), key=lambda info: info.start
-            )
-            here = [info for info in infos if info.file == file]
-            loads = [lambda info=info: _load(job, info) for info in here]
-            replaced = _pruned(job, _prefetched(loads), written, advance)
-            outputs = [folder / file for folder in folders]
-            rewrite(job.checkpoint.folder / file, outputs, replaced)
-    return written
-
-
-def _pruned(
-    job: _Job, loaded: Iterable[_Loaded], written: _Written, advance: Callable[[int], None]
-) -> Iterator[tuple[TensorInfo, Iterable[Tensor]]]:
-    recipe, targets = job.config.recipe(), job.config.targets()
-    for item in loaded:
-        if not item.matches:
-            _refuse_mismatch(job, item.layer)
-            written.mismatched.add(item.layer.name)
-        norms = norms_on(item.encoded, job.device)
-        weight = item.weight.to(job.device)
-        name, transposed = item.layer.name, item.layer.transposed
-        tensors = prune_layer(name, weight, norms, recipe, targets, transposed=transposed)
-        yield item.info, _digested(tensors, targets, item.info.key, written)
-        advance(1)
-
-
-def _digested(
-    tensors: Iterable[Tensor], targets: Sequence[Target], key: str, written: _Written
-) -> Iterator[Tensor]:
-    for target, tensor in zip(targets, tensors, strict=True):
-        written.digests[target.label, key] = digest(tensor_bytes(tensor))
-        yield tensor
-
-
-def _load(job: _Job, info: TensorInfo) -> _Loaded:
-    layer = job.layers[info.key]
-    data = job.checkpoint.read_bytes(info.key)
-    statistics = job.config.recipe().statistics
-    return _Loaded(
-        layer=layer,
-        info=info,
-        weight=as_tensor(data, info),
-        encoded=job.store.read(layer, statistics),
-        matches=layer.digest in ("", digest(data)),
-    )
-
-
-def _refuse_mismatch(job: _Job, layer: LayerSpec) -> None:
-    if not job.config.allow_mismatch:
-        raise InputError(
-            f"layer {layer.name}: its weights in {job.config.model} are not those that the store "
-            f"{job.store.url} was collected from: collect again, or --allow-mismatch"
+def _finish(
+    config: PruneConfig, job: PruneJob, staging: Path, written: Written
+) -> tuple[PruneResult, ...]:
+    """Copy what is not weights, read the weights back, and write the reports."""
+    results = []
+    for target in job.targets:
+        folder = job.folder(staging, target)
+        for path in sorted(job.checkpoint.folder.iterdir()):
+            if path.is_file() and not path.name.endswith(NOT_COPIED):
+                shutil.copyfile(path, folder / path.name)
+        result = PruneResult(
+            folder=job.folder(config.out, target),
+            label=target.label,
+            layers=tuple(_read_back(job, target, folder, written)),
         )
+        write_report(folder, _report(config, job, target, written.mismatched), result)
+        results.append(result)
+    return tuple(results)
 
 
-def _prefetched(loads: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The results in order, the next one being loaded while the caller works on this one."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = None
-        for load in loads:
-            following = pool.submit(load)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()
-
-
-def _finish(job: _Job, target: Target, staging: Path, written: _Written) -> PruneResult:
-    """Copy what is not weights, read the weights back, and write the report."""
-    folder = _folder(job, staging, target)
-    for path in sorted(job.checkpoint.folder.iterdir()):
-        if path.is_file() and not path.name.endswith(NOT_COPIED):
-            shutil.copyfile(path, folder / path.name)
-    result = PruneResult(
-        folder=_folder(job, job.config.out, target),
-        label=target.label,
-        layers=tuple(_read_back(job, target, folder, written)),
-    )
-    write_report(folder, _report(job, target, written.mismatched), result)
-    return result
-
-
-def _read_back(job: _Job, target: Target, folder: Path, written: _Written) -> Iterator[LayerResult]:
+def _read_back(
+    job: PruneJob, target: Target, folder: Path, written: Written
+) -> Iterator[LayerResult]:
     """Count the zeros that are really in the written file."""
     checkpoint = Checkpoint.open(str(folder))
     for key, layer in sorted(job.layers.items()):
         data = checkpoint.read_bytes(key)
-        if digest(data) != written.digests[target.label, key]:
+        if digest(data) != written.digests[target.label][key]:
             raise GradpipeError(
                 f"layer {layer.name} reads back from {folder} otherwise than it was written"
             )
@@ -342,10 +272,11 @@ def _read_back(job: _Job, target: Target, folder: Path, written: _Written) -> It
         )
 
 
-def _report(job: _Job, target: Target, mismatched: set[str]) -> dict[str, object]:
+def _report(
+    config: PruneConfig, job: PruneJob, target: Target, mismatched: list[str]
+) -> dict[str, object]:
     """What was done, for `pruning.json`: the same whether or not other targets ran beside it."""
-    config = job.config
-    leave_out = {"model", "store", "out", "sparsities", "patterns", "overwrite", "device"}
+    leave_out = {"model", "store", "out", "sparsities", "patterns", "overwrite", "device", "shard"}
     pattern = None if target.pattern is None else str(target.pattern)
     goal = {"pattern": pattern} if pattern else {"sparsity": target.sparsity}
     options = changed_options(config, leave_out) | {"method": config.method} | goal
@@ -354,7 +285,7 @@ def _report(job: _Job, target: Target, mismatched: set[str]) -> dict[str, object
         "revision": job.checkpoint.revision,
         "store": job.store.digest,
         "method": config.method,
-        "statistics": list(config.recipe().statistics),
+        "statistics": list(job.recipe.statistics),
         "alpha": config.alpha,
         "grad_norm": config.grad_norm,
         "group": config.group,

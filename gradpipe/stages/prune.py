@@ -116,7 +116,7 @@ def rewrite(
     """
     with ExitStack() as stack:
         reader = stack.enter_context(source.open("rb"))
-        writers = [stack.enter_context(path.open("xb")) for path in outputs]
+        writers = [stack.enter_context(path.open("wb")) for path in outputs]
         for info, tensors in replaced:
             _copy(reader, writers, info.start - reader.tell())
             for writer, tensor in zip(writers, tensors, strict=True):

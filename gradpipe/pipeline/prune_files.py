@@ -1,0 +1,142 @@
+"""The weights of stage two: a checkpoint's files, one weight at a time, to every target at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from gradpipe.errors import InputError
+from gradpipe.stages.checkpoint import Checkpoint, TensorInfo, as_tensor, tensor_bytes
+from gradpipe.stages.prune import Recipe, Target, norms_on, prune_layer, rewrite
+from gradpipe.store.codec import Encoded
+from gradpipe.store.gradients import GradientStore
+from gradpipe.store.objects import digest
+from gradpipe.store.schema import LayerSpec
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneJob:
+    """What a run works on, once every check has passed."""
+
+    checkpoint: Checkpoint
+    store: GradientStore
+    layers: dict[str, LayerSpec]  # by weight key
+    recipe: Recipe
+    targets: tuple[Target, ...]
+    allow_mismatch: bool
+    device: torch.device
+
+    def folder(self, root: Path, target: Target) -> Path:
+        """Where a target goes below the output folder: one needs no folder of its own."""
+        return root if len(self.targets) == 1 else root / target.label
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was meant to be written, to hold the files against."""
+
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> key -> xxh3
+    mismatched: list[str] = field(default_factory=list)  # layers that are not the store's
+
+    def to_bytes(self) -> bytes:
+        """For another process to read."""
+        return json.dumps({"digests": self.digests, "mismatched": self.mismatched}).encode()
+
+    def add(self, data: bytes) -> None:
+        """Add what another process wrote."""
+        document = json.loads(data)
+        for label, digests in document["digests"].items():
+            self.digests.setdefault(label, {}).update(digests)
+        self.mismatched.extend(document["mismatched"])
+
+
+def write_file(job: PruneJob, file: str, staging: Path, advance: Callable[[int], None]) -> Written:
+    """Write one safetensors file for every target; InputError if a weight was never measured."""
+    written = Written()
+    infos = (job.checkpoint.tensors[key] for key in job.layers)
+    here = sorted((x for x in infos if x.file == file), key=lambda info: info.start)
+    loads = [lambda info=info: _load(job, info) for info in here]
+    replaced = _pruned(job, _prefetched(loads), written, advance)
+    outputs = [job.folder(staging, target) / file for target in job.targets]
+    for output in outputs:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    rewrite(job.checkpoint.folder / file, outputs, replaced)
+    return written
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """One layer read from disk, ready for the device."""
+
+    layer: LayerSpec
+    info: TensorInfo
+    weight: Tensor
+    encoded: dict[str, Encoded]
+    matches: bool  # the weight is the one that was measured
+
+
+def _pruned(
+    job: PruneJob, loaded: Iterable[_Loaded], written: Written, advance: Callable[[int], None]
+) -> Iterator[tuple[TensorInfo, Iterable[Tensor]]]:
+    recipe, targets = job.recipe, job.targets
+    for item in loaded:
+        if not item.matches:
+            _refuse_mismatch(job, item.layer)
+            written.mismatched.append(item.layer.name)
+        norms = norms_on(item.encoded, job.device)
+        weight = item.weight.to(job.device)
+        name, transposed = item.layer.name, item.layer.transposed
+        tensors = prune_layer(name, weight, norms, recipe, targets, transposed=transposed)
+        yield item.info, _digested(tensors, targets, item.info.key, written)
+        advance(1)
+
+
+def _digested(
+    tensors: Iterable[Tensor], targets: Sequence[Target], key: str, written: Written
+) -> Iterator[Tensor]:
+    for target, tensor in zip(targets, tensors, strict=True):
+        written.digests.setdefault(target.label, {})[key] = digest(tensor_bytes(tensor))
+        yield tensor
+
+
+def _load(job: PruneJob, info: TensorInfo) -> _Loaded:
+    layer = job.layers[info.key]
+    data = job.checkpoint.read_bytes(info.key)
+    statistics = job.recipe.statistics
+    return _Loaded(
+        layer=layer,
+        info=info,
+        weight=as_tensor(data, info),
+        encoded=job.store.read(layer, statistics),
+        matches=layer.digest in ("", digest(data)),
+    )
+
+
+def _refuse_mismatch(job: PruneJob, layer: LayerSpec) -> None:
+    if not job.allow_mismatch:
+        raise InputError(
+            f"layer {layer.name}: its weights in {job.checkpoint.name} are not those that "
+            f"the store {job.store.url} was collected from: collect again, or --allow-mismatch"
+        )
+
+
+def _prefetched(loads: Iterable[Callable[[], T]]) -> Iterator[T]:
+    """The results in order, the next one being loaded while the caller works on this one."""
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        pending = None
+        for load in loads:
+            following = pool.submit(load)
+            if pending is not None:
+                yield pending.result()
+            pending = following
+        if pending is not None:
+            yield pending.result()
