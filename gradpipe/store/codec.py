@@ -217,6 +217,6 @@ def _best_window(residual: Levels) -> int:
 
 def _encode_float16(norms: Sums) -> tuple[Parts, float]:
     """Norms divided by a power of two, and that power."""
-    largest = float(np.abs(norms).max())
-    scale = 2.0 ** (int(np.frexp(largest)[1]) - 15) if 0 < largest < np.inf else 1.0
+    largest = float(np.abs(norms).max(where=np.isfinite(norms), initial=0.0))
+    scale = 2.0 ** (int(np.frexp(largest)[1]) - 15) if largest > 0 else 1.0
     return {"values": (norms / np.float32(scale)).astype(np.float16)}, scale
