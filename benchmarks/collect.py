@@ -39,7 +39,14 @@ from benchmarks.random_llama import (
 )
 from gradpipe import CollectConfig, DataConfig, collect
 from gradpipe.stages.checkpoint import Checkpoint
-from gradpipe.stages.model import Blocks, Layer, find_blocks, find_layers, load_model
+from gradpipe.stages.model import (
+    Blocks,
+    Layer,
+    find_blocks,
+    find_layers,
+    load_model,
+    resolve_dtype,
+)
 from gradpipe.stages.schedule import resident_batch
 from gradpipe.stages.statistics import LayerAccumulator
 
@@ -76,7 +83,9 @@ class Rig:
 
     def __init__(self, checkpoint: Checkpoint, work: Work) -> None:
         """Load the model, and draw the batches."""
-        self.model: Any = load_model(checkpoint, "auto", torch.device("cpu"))
+        self.model: Any = load_model(
+            checkpoint, resolve_dtype("auto", checkpoint), torch.device("cpu")
+        )
         self.blocks: Blocks = find_blocks(self.model)
         self.layers: tuple[Layer, ...] = find_layers(self.model, self.blocks, checkpoint)
         self.statistics = work.statistics

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,8 @@ from gradpipe.pipeline.tables import demo_table, layer_table, plan_table, store_
 from gradpipe.stages.samples import DataConfig
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.partial import Shard
+
+_TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 app = typer.Typer(
     name="pipe",
@@ -309,17 +312,25 @@ def store_import_gblm(
 def main() -> None:
     """Run `pipe`, and turn what went wrong into one line and an exit code."""
     codes: dict[type[Exception], int] = {InputError: 2, StoreError: 3, Interrupted: 75}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, then go
     if not sys.stderr.isatty():  # what the Hub's clients draw, they draw anywhere
         datasets.disable_progress_bars()
         disable_hub_bars()
     try:
         app()
-    except KeyboardInterrupt:
-        sys.exit(75)
+    except SystemExit as error:
+        if error.code == _TYPER_INTERRUPTED:
+            _complain("interrupted: what was saved is kept; run the same command again to go on")
+            sys.exit(75)
+        raise
     except (GradpipeError, OSError) as error:
-        line = "".join(char if char.isprintable() else " " for char in f"pipe: {error}")
-        Console(stderr=True).print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        _complain(str(error))
         sys.exit(codes.get(type(error), 1))
+
+
+def _complain(message: str) -> None:
+    line = "".join(char if char.isprintable() else " " for char in f"pipe: {message}")
+    Console(stderr=True).print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
 def _stdout() -> Console:

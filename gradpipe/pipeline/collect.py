@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +18,10 @@ from gradpipe.pipeline.command import (
     check_same,
     recorded_command,
 )
-from gradpipe.pipeline.merge import finalize, is_finished, shards_in
+from gradpipe.pipeline.merge import finalize, is_last
 from gradpipe.pipeline.output import holds
 from gradpipe.pipeline.progress import QUIET
-from gradpipe.pipeline.share import Job, run_share
+from gradpipe.pipeline.share import Job, run_share, share_lock
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.model import (
@@ -38,6 +39,7 @@ from gradpipe.stages.samples import DataConfig, Samples, draw_samples, load_text
 from gradpipe.store.codec import ENCODINGS
 from gradpipe.store.gradients import (
     LOCK_NAME,
+    PARTIAL,
     Calibration,
     GradientStore,
     StoreWriter,
@@ -48,7 +50,7 @@ from gradpipe.store.gradients import (
     tidy,
 )
 from gradpipe.store.lock import locked
-from gradpipe.store.objects import remove_strays
+from gradpipe.store.objects import COMMIT_KEY, remove_strays
 from gradpipe.store.partial import Shard
 from gradpipe.store.schema import (
     FORMAT_VERSION,
@@ -137,10 +139,8 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
     _run(config, config.shard, console)
     if config.finalize and not is_complete(config.store):
         with locked(config.store / LOCK_NAME, wait=True):
-            if not is_complete(config.store):
-                spec, _ = read_begun(config.store)
-                if all(is_finished(config.store, spec, s) for s in shards_in(config.store)):
-                    finalize(config.store)
+            if not is_complete(config.store) and is_last(config.store):
+                finalize(config.store)
     return GradientStore.open(config.store) if is_complete(config.store) else None
 
 
@@ -165,35 +165,45 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
     layers = find_layers(model, blocks, checkpoint, config.include)
-    spec = _begin(config, checkpoint, model, layers)
-    if spec is None:
-        return
-    work = _workload(config, spec.samples.seq_len)
-    job = Job(
-        checkpoint=checkpoint,
-        model=model,
-        blocks=blocks,
-        layers=layers,
-        spec=spec,
-        calibration=read_begun(config.store)[1],
-        plan=make_plan(config.schedule, model, blocks, layers, work, device),
-        device=device,
-        store=config.store,
-        shard=shard,
-        batch_size=config.batch_size,
-        scratch=config.scratch,
-        checkpoint_every=config.checkpoint_every,
-    )
-    try:
-        run_share(job, console)
-    except Interrupted as error:
-        raise Interrupted(f"{error}: run the same command again to go on") from error
+    with ExitStack() as held:
+        begun = _begin(config, shard, checkpoint, model, layers, held)
+        if begun is None:
+            return
+        spec, calibration = begun
+        work = _workload(config, spec.samples.seq_len)
+        job = Job(
+            checkpoint=checkpoint,
+            model=model,
+            blocks=blocks,
+            layers=layers,
+            spec=spec,
+            calibration=calibration,
+            plan=make_plan(config.schedule, model, blocks, layers, work, device),
+            device=device,
+            store=config.store,
+            shard=shard,
+            batch_size=config.batch_size,
+            scratch=config.scratch,
+            checkpoint_every=config.checkpoint_every,
+        )
+        try:
+            run_share(job, console)
+        except Interrupted as error:
+            raise Interrupted(f"{error}: run the same command again to go on") from error
 
 
 def _begin(
-    config: CollectConfig, checkpoint: Checkpoint, model: torch.nn.Module, layers: tuple[Layer, ...]
-) -> StoreSpec | None:
-    """Fix the samples, or find them fixed; None if the same command has finished before."""
+    config: CollectConfig,
+    shard: Shard,
+    checkpoint: Checkpoint,
+    model: torch.nn.Module,
+    layers: tuple[Layer, ...],
+    held: ExitStack,
+) -> tuple[StoreSpec, Calibration] | None:
+    """Fix the samples, or find them fixed; None if the same command has finished before.
+
+    The shard's lock, taken under the store's, is left with `held`.
+    """
     folder, samples = config.store, None
     if is_complete(folder) and not config.overwrite:
         store = GradientStore.open(folder)
@@ -209,18 +219,25 @@ def _begin(
     with locked(folder / LOCK_NAME, wait=True):
         if is_complete(folder) and not config.overwrite:
             return None  # another process was faster
-        if is_begun(folder) and not (config.overwrite and samples is not None):
-            begun, _ = read_begun(folder)
-            check_same(folder, _spec(config, checkpoint, layers, begun.samples), begun)
-            return begun
-        if samples is None:
-            raise StoreError(f"store {folder} was removed meanwhile: run the same command again")
-        remove_strays(folder, {LOCK_NAME})
-        spec = _spec(config, checkpoint, layers, samples.spec)
-        StoreWriter(folder, spec).begin(
-            Calibration(input_ids=samples.input_ids, sources=samples.sources)
-        )
-        return spec
+        if config.overwrite or not is_begun(folder):
+            if samples is None:
+                raise StoreError(f"store {folder} was removed meanwhile: run the command again")
+            _start_anew(folder, _spec(config, checkpoint, layers, samples.spec), samples)
+        spec, calibration = read_begun(folder)
+        check_same(folder, _spec(config, checkpoint, layers, spec.samples), spec)
+        held.enter_context(locked(share_lock(folder, shard), wait=False))
+        return spec, calibration
+
+
+def _start_anew(folder: Path, spec: StoreSpec, samples: Samples) -> None:
+    """Begin a store, whose lock the caller holds, in place of what is there."""
+    for lock in (folder / PARTIAL).glob("*.lock"):
+        with locked(lock, wait=False):
+            pass  # or raise that another process is at work on what would be removed
+    (folder / COMMIT_KEY).unlink(missing_ok=True)  # first: without the rest it is not complete
+    remove_strays(folder, {LOCK_NAME})
+    calibration = Calibration(input_ids=samples.input_ids, sources=samples.sources)
+    StoreWriter(folder, spec).begin(calibration)
 
 
 def check_destination(folder: Path, sources: tuple[Path, ...]) -> None:

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from gradpipe.errors import InputError
 from gradpipe.pipeline.collect import CollectConfig, collect
-from gradpipe.pipeline.evaluate import EvalConfig, evaluate
+from gradpipe.pipeline.evaluate import EvalConfig, evaluate_each
+from gradpipe.pipeline.output import PruneResult
 from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.prune import PruneConfig, prune
 from gradpipe.stages.checkpoint import EMBEDDED_NAME
@@ -28,6 +29,9 @@ METHODS = (  # method, gradient norm
 _SEQ_LEN = 256  # what the embedded model was trained at
 _MAX_WINDOWS = 128  # 32,768 tokens: enough to tell the methods apart
 _DATA = DataConfig(name="stdlib")
+_EVALUATION = EvalConfig(
+    model=EMBEDDED_NAME, data=_DATA, seq_len=_SEQ_LEN, batch_size=8, max_windows=_MAX_WINDOWS
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,10 +52,10 @@ def demo(out: Path, console: Console = QUIET) -> DemoResult:
         CollectConfig(model=EMBEDDED_NAME, store=store, data=_DATA, seq_len=_SEQ_LEN, batch_size=8),
         console,
     )
-    rows = {}
+    results: dict[str, tuple[PruneResult, ...]] = {}
     for method, grad_norm in METHODS:
         name = f"{method} {grad_norm}" if method in {"gradient", "gblm"} else method
-        results = prune(
+        results[name] = prune(
             PruneConfig(
                 model=EMBEDDED_NAME,
                 store=str(store),
@@ -63,12 +67,14 @@ def demo(out: Path, console: Console = QUIET) -> DemoResult:
             ),
             console,
         )
-        rows[name] = {result.label: _perplexity(str(result.folder), console) for result in results}
-    return DemoResult(folder=out, dense=_perplexity(EMBEDDED_NAME, console), perplexities=rows)
-
-
-def _perplexity(model: str, console: Console) -> float:
-    config = EvalConfig(
-        model=model, data=_DATA, seq_len=_SEQ_LEN, batch_size=8, max_windows=_MAX_WINDOWS
+    folders = [str(result.folder) for row in results.values() for result in row]
+    measured = evaluate_each([EMBEDDED_NAME, *folders], _EVALUATION, console)
+    dense = next(measured).perplexity
+    return DemoResult(
+        folder=out,
+        dense=dense,
+        perplexities={
+            name: {result.label: next(measured).perplexity for result in row}
+            for name, row in results.items()
+        },
     )
-    return evaluate(config, console).perplexity

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from rich.console import Console
@@ -57,23 +58,32 @@ class Metrics:
 
 def evaluate(config: EvalConfig, console: Console = QUIET) -> Metrics:
     """Measure a checkpoint; InputError if model or data cannot be used."""
+    return next(evaluate_each([config.model], config, console))
+
+
+def evaluate_each(
+    models: Iterable[str], config: EvalConfig, console: Console = QUIET
+) -> Iterator[Metrics]:
+    """Measure checkpoints that share `config.model`'s tokenizer, on text tokenised once."""
     device = resolve_device(config.device)
     checkpoint = Checkpoint.open(config.model)
     seq_len = sequence_length(config.seq_len, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     text = load_text(config.data, "evaluation")
     windows = evaluation_windows(config.data.name, text, tokenizer, seq_len, config.max_windows)
-    model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
-    check_tokens(windows, checkpoint, model)
-    with progress_bar(console, "evaluating", len(windows), "windows", seq_len) as advance:
-        value = perplexity(model, windows, config.batch_size, advance)
-    return Metrics(
-        perplexity=value,
-        model=config.model,
-        dataset=config.data.name,
-        revision=text.revision,
-        num_windows=len(windows),
-        seq_len=seq_len,
-        num_tokens=windows.size,
-        dtype=str(model.dtype).removeprefix("torch."),
-    )
+    for name in models:
+        checkpoint = Checkpoint.open(name)
+        model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
+        check_tokens(windows, checkpoint, model)
+        with progress_bar(console, "evaluating", len(windows), "windows", seq_len) as advance:
+            value = perplexity(model, windows, config.batch_size, advance)
+        yield Metrics(
+            perplexity=value,
+            model=name,
+            dataset=config.data.name,
+            revision=text.revision,
+            num_windows=len(windows),
+            seq_len=seq_len,
+            num_tokens=windows.size,
+            dtype=str(model.dtype).removeprefix("torch."),
+        )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from gradpipe.errors import InputError, StoreError
@@ -17,6 +17,7 @@ from gradpipe.store.gradients import (
     is_begun,
     is_complete,
     read_begun,
+    tidy,
 )
 from gradpipe.store.lock import locked
 from gradpipe.store.partial import Partial, Shard, Snapshot, add_stats
@@ -31,6 +32,7 @@ def merge(stores: Sequence[Path], advance: Callable[[int], None] = lambda _: Non
     """
     target = stores[0]
     if is_complete(target):
+        tidy(target)  # an earlier merge may have been killed over it
         raise InputError(f"store {target} is complete: there is nothing to merge into it")
     for store in stores:
         if not is_begun(store):
@@ -40,25 +42,29 @@ def merge(stores: Sequence[Path], advance: Callable[[int], None] = lambda _: Non
     with locked(target / LOCK_NAME, wait=True):
         spec, _ = read_begun(target)
         for other in stores[1:]:
-            _gather(target, spec, other)
-        return finalize(target, advance)
+            check_same(target, spec, read_begun(other)[0])
+        return finalize(target, stores[1:], advance)
 
 
-def finalize(folder: Path, advance: Callable[[int], None] = lambda _: None) -> GradientStore:
-    """Add up the shards in `folder`, whose lock the caller holds, and commit the store."""
+def finalize(
+    folder: Path, others: Sequence[Path] = (), advance: Callable[[int], None] = lambda _: None
+) -> GradientStore:
+    """Add up the shards in `folder`, whose lock the caller holds, and commit the store.
+
+    Shards may also lie in `others`, which are only read.
+    """
     spec, calibration = read_begun(folder)
-    shards = shards_in(folder)
-    if not shards:
+    homes = _homes((folder, *others), spec)
+    if not homes:
         raise StoreError(f"store {folder} holds no shard: run collect-grads --shard on it")
-    missing = [shard for shard in shards if not is_finished(folder, spec, shard)]
-    if missing:
+    if missing := [shard for shard, home in homes.items() if home is None]:
         names = ", ".join(f"{shard.index}/{shard.count}" for shard in missing)
         raise StoreError(
             f"store {folder} lacks shard {names}: run collect-grads --shard for it, then merge"
         )
     writer = StoreWriter(folder, spec)
     writer.begin(calibration)
-    sums = [_layer_index(folder, shard) for shard in shards]
+    sums = [_layer_index(home, spec, shard) for shard, home in homes.items() if home is not None]
     for layer in spec.layers:
         total: LayerStats | None = None
         for snapshots in sums:
@@ -70,54 +76,55 @@ def finalize(folder: Path, advance: Callable[[int], None] = lambda _: None) -> G
     return GradientStore.open(folder)
 
 
-def shards_in(folder: Path) -> tuple[Shard, ...]:
-    """All shards that the store is made of, begun or not; InputError if counts are mixed."""
-    names = [path.name for path in (folder / PARTIAL).iterdir() if path.is_dir()]
-    found = [Shard.parse(name.replace("-of-", "/")) for name in names if "-of-" in name]
-    counts = {shard.count for shard in found}
+def is_last(folder: Path) -> bool:
+    """True if every shard that the store is made of is finished."""
+    return all(_homes((folder,), read_begun(folder)[0]).values())
+
+
+def _homes(folders: Sequence[Path], spec: StoreSpec) -> dict[Shard, Path | None]:
+    """Where each shard lies finished, None if nowhere; InputError if counts are mixed, or twice."""
+    found = {shard for folder in folders for shard in _begun_shards(folder)}
+    counts = sorted({shard.count for shard in found})
     if len(counts) > 1:
         raise InputError(
-            f"store {folder} holds shards of {' and of '.join(map(str, sorted(counts)))}: "
+            f"store {folders[0]} holds shards of {' and of '.join(map(str, counts))}: "
             "collect all of them with one N"
         )
-    return tuple(Shard(index, count) for count in counts for index in range(count))
+    homes: dict[Shard, Path | None] = {}
+    for shard in (Shard(index, count) for count in counts for index in range(count)):
+        finished = [folder for folder in folders if _is_finished(folder, spec, shard)]
+        if len(finished) > 1:
+            raise InputError(
+                f"shard {shard.index}/{shard.count} is both in {finished[0]} and in "
+                f"{finished[1]}: its samples would count twice"
+            )
+        homes[shard] = finished[0] if finished else None
+    return homes
 
 
-def is_finished(folder: Path, spec: StoreSpec, shard: Shard) -> bool:
+def _begun_shards(folder: Path) -> list[Shard]:
+    names = [path.name for path in (folder / PARTIAL).iterdir() if path.is_dir()]
+    return [Shard.parse(name.replace("-of-", "/")) for name in names if "-of-" in name]
+
+
+def _is_finished(folder: Path, spec: StoreSpec, shard: Shard) -> bool:
     """True if every layer has the sums of all of the shard's samples."""
+    return _layer_index(folder, spec, shard).keys() >= {layer.name for layer in spec.layers}
+
+
+def _snapshots(partial: Partial) -> Iterator[Snapshot]:
+    """The shard's snapshots, less those that are damaged, or that its worker deletes just now."""
+    for name in partial.names():
+        with suppress(StoreError):
+            yield partial.read(name)
+
+
+def _layer_index(folder: Path, spec: StoreSpec, shard: Shard) -> dict[str, Snapshot]:
+    """The snapshot that holds each layer's sums of all of the shard's samples."""
     share = tuple(shard.share(spec.samples.num_samples))
-    done = {
-        name
-        for snapshot in _snapshots(folder, shard)
+    return {
+        name: snapshot
+        for snapshot in _snapshots(Partial(folder, shard))
         if snapshot.spec.samples == share
         for name in snapshot.counts
     }
-    return done >= {layer.name for layer in spec.layers}
-
-
-def _snapshots(folder: Path, shard: Shard) -> Iterator[Snapshot]:
-    partial = Partial(folder, shard)
-    return (partial.read(name) for name in partial.names())
-
-
-def _layer_index(folder: Path, shard: Shard) -> dict[str, Snapshot]:
-    """The snapshot that holds each layer."""
-    return {name: snapshot for snapshot in _snapshots(folder, shard) for name in snapshot.counts}
-
-
-def _gather(target: Path, spec: StoreSpec, other: Path) -> None:
-    """Copy another store's shards into `target`, their commit records last."""
-    check_same(target, spec, read_begun(other)[0])
-    for shard in shards_in(other):
-        source, copy = Partial(other, shard), Partial(target, shard)
-        if not source.names():
-            continue
-        if copy.names():
-            raise InputError(
-                f"shard {shard.index}/{shard.count} is both in {target} and in {other}: "
-                "its samples would count twice"
-            )
-        for name in source.names():
-            source.read(name)
-            shutil.copytree(source.folder / name, copy.folder / name, dirs_exist_ok=True)
-            shutil.copyfile(source.folder / f"{name}.json", copy.folder / f"{name}.json")

@@ -78,11 +78,16 @@ def staging_folder(out: Path) -> Iterator[Path]:
         raise GradpipeError(f"cannot create {staging}: {error.strerror}") from error
     try:
         yield staging
-    except BaseException:
+    except BaseException as error:
         _remove(staging)
         with suppress(OSError):  # somebody else's files may be there by now
             for parent in created:
                 parent.rmdir()
+        if isinstance(error, OSError):
+            raise GradpipeError(
+                f"cannot write {out} ({error.filename or staging}: {error.strerror or error}): "
+                "make room or give another folder, then run the same command again"
+            ) from error
         raise
 
 

@@ -92,7 +92,7 @@ def _pruned(
         if not item.matches:
             _refuse_mismatch(job, item.layer)
             written.mismatched.append(item.layer.name)
-        norms = norms_on(item.encoded, job.device)
+        norms = norms_on(item.encoded, job.recipe.statistics, job.device)
         weight = item.weight.to(job.device)
         name, transposed = item.layer.name, item.layer.transposed
         tensors = prune_layer(name, weight, norms, recipe, targets, transposed=transposed)

@@ -33,6 +33,7 @@ from gradpipe.store.partial import Partial, Shard
 from gradpipe.store.schema import StoreSpec
 
 _SNAPSHOT_SHARE = 0.04  # of the time, at most, goes into snapshots
+_SCRATCH = "scratch"
 _FIRST_SNAPSHOT = 60.0  # seconds: before that, starting over costs less
 
 
@@ -70,12 +71,19 @@ class Job:
         return torch.from_numpy(self.calibration.input_ids[share.start : share.stop]).long()
 
 
+def share_lock(store: Path, shard: Shard) -> Path:
+    """The lock of whoever collects this shard; it is taken under the store's own."""
+    return store / PARTIAL / f"{shard.name}.lock"
+
+
 def run_share(job: Job, console: Console) -> None:
-    """Collect the share; alone, finish the store. Raises Interrupted on a signal, all saved."""
+    """Collect the share, whose lock the caller holds; alone, finish the store.
+
+    Raises Interrupted on a signal, all saved.
+    """
     partial = Partial(job.store, job.shard)
-    lock = job.store / PARTIAL / f"{job.shard.name}.lock"
     console.print(f"schedule {job.plan.schedule}: {job.plan.reason}", highlight=False)
-    with locked(lock, wait=False), stop_requests() as stop_requested:
+    with stop_requests() as stop_requested:
         run = _run_resident if job.plan.schedule == "resident" else _run_streamed
         run(job, partial, console, stop_requested)
 
@@ -122,7 +130,7 @@ def _restore(job: Job, partial: Partial, sums: list[LayerAccumulator]) -> int:
             continue  # damaged: an older one, or none, does as well
         partial.keep_only(name)
         return len(snapshot.spec.samples)
-    partial.keep_only("")
+    partial.keep_only()
     return 0
 
 
@@ -162,8 +170,9 @@ def _run_streamed(
             name = _block_name(block)
             if job.is_alone:
                 objects = ObjectWriter(job.store)
-                for x in sums:
+                for x in sorted(sums, key=lambda x: x.num_weights):  # the largest needs most room
                     objects.record.objects.update(writer.write_layer(x.spec, x.result()).objects)
+                    x.free()
                 objects.commit(f"{partial.prefix}/{name}.json")
             else:
                 partial.write(name, job.share, ((x.spec, x.result()) for x in sums))
@@ -178,10 +187,13 @@ def _run_streamed(
 
 
 def _done_blocks(job: Job, partial: Partial) -> set[int | None]:
-    """Blocks whose statistics are committed."""
+    """Blocks whose statistics are committed and sound; all else, but for scratch, is deleted."""
     names = set(partial.names())
     blocks: list[int | None] = [None, *range(len(job.blocks.modules))]
-    return {block for block in blocks if _block_name(block) in names}
+    begun = {block for block in blocks if _block_name(block) in names}
+    done = {block for block in begun if partial.is_sound(_block_name(block))}
+    partial.keep_only(*map(_block_name, done), _SCRATCH)
+    return done
 
 
 def _block_name(block: int | None) -> str:
@@ -191,8 +203,8 @@ def _block_name(block: int | None) -> str:
 def _scratch_folder(job: Job, partial: Partial) -> Path:
     """A folder that belongs to this collection and shard alone."""
     if job.scratch is None:
-        return partial.folder / "scratch"
-    name = digest(repr((job.spec, job.shard, job.batch_size)).encode())
+        return partial.folder / _SCRATCH
+    name = digest(repr((job.store.resolve(), job.spec, job.shard, job.batch_size)).encode())
     return job.scratch / f"gradpipe-{name}"
 
 

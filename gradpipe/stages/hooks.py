@@ -7,10 +7,11 @@ need a buffer per weight, mix the samples of a batch, and see reduced gradients 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -50,6 +51,10 @@ class LayerHooks:
         trace: TracebackType | None,
     ) -> None:
         """Remove the hooks."""
+        self.remove()
+
+    def remove(self) -> None:
+        """Let passes go by unheard, from here on."""
         for handle in self._handles:
             handle.remove()
 
@@ -76,3 +81,24 @@ class LayerHooks:
     def _by_sample(self, tensor: Tensor) -> Tensor:
         """(B, T, width), also where the block has made it (B·T, width), as OPT's MLP does."""
         return tensor.reshape(self._num_samples, -1, tensor.shape[-1])
+
+
+def first_overflow(layers: Sequence[Layer], run: Callable[[], object]) -> str | None:
+    """Name of the first layer whose output is not finite while `run` runs, None if all are."""
+    names: list[str] = []
+
+    def hook(name: str) -> Any:
+        def forward(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
+            if not names and not bool(torch.isfinite(output).all()):
+                names.append(name)
+
+        return forward
+
+    handles = [layer.module.register_forward_hook(hook(layer.spec.name)) for layer in layers]
+    try:
+        with torch.no_grad():
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return names[0] if names else None

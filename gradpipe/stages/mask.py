@@ -18,6 +18,8 @@ from torch import Tensor
 
 from gradpipe.errors import InputError
 
+_SELECT_VALUES = 1 << 22
+
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
@@ -122,6 +124,12 @@ def _keep_highest(scores_GN: Tensor, sparsity: Fraction) -> Tensor:
     count = scores_GN.shape[1] * sparsity.numerator // sparsity.denominator
     if count == 0:
         return torch.ones_like(scores_GN, dtype=torch.bool)
+    num_rows = max(1, _SELECT_VALUES // scores_GN.shape[1])  # selecting takes four times their room
+    return torch.cat([_keep_rows(part, count) for part in scores_GN.split(num_rows)])
+
+
+def _keep_rows(scores_GN: Tensor, count: int) -> Tensor:
+    """Per row: False at the `count` lowest."""
     threshold_G1 = scores_GN.kthvalue(count, dim=1, keepdim=True).values
     pruned = scores_GN < threshold_G1
     ties = scores_GN == threshold_G1

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gradpipe.errors import GradpipeError
 from gradpipe.stages.checkpoint import TensorInfo, tensor_bytes
-from gradpipe.stages.decode import decode_layer
+from gradpipe.stages.decode import decode_norms
 from gradpipe.stages.mask import Group, Pattern, exact_sparsity, pattern_mask, unstructured_mask
 from gradpipe.stages.score import METHODS, Norms
 from gradpipe.store.codec import Encoded
@@ -72,10 +72,12 @@ class Recipe:
         return METHODS[self.method].statistics(self.grad_norm)
 
 
-def norms_on(encoded: Mapping[str, Encoded], device: torch.device) -> Norms:
-    """Move codes to the device, and decode them there."""
+def norms_on(
+    encoded: Mapping[str, Encoded], statistics: Iterable[str], device: torch.device
+) -> Norms:
+    """Move codes to the device, and decode there what the method needs of them."""
     return Norms(
-        values=decode_layer(encoded, device),
+        values={name: decode_norms(encoded, name, device) for name in statistics},
         num_samples={name: item.spec.num_samples for name, item in encoded.items()},
     )
 
@@ -94,9 +96,7 @@ def prune_layer(
     Raises GradpipeError if a score is not a number.
     """
     weight_OI = weight.T if transposed else weight
-    score_OI = METHODS[recipe.method].score(
-        weight_OI.float(), norms, recipe.grad_norm, recipe.alpha
-    )
+    score_OI = METHODS[recipe.method].score(weight_OI, norms, recipe.grad_norm, recipe.alpha)
     if not bool(torch.isfinite(score_OI).all()):
         raise GradpipeError(
             f"layer {name}: a {recipe.method} score is NaN or infinite, "

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradpipe.errors import GradpipeError
-from gradpipe.stages.hooks import LayerHooks
+from gradpipe.stages.hooks import LayerHooks, first_overflow
 from gradpipe.stages.model import Blocks, Layer
 from gradpipe.stages.statistics import LayerAccumulator
 
@@ -35,13 +35,19 @@ def resident_batch(
     backward = any(accumulator.needs_gradients for accumulator in accumulators)
     scale = loss_scale(model)
     entry = blocks.modules[0].register_forward_pre_hook(_require_grad, with_kwargs=True)
+    hooks = LayerHooks(layers, accumulators, num_samples, scale)
+
+    def find_overflow() -> str | None:
+        hooks.remove()
+        return first_overflow(layers, lambda: model(input_ids=ids_BT, use_cache=False))
+
     try:
         with (
-            LayerHooks(layers, accumulators, num_samples, scale),
+            hooks,
             torch.set_grad_enabled(backward),
         ):
             loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-            value = check_loss(loss)
+            value = check_loss(loss, find_overflow)
             if backward:
                 (loss * (num_samples * scale)).backward()
     finally:
@@ -54,11 +60,16 @@ def loss_scale(model: Any) -> float:
     return _FLOAT16_SCALE if model.dtype is torch.float16 else 1.0
 
 
-def check_loss(loss: Tensor) -> float:
-    """The loss as a number; GradpipeError if it is none."""
+def check_loss(loss: Tensor, find: Callable[[], str | None]) -> float:
+    """The loss as a number; GradpipeError if it is none, with the layer that `find` blames."""
     value = float(loss.detach())
     if not math.isfinite(value):
-        raise GradpipeError(f"the model's loss is {value}: try --dtype bfloat16 or float32")
+        layer = find()
+        origin = f", first in the output of layer {layer}" if layer else ""
+        raise GradpipeError(
+            f"the model's loss is {value}{origin}: try --dtype bfloat16 or float32, "
+            "or mend the checkpoint"
+        )
     return value
 
 

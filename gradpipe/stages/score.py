@@ -5,7 +5,8 @@ at any number N of samples; at N = 128 they are the reference implementation's.
 
     ‖X‖₂ = √(Σₜx² / N)      ‖G‖₁ = 128·Σ|G| / N      ‖G‖₂ = √(128·ΣG² / N)      |ΣG| = 128·|ΣG| / N
 
-Shapes: O out, I in.
+Weights come in any float dtype; scores are float32. Layers are large, so that no more tensors of
+their size are made than needed. Shapes: O out, I in.
 """
 
 from __future__ import annotations
@@ -32,30 +33,31 @@ class Norms:
         return self.values["act_l2"] / math.sqrt(self.num_samples["act_l2"])
 
     def gradient(self, norm: str) -> Tensor:
-        """‖G‖₁, ‖G‖₂ or |ΣG| of each weight over samples, (O, I)."""
+        """‖G‖₁, ‖G‖₂ or |ΣG| of each weight over samples, (O, I); a tensor of its own."""
         statistic = f"grad_{norm}"
         ratio = _REFERENCE_SAMPLES / self.num_samples[statistic]
-        return (self.values[statistic] * (math.sqrt(ratio) if norm == "l2" else ratio)).abs()
+        return (self.values[statistic] * (math.sqrt(ratio) if norm == "l2" else ratio)).abs_()
 
 
 def magnitude(weight_OI: Tensor, _: Norms, __: str, ___: float) -> Tensor:
     """|W| (Han et al., 2015)."""
-    return weight_OI.abs()
+    return weight_OI.abs().float()
 
 
 def wanda(weight_OI: Tensor, norms: Norms, _: str, __: float) -> Tensor:
     """|W|·‖X‖₂ (Sun et al., 2023, eq. 1)."""
-    return weight_OI.abs() * norms.activation()
+    return weight_OI.abs().float() * norms.activation()
 
 
 def gradient(weight_OI: Tensor, norms: Norms, grad_norm: str, _: float) -> Tensor:
     """|W|·‖G‖ₚ (Das et al., 2023, the gradient term alone)."""
-    return weight_OI.abs() * norms.gradient(grad_norm)
+    return norms.gradient(grad_norm).mul_(weight_OI.abs())
 
 
 def gblm(weight_OI: Tensor, norms: Norms, grad_norm: str, alpha: float) -> Tensor:
     """|W|·(α·‖G‖ₚ + ‖X‖₂) (GBLM-Pruner: Das et al., 2023, eq. 5)."""
-    return weight_OI.abs() * (alpha * norms.gradient(grad_norm) + norms.activation())
+    score_OI = norms.gradient(grad_norm).mul_(alpha).add_(norms.activation())
+    return score_OI.mul_(weight_OI.abs())
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from gradpipe.errors import GradpipeError
 
 
 class ActivationFile:
@@ -34,26 +38,40 @@ class ActivationFile:
 
     def write(self, start: int, values_BTH: Tensor) -> None:
         """Write the values of consecutive samples, the first being `start`; in order."""
-        with self._part.open("wb" if start == 0 else "r+b") as file:
+        raw = values_BTH.detach().cpu().contiguous().flatten().view(torch.uint8)
+        with _named(self._part), self._part.open("wb" if start == 0 else "r+b") as file:
             file.seek(start * self._sample_bytes)
-            raw = values_BTH.detach().cpu().contiguous().flatten().view(torch.uint8)
             file.write(raw.numpy().data)
 
     def publish(self) -> None:
         """Make the file whole and durable."""
-        with self._part.open("r+b") as file:
-            os.fsync(file.fileno())
-        self._part.replace(self.path)
+        with _named(self._part):
+            with self._part.open("r+b") as file:
+                os.fsync(file.fileno())
+            self._part.replace(self.path)
 
     def read(self, start: int, count: int) -> Tensor:
         """The values of `count` samples, (count, tokens, hidden), on the CPU."""
         data = bytearray(count * self._sample_bytes)
-        with self.path.open("rb") as file:
+        with _named(self.path), self.path.open("rb") as file:
             file.seek(start * self._sample_bytes)
-            file.readinto(data)
+            if file.readinto(data) != len(data):
+                raise OSError("it became shorter")
         values = torch.frombuffer(data, dtype=self.dtype)
         return values.view(count, *self.shape_NTH[1:])
 
     def delete(self) -> None:
         """Free the space."""
         self.path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Say which file a failure of the disk is about, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise GradpipeError(
+            f"scratch file {path}: {error.strerror or error}: make room, or give another --scratch "
+            "folder, then run the same command again"
+        ) from error

@@ -38,6 +38,11 @@ class LayerAccumulator:
         """True if any statistic needs a backward pass."""
         return any(name in GRADIENT_STATISTICS for name in self.sums)
 
+    @property
+    def num_weights(self) -> int:
+        """How many weights the layer has."""
+        return self.spec.shape[0] * self.spec.shape[1]
+
     def add_inputs(self, x_BTI: Tensor) -> None:
         """Count a batch, and add its inputs to the activation sums."""
         self.num_samples += x_BTI.shape[0]
@@ -78,6 +83,10 @@ class LayerAccumulator:
         for sums in self.sums.values():
             sums.zero_()
         self.num_samples = self.num_tokens = 0
+
+    def free(self) -> None:
+        """Let go of the sums' memory."""
+        self.sums.clear()
 
     def restore(self, stats: LayerStats) -> None:
         """Go on from sums that `result` gave before."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpipe.errors import GradpipeError
-from gradpipe.stages.hooks import LayerHooks
+from gradpipe.stages.hooks import LayerHooks, first_overflow
 from gradpipe.stages.model import Blocks, Layer
 from gradpipe.stages.schedule import check_loss, loss_scale
 from gradpipe.stages.scratch import ActivationFile
@@ -84,7 +85,7 @@ class Streamed:
         hears of each micro-batch; it may raise to stop.
         """
         self._scratch.mkdir(parents=True, exist_ok=True)
-        self._capture()
+        self._capture(done)
         backward = any(name.startswith("grad") for name in statistics)
         self._forward(advance)
         depth = len(self._blocks.modules)
@@ -92,7 +93,7 @@ class Streamed:
             outside = [x for x in layers if x.spec.block is None and None not in done]
             sums = [LayerAccumulator(x.spec, statistics, self._device) for x in outside]
             if sums or (backward and not self._next_gradient_exists(depth)):
-                self._run_head(outside, sums, backward=backward)
+                self._run_head(outside, sums, lambda start: self._blame(start, layers), backward)
             if None not in done:
                 yield None, sums
         for index in reversed(range(depth)):
@@ -126,23 +127,43 @@ class Streamed:
 
     # Capturing: embeddings, masks, positions.
 
-    def _capture(self) -> None:
+    def _capture(self, done: frozenset[int | None]) -> None:
         """Record block 0's inputs, and the arguments of every block."""
-        first = None
+        resumed = False
         with self._loader.loaded("", excluded=self._blocks.path + "."):
             for start, ids_BT in self._micro_batches():
+                if resumed and len(ids_BT) in self._calls:
+                    continue
                 hidden_BTH = self._capture_batch(ids_BT)
-                if first is None:
-                    first = hidden_BTH
+                if start == 0:
                     self._shape_NTH = (len(self._ids_NT), *hidden_BTH.shape[1:])
                     self._dtype = hidden_BTH.dtype
-                    if self._inputs(0).exists() or self._has_begun_backward():
-                        return
-                self._inputs(0).write(start, hidden_BTH)
-        self._inputs(0).publish()
+                    if self._has_begun_backward() and not self._can_go_on(done):
+                        self._clear()
+                    resumed = self._inputs(0).exists() or self._has_begun_backward()
+                if not resumed:
+                    self._inputs(0).write(start, hidden_BTH)
+        if not resumed:
+            self._inputs(0).publish()
 
     def _has_begun_backward(self) -> bool:
-        return any(self._gradient(i).exists() for i in range(len(self._blocks.modules) + 1))
+        return self._next_gradient_exists(len(self._blocks.modules))
+
+    def _can_go_on(self, done: frozenset[int | None]) -> bool:
+        """True if all files are there that the backward pass still needs."""
+        depth = len(self._blocks.modules)
+        reached = next(i for i in range(depth + 1) if self._gradient(i).exists())
+        todo = [i for i in range(depth) if i < reached or i not in done]
+        return (
+            all(self._inputs(i).exists() for i in todo)
+            and all(self._gradient(i + 1).exists() for i in todo if i >= reached)
+            and (None in done or self._inputs(depth).exists())
+        )
+
+    def _clear(self) -> None:
+        """Start the scratch folder anew."""
+        for path in self._scratch.iterdir():
+            path.unlink()
 
     @torch.no_grad()
     def _capture_batch(self, ids_BT: Tensor) -> Tensor:
@@ -202,8 +223,11 @@ class Streamed:
         try:
             yield
         finally:
-            for block in modules:
-                block.__dict__.pop("forward", None)
+            self._restore_blocks()
+
+    def _restore_blocks(self) -> None:
+        for block in self._blocks.modules:
+            block.__dict__.pop("forward", None)
 
     # Forward: inputs of every block.
 
@@ -231,7 +255,11 @@ class Streamed:
     # Backward: the head, then block by block.
 
     def _run_head(
-        self, layers: Sequence[Layer], sums: Sequence[LayerAccumulator], *, backward: bool
+        self,
+        layers: Sequence[Layer],
+        sums: Sequence[LayerAccumulator],
+        blame: Callable[[int], str | None],
+        backward: bool,  # noqa: FBT001 (the last of many)
     ) -> None:
         depth = len(self._blocks.modules)
         scale = loss_scale(self._model)
@@ -249,12 +277,25 @@ class Streamed:
                     torch.set_grad_enabled(backward),
                 ):
                     loss = self._model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-                    check_loss(loss)
+                    check_loss(loss, partial(blame, start))
                     if backward:
                         (loss * (len(ids_BT) * scale)).backward()
                         self._gradient(depth).write(start, _grad_of(leaf_BTH))
         if backward:
             self._gradient(depth).publish()
+
+    def _blame(self, start: int, layers: Sequence[Layer]) -> str | None:
+        """The first layer whose output for a micro-batch is not finite, by its saved inputs."""
+        self._restore_blocks()
+        for index in range(len(self._blocks.modules)):
+            inside = [x for x in layers if x.spec.block == index]
+            count = min(self._batch_size, len(self._ids_NT) - start)
+            x_BTH = self._inputs(index).read(start, count).to(self._device)
+            with self._loader.loaded(f"{self._blocks.path}.{index}."):
+                name = first_overflow(inside, partial(self._call_block, index, x_BTH))
+            if name is not None:
+                return name
+        return None
 
     def _run_block(
         self,

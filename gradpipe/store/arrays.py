@@ -1,20 +1,23 @@
 """Arrays as objects: Zarr v3 is the format, one object of data per array.
 
-Zarr encodes and decodes in memory; `store.objects` moves the bytes. Only the one layout that
-the format allows is ever decoded (`docs/store-format.md`): one chunk, or one shard of inner chunks
-of whole rows, zstd with a checksum. What a store's metadata asks for beyond that is refused.
+Zarr encodes in memory; `store.objects` moves the bytes. Only the one layout that the format allows
+is ever decoded (`docs/store-format.md`): one chunk, or one shard of inner chunks of whole rows,
+zstd with a checksum. What a store's metadata asks for beyond that is refused, and so is a chunk
+that would decode to more or less than its place in the array, before memory is taken for it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import struct
 import warnings
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import zarr
+from numcodecs import zstd
 from zarr.codecs import ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
@@ -24,6 +27,10 @@ from gradpipe.errors import StoreError
 Array = npt.NDArray[Any]
 DTYPES = ("uint8", "int16", "int32", "int64", "float16", "float32")
 _CHUNK_BYTES = 4 << 20  # 1-6 MB decode fastest and still allow partial reads
+_UNPROVEN_BYTES = 1 << 30  # what an array may decode to, however few bytes it is stored in;
+_MOST_COMPRESSED = 1000  # beyond that, at most so many times as many: statistics are noise
+_ZSTD_MAGIC = 0xFD2FB528
+_NO_CHUNK = (1 << 64) - 1  # in a shard's index: never written
 
 
 def encode_array(array: Array, attributes: dict[str, Any] | None = None) -> dict[str, bytes]:
@@ -47,19 +54,29 @@ def encode_array(array: Array, attributes: dict[str, Any] | None = None) -> dict
 
 def decode_array(metadata: bytes, data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
     """The array behind two objects, which must have this shape and dtype, else StoreError."""
-    document = _parse_json(metadata)
-    _check_metadata(document, shape, dtype)
-    prototype = default_buffer_prototype()
-    key = "c/" + "/".join("0" for _ in shape)
-    objects = {"zarr.json": metadata, key: data}
-    store = MemoryStore({k: prototype.buffer.from_bytes(v) for k, v in objects.items()})
+    _check_metadata(_parse_json(metadata), shape, dtype)
+    itemsize = np.dtype(dtype).itemsize
+    chunk, shard = _layout(shape, itemsize)
+    chunk_bytes, num_chunks = math.prod(chunk) * itemsize, shard[0] // chunk[0]
+    view = memoryview(data)
+    frames = [view] if num_chunks == 1 else _inner_chunks(view, num_chunks)
+    if odd := [frame for frame in frames if _content_size(frame) != chunk_bytes]:
+        raise StoreError(f"a chunk decodes to {_content_size(odd[0])} bytes, not {chunk_bytes}")
+    if num_chunks * chunk_bytes > max(_UNPROVEN_BYTES, _MOST_COMPRESSED * len(data)):
+        raise StoreError(f"{len(data)} bytes would decode to {num_chunks * chunk_bytes}: refused")
+    raw = np.empty((num_chunks, chunk_bytes), dtype=np.uint8)
     try:
-        array = zarr.open_array(store, mode="r", zarr_format=3)[...]
-    except Exception as error:  # whatever a decoder raises on hostile bytes is damage
-        raise StoreError(
-            f"cannot decode an array of shape {shape} and type {dtype}: {error}"
-        ) from error
-    return np.asarray(array)
+        for frame, place in zip(frames, raw, strict=True):
+            zstd.decompress(frame, place)
+    except (ValueError, RuntimeError) as error:
+        raise StoreError(f"a chunk of {dtype} {chunk} does not decode: {error}") from error
+    return raw.reshape(-1).view(np.dtype(dtype).newbyteorder("<")).reshape(shard)[: shape[0]]
+
+
+def most_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """More than an array of this shape and dtype can take up as an object."""
+    _, shard = _layout(shape, np.dtype(dtype).itemsize)
+    return 2 * math.prod(shard) * np.dtype(dtype).itemsize + 4096
 
 
 def group_metadata(attributes: dict[str, Any]) -> bytes:
@@ -159,6 +176,33 @@ def _chunk_codecs(itemsize: int) -> list[dict[str, Any]]:
     if itemsize > 1:
         numbers["configuration"] = {"endian": "little"}
     return [numbers, {"name": "zstd", "configuration": {"level": 1, "checksum": True}}]
+
+
+def _inner_chunks(data: memoryview, count: int) -> list[memoryview]:
+    """The encoded inner chunks of a shard, by its index: (offset, length) of each, and a crc32c."""
+    index_bytes = 16 * count + 4
+    if len(data) < index_bytes:
+        raise StoreError(f"a shard of {count} chunks is only {len(data)} bytes")
+    end = len(data) - index_bytes
+    chunks = []
+    for offset, length in struct.iter_unpack("<QQ", data[end:-4]):
+        if offset == _NO_CHUNK or offset + length > end:
+            raise StoreError("a shard lacks one of its chunks")
+        chunks.append(data[offset : offset + length])
+    return chunks
+
+
+def _content_size(frame: memoryview) -> int | None:
+    """How many bytes a zstd frame (RFC 8878) says that it decodes to; None if it does not."""
+    if len(frame) < 14 or struct.unpack_from("<I", frame)[0] != _ZSTD_MAGIC:
+        return None
+    descriptor = frame[4]
+    single_segment, size_flag, has_dictionary = descriptor & 32, descriptor >> 6, descriptor & 3
+    if has_dictionary or not (size_flag or single_segment):
+        return None
+    start, size = (5 if single_segment else 6), 1 << size_flag
+    stated = int.from_bytes(frame[start : start + size], "little")
+    return stated + 256 if size == 2 else stated
 
 
 def _sharding(chunk: tuple[int, ...], itemsize: int) -> dict[str, Any]:

@@ -93,7 +93,8 @@ def decode_layer(encoded: Mapping[str, Encoded]) -> dict[str, Sums]:
 
 def norm_of(statistic: str, sums: Sums) -> Sums:
     """The root of sums of squares, other sums as they are."""
-    return np.sqrt(sums) if statistic in SQUARED else sums
+    with np.errstate(invalid="ignore"):  # a hostile store's squares may be negative: NaN
+        return np.sqrt(sums) if statistic in SQUARED else sums
 
 
 def part_types(
@@ -125,6 +126,13 @@ def _check_spec(spec: StatisticSpec, statistic: str) -> None:
     bases = (None, "grad_l2") if (spec.encoding, statistic) == ("log", "grad_l1") else (None,)
     if spec.base not in bases:
         raise StoreError(f"{statistic}: cannot be coded against {str(spec.base)[:40]!r}")
+
+
+def check_bases(encoded: Mapping[str, Encoded]) -> None:
+    """Refuse a base that has no levels to add."""
+    for statistic, item in encoded.items():
+        if item.spec.base is not None and encoded[item.spec.base].spec.encoding != "log":
+            raise StoreError(f"{statistic}: its base {item.spec.base} is not in encoding log")
 
 
 def decode_levels(item: Encoded, base: Encoded | None = None) -> Levels:
@@ -169,8 +177,10 @@ def _encode_log(norms: Sums, base: Encoded | None) -> tuple[Parts, int]:
     zero = norms < np.finfo(np.float32).tiny  # subnormals too
     infinite = np.isinf(norms)
     finite = ~(zero | infinite)
-    levels = np.zeros(norms.shape, np.int32)
-    levels[finite] = np.rint(np.log2(norms[finite]) * STEPS)
+    exact = np.log2(norms, where=finite, out=np.zeros_like(norms))
+    exact *= STEPS
+    levels = np.rint(exact, out=exact).astype(np.int32)
+    del exact  # layers are large: hold one such array at a time
     if base is not None:
         levels -= _finite(decode_levels(base))
     rows, cols = _fit(levels, finite)

@@ -20,7 +20,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from gradpipe.errors import InputError, StoreError
+from gradpipe.errors import InputError, StoreError, one_line
 from gradpipe.store import arrays, codec
 from gradpipe.store.nodes import ATTRIBUTE, read_array, read_attributes, write_array, write_group
 from gradpipe.store.objects import (
@@ -83,9 +83,15 @@ def is_ours(folder: Path) -> bool:
 
 def read_begun(folder: Path) -> tuple[StoreSpec, Calibration]:
     """Spec and samples of an unfinished store; StoreError if they are damaged."""
-    document = arrays.parse_group((folder / "zarr.json").read_bytes())
-    spec = StoreSpec.from_json(document["attributes"][ATTRIBUTE])
-    return spec, _read_calibration(ObjectReader(str(folder), record_key=_BEGUN_KEY), spec)
+    try:
+        document = arrays.parse_group((folder / "zarr.json").read_bytes())
+        spec = StoreSpec.from_json(document["attributes"][ATTRIBUTE])
+        return spec, _read_calibration(ObjectReader(str(folder), record_key=_BEGUN_KEY), spec)
+    except (StoreError, FileNotFoundError, KeyError, TypeError) as error:
+        raise StoreError(
+            f"store {folder} was begun, but its samples or its zarr.json are damaged "
+            f"({one_line(error)}): start anew with --overwrite"
+        ) from error
 
 
 def _read_calibration(objects: ObjectReader, spec: StoreSpec) -> Calibration:
@@ -110,13 +116,13 @@ class StoreWriter:
 
     def begin(self, calibration: Calibration | None) -> None:
         """Write samples and spec; writing them again, to resume, gives the same bytes."""
+        write_group(self._objects, "", self.spec.to_json())  # first: it says whose the folder is
         if calibration is not None:
             samples = ObjectWriter(self.folder)
             write_group(samples, "calibration", None)
             write_array(samples, "calibration/input_ids", calibration.input_ids)
             write_array(samples, "calibration/sources", calibration.sources)
             self.adopt(samples.record)
-        write_group(self._objects, "", self.spec.to_json())
         write_group(self._objects, "layers", None)
         if calibration is not None:
             (self.folder / PARTIAL).mkdir(exist_ok=True)
@@ -196,6 +202,7 @@ class GradientStore:
             if statistic not in encoded:
                 encoded[statistic] = item = self._read_statistic(layer, statistic)
                 waiting.extend([item.spec.base] if item.spec.base else [])
+        codec.check_bases(encoded)
         return encoded
 
     def read_norms(self, layer: LayerSpec, statistic: str) -> codec.Sums:
@@ -211,9 +218,13 @@ class GradientStore:
     def validate(self) -> None:
         """Read everything; raise StoreError naming the first object that is not as it must be."""
         for key in self._objects.record.objects:
-            self._objects.read(key)
+            self._objects.verify(key)
         for layer in self.spec.layers:
-            codec.decode_layer(self.read(layer, self.spec.statistics))
+            for statistic, norms in codec.decode_layer(
+                self.read(layer, self.spec.statistics)
+            ).items():
+                if np.isnan(norms).any():
+                    raise StoreError(f"store {self.url}: {statistic} of {layer.name} holds NaN")
         if self.spec.samples.digest:
             self.input_ids()
 

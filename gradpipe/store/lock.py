@@ -27,7 +27,8 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if _is_current(path, descriptor):  # else it was removed, and may be another's by now
+            path.unlink(missing_ok=True)
         os.close(descriptor)
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import fsspec
 import fsspec.implementations.local
@@ -25,6 +26,7 @@ from gradpipe.errors import GradpipeError, InputError, StoreError, one_line
 
 COMMIT_KEY = "commit.json"
 _MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
+_BLOCK_BYTES = 1 << 24  # read at a time where nothing is kept
 _FSYNC_THREADS = 16
 _STEP = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9_.\-]+"  # neither . nor .., which could leave the store
 _KEY = re.compile(rf"{_STEP}(?:/{_STEP})*")
@@ -74,6 +76,8 @@ class CommitRecord:
             )
         if odd := next((key for key in record.objects if not _KEY.fullmatch(key)), None):
             raise StoreError(f"object {COMMIT_KEY} names {odd[:80]!r}, which is no key of a store")
+        if odd := next((key for key, (size, _) in record.objects.items() if size < 0), None):
+            raise StoreError(f"object {COMMIT_KEY} gives {odd[:80]!r} a size below 0")
         return record
 
 
@@ -156,9 +160,10 @@ def remove_strays(folder: Path, keep: Iterable[str]) -> None:
         for name in names:
             path = Path(parent, name)
             if path.relative_to(folder).as_posix() not in kept:
-                path.unlink()
-        if not any(Path(parent).iterdir()) and Path(parent) != folder:
-            Path(parent).rmdir()
+                path.unlink(missing_ok=True)  # another process may be tidying too
+        if Path(parent) != folder:
+            with suppress(OSError):  # it is not empty, or gone already
+                Path(parent).rmdir()
 
 
 class ObjectReader:
@@ -212,27 +217,59 @@ class ObjectReader:
             f"no store at {self.url}: expected a folder or URL that `pipe collect-grads` wrote"
         )
 
-    def read(self, key: str) -> bytes:
-        """The bytes under `key`; StoreError if they are missing or not those committed."""
+    def read(self, key: str, limit: int) -> bytes:
+        """The bytes under `key`; StoreError if they are missing or not those committed.
+
+        So it is if they are more than `limit`, which the record, untrusted, cannot raise.
+        """
+        size, _ = self._entry(key)
+        if size > limit:
+            raise StoreError(
+                f"store {self.url}: object {key} has {size} bytes, expected at most {limit}: "
+                "the store is damaged"
+            )
+        data = self._read_file(key, size)
+        self._check(key, len(data), digest(data))
+        return data
+
+    def verify(self, key: str) -> None:
+        """Read the object in passing; StoreError if it is missing or not what was committed."""
+        left, hashed = self._entry(key)[0] + 1, xxhash.xxh3_128()
+        with self._opened(key) as file:
+            while left and (block := file.read(min(left, _BLOCK_BYTES))):
+                hashed.update(block)
+                left -= len(block)
+        self._check(key, self._entry(key)[0] + 1 - left, hashed.hexdigest())
+
+    def _entry(self, key: str) -> tuple[int, str]:
+        """Size and digest of an object by the record."""
         if key not in self.record.objects:
             raise StoreError(
                 f"store {self.url}: {key} is not in its commit record: the store is damaged"
             )
-        size, expected = self.record.objects[key]
-        data = self._read_file(key, size)
-        if len(data) != size or digest(data) != expected:
+        return self.record.objects[key]
+
+    def _check(self, key: str, size: int, found: str) -> None:
+        expected_size, expected = self._entry(key)
+        if (size, found) != (expected_size, expected):
             raise StoreError(
                 f"store {self.url}: object {key} is damaged "
-                f"(expected {size} bytes, xxh3 {expected}; got {len(data)} bytes, {digest(data)}): "
+                f"(expected {expected_size} bytes, xxh3 {expected}; got {size} bytes, {found}): "
                 "restore it from a copy, or remove the store and collect again"
             )
-        return data
 
     def _read_file(self, key: str, limit: int) -> bytes:
         """At most `limit + 1` bytes of the file behind `key`."""
+        with self._opened(key) as file:
+            data: bytes = file.read(limit + 1)
+        return data
+
+    @contextmanager
+    def _opened(self, key: str) -> Iterator[BinaryIO]:
+        """The file behind `key`, and what its backend may raise told in our words."""
         try:
             with self._files.open(f"{self._root}/{key}", "rb", cache_type="none") as file:
-                data: bytes = file.read(limit + 1)
+                yield file
         except FileNotFoundError as error:
             raise StoreError(
                 f"store {self.url}: object {key} is missing: restore it from a copy, "
@@ -242,4 +279,3 @@ class ObjectReader:
             raise GradpipeError(
                 f"store {self.url}: cannot read {key}: {one_line(error)}"
             ) from error
-        return data

@@ -98,10 +98,21 @@ class Partial:
         """Names of the committed snapshots, in order."""
         return sorted(path.stem for path in self.folder.glob("*.json"))
 
-    def keep_only(self, name: str) -> None:
+    def is_sound(self, name: str) -> bool:
+        """True if every object that a commit record of this folder names is as it was written."""
+        try:
+            objects = ObjectReader(str(self.store), record_key=f"{self.prefix}/{name}.json")
+            for key in objects.record.objects:
+                objects.verify(key)
+        except StoreError:
+            return False
+        return True
+
+    def keep_only(self, *names: str) -> None:
         """Delete every other snapshot, and what a killed run left of one."""
+        kept = {*names, *(f"{name}.json" for name in names)}
         for path in self.folder.iterdir() if self.folder.exists() else ():
-            if path.name in (f"{name}.json", name) or path.suffix == ".lock":
+            if path.name in kept:
                 continue
             if path.is_dir():
                 shutil.rmtree(path)

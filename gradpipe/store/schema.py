@@ -117,9 +117,11 @@ class SampleSpec(JsonSpec):
 
     def __post_init__(self) -> None:
         """Refuse counts that cannot be."""
-        if self.num_samples < 1 or self.seq_len < 0:
+        counts_are_odd = not (0 < self.num_samples < 2**31 and 0 <= self.seq_len < 2**31)
+        if counts_are_odd or (self.seq_len == 0) != (self.digest == ""):
             raise StoreError(
-                f"expected at least one sample, got {self.num_samples} of {self.seq_len} tokens"
+                f"impossible samples: {self.num_samples} of {self.seq_len} tokens, "
+                f"digest {self.digest[:40]!r}"
             )
 
 
@@ -175,6 +177,6 @@ class StatisticSpec(JsonSpec):
 
     def __post_init__(self) -> None:
         """Refuse counts that would divide by zero."""
-        counts_are_odd = self.num_samples < 1 or self.num_tokens < 0 or self.num_escapes < 0
-        if counts_are_odd or not 0.0 < self.scale < float("inf"):
-            raise StoreError(f"statistic with impossible counts or scale: {self.to_json()}")
+        counts = (self.num_samples - 1, self.num_tokens, self.num_escapes)
+        if not all(0 <= count < 2**62 for count in counts) or not 0.0 < self.scale < 2.0**128:
+            raise StoreError(f"statistic with impossible counts or scale: {self.to_json()!s:.200}")
