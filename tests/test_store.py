@@ -39,6 +39,12 @@ LAYER = LayerSpec(
 )
 
 INPUT_IDS = np.arange(6, dtype=np.int32).reshape(2, 3)
+GOLDEN_DIGEST = "81444a3b1e6397e44b8d839cf3d3a662"
+GOLDEN_NORMS = {
+    "grad_l1": "2b56faec99c041924edee21bb69f8449",
+    "grad_l2": "2b56faec99c041924edee21bb69f8449",
+    "act_l2": "3733ac6728cbab21fb9affc6d90fac67",
+}
 
 
 def spec(encoding: str = "float32") -> StoreSpec:
@@ -237,3 +243,15 @@ def test_a_failed_write_is_one_clear_error(tmp_path: Path) -> None:
     with pytest.raises(GradpipeError, match="cannot write"):
         ObjectWriter(tmp_path).write("layers/x", b"data")
     assert [p.name for p in tmp_path.iterdir()] == ["layers"]
+
+
+def test_every_later_version_reads_the_golden_store() -> None:
+    """A finished version-1 store, kept as bytes: its norms come back, to the bit, for ever."""
+    store = GradientStore.open(Path(__file__).parent / "data" / "store-v1")
+    store.validate()
+    assert store.digest == GOLDEN_DIGEST
+    assert store.spec == spec("compact")
+    np.testing.assert_array_equal(store.input_ids(), INPUT_IDS)
+    assert {s: digest(store.read_norms(LAYER, s).tobytes()) for s in store.spec.statistics} == (
+        GOLDEN_NORMS
+    )
