@@ -19,7 +19,7 @@ import typer
 from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
 from rich.console import Console
 
-from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
+from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError, printable
 from gradpipe.pipeline import collect as collecting
 from gradpipe.pipeline import demo as demonstrating
 from gradpipe.pipeline import evaluate as evaluating
@@ -329,7 +329,7 @@ def main() -> None:
 
 
 def _complain(message: str) -> None:
-    line = "".join(char if char.isprintable() else " " for char in f"pipe: {message}")
+    line = printable(f"pipe: {message}")
     Console(stderr=True).print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 

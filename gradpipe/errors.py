@@ -25,6 +25,11 @@ class Interrupted(GradpipeError):  # noqa: N818 (what happened, not what went wr
     """A signal asked to stop; what was done is saved, and the same command goes on from it."""
 
 
+def printable(text: str) -> str:
+    """`text` less what a terminal would obey, or could not show."""
+    return "".join(char if char.isprintable() else " " for char in text)
+
+
 def one_line(error: BaseException) -> str:
     """What another library's error says, on one line of bounded length; its class if nothing."""
     return textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from rich.table import Table
+from rich.text import Text
 
+from gradpipe.errors import printable
 from gradpipe.pipeline.demo import DemoResult
 from gradpipe.pipeline.output import PruneResult
 from gradpipe.stages.plan import Plan
@@ -14,7 +16,7 @@ def store_table(store: GradientStore) -> Table:
     """What a store holds, and of what."""
     spec, sizes = store.spec, store.sizes()
     num_weights = sum(layer.shape[0] * layer.shape[1] for layer in spec.layers)
-    table = Table(title=f"gradient store {store.url}", show_header=False)
+    table = Table(title=Text(printable(f"gradient store {store.url}")), show_header=False)
     rows = {
         "model": f"{spec.model.name} ({spec.model.architecture}, {spec.model.dtype})",
         "samples": f"{spec.samples.num_samples} x {spec.samples.seq_len} tokens of "
@@ -26,7 +28,7 @@ def store_table(store: GradientStore) -> Table:
         "digest": store.digest,
     }
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(printable(value)))  # a store's words, not markup
     return table
 
 

@@ -23,7 +23,10 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path, wait=wait)
     except OSError as error:
-        raise GradpipeError(f"cannot lock {path}: {error.strerror or error}") from error
+        raise GradpipeError(
+            f"cannot lock {path}: {error.strerror or error}: make room or give another folder, "
+            "then run the same command again"
+        ) from error
     try:
         yield
     finally:
@@ -46,8 +49,13 @@ def _acquire(path: Path, *, wait: bool) -> int:
                 "wait for it, or stop it"
             ) from error
         if _is_current(path, descriptor):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            try:
+                os.ftruncate(descriptor, 0)
+                holder = f"process {os.getpid()} on {socket.gethostname()}\n"
+                os.pwrite(descriptor, holder.encode(), 0)
+            except OSError:
+                os.close(descriptor)
+                raise
             return descriptor
         os.close(descriptor)  # its holder removed it while we waited
 

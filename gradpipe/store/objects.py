@@ -26,7 +26,7 @@ from gradpipe.errors import GradpipeError, InputError, StoreError, one_line
 
 COMMIT_KEY = "commit.json"
 _MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
-_BLOCK_BYTES = 1 << 24  # read at a time where nothing is kept
+_BLOCK_BYTES = 1 << 23  # read at a time where nothing is kept
 _FSYNC_THREADS = 16
 _STEP = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9_.\-]+"  # neither . nor .., which could leave the store
 _KEY = re.compile(rf"{_STEP}(?:/{_STEP})*")
@@ -74,10 +74,12 @@ class CommitRecord:
                 f"object {COMMIT_KEY} is damaged (its digest differs): restore it from a copy, "
                 "or remove the store and collect again"
             )
-        if odd := next((key for key in record.objects if not _KEY.fullmatch(key)), None):
-            raise StoreError(f"object {COMMIT_KEY} names {odd[:80]!r}, which is no key of a store")
-        if odd := next((key for key, (size, _) in record.objects.items() if size < 0), None):
-            raise StoreError(f"object {COMMIT_KEY} gives {odd[:80]!r} a size below 0")
+        for key, (size, _) in record.objects.items():
+            if not _KEY.fullmatch(key) or size < 0:
+                raise StoreError(
+                    f"object {COMMIT_KEY} names {key[:80]!r}, which is no key of a store, "
+                    "or gives it a size below 0"
+                )
         return record
 
 
@@ -234,12 +236,13 @@ class ObjectReader:
 
     def verify(self, key: str) -> None:
         """Read the object in passing; StoreError if it is missing or not what was committed."""
-        left, hashed = self._entry(key)[0] + 1, xxhash.xxh3_128()
+        size, _ = self._entry(key)
+        left, hashed = size + 1, xxhash.xxh3_128()
         with self._opened(key) as file:
             while left and (block := file.read(min(left, _BLOCK_BYTES))):
                 hashed.update(block)
                 left -= len(block)
-        self._check(key, self._entry(key)[0] + 1 - left, hashed.hexdigest())
+        self._check(key, size + 1 - left, hashed.hexdigest())
 
     def _entry(self, key: str) -> tuple[int, str]:
         """Size and digest of an object by the record."""
@@ -261,7 +264,8 @@ class ObjectReader:
     def _read_file(self, key: str, limit: int) -> bytes:
         """At most `limit + 1` bytes of the file behind `key`."""
         with self._opened(key) as file:
-            data: bytes = file.read(limit + 1)
+            size = getattr(file, "size", None)  # a buffer of `limit` is not taken for less
+            data: bytes = file.read(limit + 1 if size is None else min(limit + 1, size))
         return data
 
     @contextmanager
