@@ -192,7 +192,7 @@ def main(
     context: typer.Context,
     seq_len: SeqLen = 512,
     batch_size: Count = 1,
-    batches: Count = 3,
+    batches: Count = 2,
     repeats: Count = 5,
     statistics: Statistics = STATISTICS,
     model: Annotated[

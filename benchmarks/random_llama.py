@@ -324,7 +324,8 @@ def heading(title: str) -> str:
     packages = ("gradpipe", "torch", "transformers", "zarr", "numpy", "safetensors")
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
     script = Path(sys.argv[0]).name
-    machine = f"{_cpu_model()}, {os.cpu_count()} cores, {memory:.0f} GiB RAM"
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    machine = f"{_cpu_model()}, {cores}, {memory:.0f} GiB RAM"
     system = f"{platform.system()} {platform.release()}, load {os.getloadavg()[0]:.1f} at the end"
     lines = (
         f"# {title}",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
 from gradpipe import CollectConfig, DataConfig, cli, collect
+from gradpipe.store import arrays
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -21,6 +24,7 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 _FENCED = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+_COMMAND = re.compile(r"^(?:\$|srun) pipe (.+)$", re.MULTILINE)
 _FLAG = re.compile(r"`(--[a-z][a-z0-9-]*)")
 
 
@@ -43,11 +47,10 @@ def anchors(name: str) -> set[str]:
 
 
 def commands(name: str) -> Iterator[list[str]]:
-    """The words after `pipe` in each command that a page's console blocks show."""
+    """The words after `pipe` in each command that a page's console blocks and scripts show."""
     for language, block in _FENCED.findall(read(name)):
-        if language == "console":
-            lines = block.replace("\\\n", " ").splitlines()
-            yield from (shlex.split(line[7:]) for line in lines if line.startswith("$ pipe "))
+        if language in {"console", "bash"}:
+            yield from map(shlex.split, _COMMAND.findall(block.replace("\\\n", " ")))
 
 
 def click_command(words: list[str]) -> tuple[Any, list[str]]:
@@ -88,6 +91,17 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     report: list[str] = []
     doctest.DocTestRunner(verbose=False).run(test, out=report.append)
     assert not report, "".join(report)
+
+
+def test_array_metadata_is_what_the_format_shows() -> None:
+    """The format's two examples, one chunk and a shard of several, are what the writer writes."""
+    blocks = _FENCED.findall(read("docs/store-format.md"))
+    one, several = (json.loads(block) for language, block in blocks if language == "json")
+    for shown in (one, several):
+        array = np.zeros(shown["shape"], shown["data_type"])
+        written = json.loads(arrays.encode_array(array)["zarr.json"])
+        assert written | shown == written
+    assert one.keys() == written.keys()
 
 
 @pytest.mark.parametrize("name", NAMES)
