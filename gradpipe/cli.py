@@ -64,7 +64,10 @@ SeqLen = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Windows in one pass; results do not depend on it.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result here; - for stdout.")]
 Blocks = Annotated[str | None, typer.Option(help="Path of the block list, as model.layers.")]
-Statistics = Annotated[str, typer.Option(help="Of grad_l1, grad_l2, grad_sum, act_l2, act_sum.")]
+Statistics = Annotated[
+    str,
+    typer.Option(help="Of grad_l1, grad_l2, grad_sum, act_l2, act_sum, hessian, grad_cov."),
+]
 Encoding = Annotated[str, typer.Option(help="compact, float32 or float16.")]
 Schedule = Annotated[
     str, typer.Option(help="auto, resident, or streamed: one block in memory at a time.")

@@ -24,7 +24,9 @@ from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.share import Job, run_share, share_lock
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.device import resolve_device
+from gradpipe.stages.inputs import share_hessians
 from gradpipe.stages.model import (
+    Blocks,
     Layer,
     build_skeleton,
     check_tokens,
@@ -150,7 +152,7 @@ def plan(config: CollectConfig) -> Plan:
     device = resolve_device(config.device)
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
-    layers = find_layers(model, blocks, checkpoint, config.include, with_digests=False)
+    layers = _layers(config, model, blocks, checkpoint, with_digests=False)
     seq_len = sequence_length(config.seq_len, checkpoint)
     return make_plan(config.schedule, model, blocks, layers, _workload(config, seq_len), device)
 
@@ -164,7 +166,7 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     sequence_length(config.seq_len, checkpoint)
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
-    layers = find_layers(model, blocks, checkpoint, config.include)
+    layers = _layers(config, model, blocks, checkpoint, with_digests=True)
     with ExitStack() as held:
         begun = _begin(config, shard, checkpoint, model, layers, held)
         if begun is None:
@@ -190,6 +192,18 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
             run_share(job, console)
         except Interrupted as error:
             raise Interrupted(f"{error}: run the same command again to go on") from error
+
+
+def _layers(
+    config: CollectConfig,
+    model: torch.nn.Module,
+    blocks: Blocks,
+    checkpoint: Checkpoint,
+    *,
+    with_digests: bool,
+) -> tuple[Layer, ...]:
+    layers = find_layers(model, blocks, checkpoint, config.include, with_digests=with_digests)
+    return share_hessians(model, layers) if "hessian" in config.statistics else layers
 
 
 def _begin(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -116,7 +116,8 @@ def _taken(activations: GradientStore, layers: dict[str, LayerSpec]) -> tuple[st
             f"store {activations.url} holds no activations: collect with --statistics act_l2"
         )
     for layer in layers.values():
-        if activations.spec.layer(layer.name) != layer:
+        theirs = activations.spec.layer(layer.name)
+        if theirs is None or replace(theirs, hessian_of=None) != layer:
             raise InputError(
                 f"store {activations.url} is not of the same weights: {layer.name} differs"
             )

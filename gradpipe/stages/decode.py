@@ -6,6 +6,7 @@ weight, not four. Shapes: O out, I in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -20,12 +21,19 @@ from gradpipe.store.codec import (
     check_escapes,
     level_table,
     split_offsets,
+    triangle_rows,
 )
+from gradpipe.store.schema import SECOND_MOMENTS
 
 
 def decode_norms(encoded: Mapping[str, Encoded], statistic: str, device: torch.device) -> Tensor:
-    """The float32 norms of one of a layer's statistics, (O, I) or (I,), on `device`."""
+    """The float32 norms of one of a layer's statistics, (O, I) or (I,), on `device`.
+
+    A second moment as a whole matrix, (I, I) or (O, O).
+    """
     item = encoded[statistic]
+    if statistic in SECOND_MOMENTS:
+        return _second_moment(item, device)
     if item.spec.encoding == "log":
         levels_OI = _levels(item, device)
         if item.spec.base is not None:
@@ -38,6 +46,21 @@ def decode_norms(encoded: Mapping[str, Encoded], statistic: str, device: torch.d
     if item.spec.encoding == "float16":
         return values.float() * item.spec.scale
     return values.sqrt() if statistic in SQUARED else values
+
+
+def _second_moment(item: Encoded, device: torch.device) -> Tensor:
+    """The symmetric matrix of a packed triangle, (N, N)."""
+    packed = torch.from_numpy(item.parts["values"]).to(device)
+    width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+    matrix_NN = torch.zeros(width, width, device=device)
+    for i, row in enumerate(triangle_rows(width)):
+        matrix_NN[i, i:] = packed[row]
+    matrix_NN += matrix_NN.triu(diagonal=1).T
+    if item.spec.encoding == "correlation":
+        roots_N = torch.from_numpy(item.parts["diagonal"]).to(device).clamp(min=0).sqrt()
+        matrix_NN *= roots_N
+        matrix_NN *= roots_N[:, None]
+    return matrix_NN
 
 
 def _levels(item: Encoded, device: torch.device) -> Tensor:

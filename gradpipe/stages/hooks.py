@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from gradpipe.errors import GradpipeError
 from gradpipe.stages.model import Layer
 from gradpipe.stages.statistics import LayerAccumulator
+from gradpipe.store.schema import LayerSpec
 
 
 class LayerHooks:
@@ -37,6 +39,7 @@ class LayerHooks:
         self._scale = scale
         self._handles: list[RemovableHandle] = []
         self._seen: set[str] = set()
+        self._inputs: dict[str, ref[Tensor]] = {}  # by layer, of this pass
 
     def __enter__(self) -> Self:
         """Attach the hooks."""
@@ -61,6 +64,7 @@ class LayerHooks:
     def _hook(self, accumulator: LayerAccumulator) -> Any:
         def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             self._check_once(accumulator.spec.name)
+            self._check_shared(accumulator.spec, inputs[0])
             x_BTI = self._by_sample(inputs[0].detach())
             accumulator.add_inputs(x_BTI)
             if accumulator.needs_gradients and output.requires_grad:
@@ -77,6 +81,12 @@ class LayerHooks:
         if name in self._seen:
             raise GradpipeError(f"layer {name} runs twice in one pass (shared weights): exclude it")
         self._seen.add(name)
+
+    def _check_shared(self, spec: LayerSpec, tensor: Tensor) -> None:
+        """A layer without a Hessian of its own must read what the layer that keeps it read."""
+        self._inputs[spec.name] = ref(tensor)
+        if spec.hessian_of is not None and self._inputs[spec.hessian_of]() is not tensor:
+            raise GradpipeError(f"layers {spec.hessian_of} and {spec.name} read different inputs")
 
     def _by_sample(self, tensor: Tensor) -> Tensor:
         """(B, T, width), also where the block has made it (B·T, width), as OPT's MLP does."""

@@ -6,6 +6,7 @@ those that autograd and the hooks keep of each linear map, and a few of each blo
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,19 @@ import torch
 
 from gradpipe.errors import InputError
 from gradpipe.stages.model import Blocks, Layer
-from gradpipe.store.schema import GRADIENT_STATISTICS, LayerSpec
+from gradpipe.store.schema import SECOND_MOMENTS, LayerSpec
 
 SCHEDULES = ("auto", "resident", "streamed")
 _MARGIN = 1.2  # how much more than the estimate must be free
 _BLOCK_WIDTHS = 12  # hidden-sized values that a block keeps beside its linear maps
-_LOG_BYTES = {"grad_l1": 0.33, "grad_l2": 0.48, "grad_sum": 2.0}  # measured: docs/benchmarks.md
+_BYTES = {"float32": 4.0, "float16": 2.0}  # a value
+_COMPACT_BYTES = {  # the gradient norms' are measured: docs/benchmarks.md
+    "grad_l1": 0.33,
+    "grad_l2": 0.48,
+    "grad_sum": 2.0,
+    "hessian": 2.0,
+    "grad_cov": 2.0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +99,7 @@ def make_plan(
     free = free_bytes(device)
     schedule, reason = _choose(asked, resident, free)
     all_tokens = work.num_samples * work.seq_len
-    backward = any(name in GRADIENT_STATISTICS for name in work.statistics)
+    backward = any(name.startswith("grad") for name in work.statistics)
     passes = (8 if schedule == "streamed" else 6) if backward else 2
     read = total if schedule == "resident" else 2 * total
     depth = len(blocks.modules)
@@ -150,13 +158,19 @@ def _vocabulary(model: Any) -> int:
 
 
 def _sum_bytes(layer: LayerSpec, statistics: tuple[str, ...]) -> int:
-    return sum(4 * torch.Size(layer.statistic_shape(name)).numel() for name in statistics)
+    return sum(
+        4 * (layer.width(x) ** 2 if x in SECOND_MOMENTS else _num_values(layer, x))
+        for x in layer.own(statistics)
+    )
+
+
+def _num_values(layer: LayerSpec, statistic: str) -> int:
+    return math.prod(layer.statistic_shape(statistic))
 
 
 def _stored_bytes(layer: LayerSpec, work: Workload) -> int:
-    per_value = {"float32": 4.0, "float16": 2.0}
     total = 0.0
-    for name in work.statistics:
-        values = torch.Size(layer.statistic_shape(name)).numel()
-        total += values * per_value.get(work.encoding, _LOG_BYTES.get(name, 4.0))
+    for name in layer.own(work.statistics):
+        per_value = _BYTES.get(work.encoding, _COMPACT_BYTES.get(name, 4.0))
+        total += _num_values(layer, name) * per_value
     return int(total)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from gradpipe.errors import GradpipeError
+from gradpipe.store.codec import triangle_rows
 from gradpipe.store.gradients import LayerStats
-from gradpipe.store.schema import GRADIENT_STATISTICS, LayerSpec
+from gradpipe.store.schema import GRADIENT_STATISTICS, SECOND_MOMENTS, LayerSpec
 
 _TILE_BYTES = 2 << 20  # a tile of G stays in the CPU's cache while it is folded into the sums
 
@@ -27,8 +28,8 @@ class LayerAccumulator:
         """Zeroed float32 sums on `device`."""
         self.spec = spec
         self.sums = {
-            name: torch.zeros(spec.statistic_shape(name), dtype=torch.float32, device=device)
-            for name in statistics
+            name: torch.zeros(_sum_shape(spec, name), dtype=torch.float32, device=device)
+            for name in spec.own(statistics)
         }
         self.num_samples = 0
         self.num_tokens = 0
@@ -36,7 +37,7 @@ class LayerAccumulator:
     @property
     def needs_gradients(self) -> bool:
         """True if any statistic needs a backward pass."""
-        return any(name in GRADIENT_STATISTICS for name in self.sums)
+        return any(name in GRADIENT_STATISTICS or name == "grad_cov" for name in self.sums)
 
     @property
     def num_weights(self) -> int:
@@ -52,9 +53,15 @@ class LayerAccumulator:
             if name == "act_l2":
                 values = values.square()
             self.sums[name] += values.sum(dim=(0, 1))
+        if "hessian" in self.sums:
+            _add_moment(self.sums["hessian"], x_BTI)
 
     def add_gradients(self, x_BTI: Tensor, dy_BTO: Tensor, scale: float) -> None:
         """Add each sample's gradient; `scale` is what the loss was multiplied by."""
+        if "grad_cov" in self.sums:
+            _add_moment(self.sums["grad_cov"], dy_BTO.float() / scale)
+        if self.sums.keys().isdisjoint(GRADIENT_STATISTICS):
+            return
         for x_TI, dy_TO in zip(x_BTI, dy_BTO, strict=True):
             if x_TI.is_cuda:
                 self._fold(slice(None), _product(x_TI, dy_TO), scale)
@@ -91,7 +98,8 @@ class LayerAccumulator:
     def restore(self, stats: LayerStats) -> None:
         """Go on from sums that `result` gave before."""
         for name, sums in self.sums.items():
-            sums.copy_(torch.from_numpy(stats.arrays[name]))
+            values = torch.from_numpy(stats.arrays[name])
+            sums.copy_(_unpacked(values, len(sums)) if name in SECOND_MOMENTS else values)
         self.num_samples, self.num_tokens = stats.num_samples, stats.num_tokens
 
     def result(self) -> LayerStats:
@@ -106,8 +114,38 @@ class LayerAccumulator:
                     f"layer {self.spec.name}: {name} is NaN or infinite: the model overflows in "
                     "this dtype; try --dtype bfloat16 or float32"
                 )
-        arrays = {name: np.asarray(sums.cpu().numpy()) for name, sums in self.sums.items()}
+        arrays = {
+            name: np.asarray((_packed(sums) if name in SECOND_MOMENTS else sums).cpu().numpy())
+            for name, sums in self.sums.items()
+        }
         return LayerStats(arrays=arrays, num_samples=self.num_samples, num_tokens=self.num_tokens)
+
+
+def _sum_shape(spec: LayerSpec, statistic: str) -> tuple[int, ...]:
+    """The shape that is summed in: second moments as whole matrices, packed only at the end."""
+    if statistic in SECOND_MOMENTS:
+        return (spec.width(statistic),) * 2
+    return spec.statistic_shape(statistic)
+
+
+def _add_moment(sums_NN: Tensor, values_BTN: Tensor) -> None:
+    """Add Σ v vᵀ over samples and tokens."""
+    for values_TN in values_BTN:
+        values = values_TN.float()
+        sums_NN.addmm_(values.T, values)
+
+
+def _packed(matrix_NN: Tensor) -> Tensor:
+    """The upper triangle, row by row."""
+    return torch.cat([row[i:] for i, row in enumerate(matrix_NN)])
+
+
+def _unpacked(packed: Tensor, width: int) -> Tensor:
+    """A matrix with this upper triangle: the lower one is never read."""
+    matrix_NN = torch.zeros(width, width)
+    for i, row in enumerate(triangle_rows(width)):
+        matrix_NN[i, i:] = packed[row]
+    return matrix_NN
 
 
 def _product(x_TI: Tensor, dy_TO: Tensor) -> Tensor:

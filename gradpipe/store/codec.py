@@ -8,7 +8,7 @@ squares (`SQUARED`), the sum itself elsewhere.
     float32   values = the sums, exact
     float16   values = norms / scale, with a power of two as scale that puts the largest near 2¹⁴
     compact   gradient norms as 4-bit logarithms (below); activations as float32, signed sums as
-              float16
+              float16; second moments as float16 correlations beside a float32 diagonal
 
 A compact norm is 2^(level/16), at most 2.2 % off. A gradient's magnitude is close to a product
 of one factor per row and one per column, so level = rows[i] + cols[j] + code, and the codes are
@@ -20,15 +20,17 @@ whose levels are added.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from gradpipe.errors import StoreError
-from gradpipe.store.schema import LayerSpec, StatisticSpec
+from gradpipe.store.schema import SECOND_MOMENTS, LayerSpec, StatisticSpec
 
 Sums = npt.NDArray[np.float32]
 Levels = npt.NDArray[np.int32]
@@ -58,13 +60,15 @@ def encode_layer(
     """Encode every statistic of one layer, in the order in which a reader needs them."""
     encoded: dict[str, Encoded] = {}
     for statistic in sorted(sums, key=lambda name: name != "grad_l2"):
-        kind = _COMPACT.get(statistic, "float32") if encoding == "compact" else encoding
+        kind = _kind(encoding, statistic)
         base = "grad_l2" if kind == "log" and statistic == "grad_l1" and "grad_l2" in sums else None
         fields: dict[str, Any] = {}
         if kind == "log":
             norms = norm_of(statistic, sums[statistic])
             parts, num_escapes = _encode_log(norms, encoded[base] if base else None)
             fields["num_escapes"] = num_escapes
+        elif kind == "correlation":
+            parts = _encode_correlation(sums[statistic])
         elif kind == "float16":
             parts, fields["scale"] = _encode_float16(norm_of(statistic, sums[statistic]))
         else:
@@ -76,14 +80,23 @@ def encode_layer(
     return encoded
 
 
+def _kind(encoding: str, statistic: str) -> str:
+    """What a store's encoding means for one statistic."""
+    if statistic in SECOND_MOMENTS:
+        return "float32" if encoding == "float32" else "correlation"
+    return _COMPACT.get(statistic, "float32") if encoding == "compact" else encoding
+
+
 def decode_layer(encoded: Mapping[str, Encoded]) -> dict[str, Sums]:
-    """The float32 norms of one layer's statistics, bases among them."""
+    """The float32 norms of one layer's statistics, bases among them; second moments packed."""
     norms = {}
     for statistic, item in encoded.items():
         if item.spec.encoding == "log":
             base = None if item.spec.base is None else encoded[item.spec.base]
             levels = decode_levels(item, base)
             norms[statistic] = level_table().take(levels - LOWEST, mode="clip")
+        elif item.spec.encoding == "correlation":
+            norms[statistic] = _decode_correlation(item.parts)
         elif item.spec.encoding == "float16":
             norms[statistic] = item.parts["values"].astype(np.float32) * np.float32(item.spec.scale)
         else:
@@ -106,6 +119,8 @@ def part_types(
     """
     _check_spec(spec, statistic)
     shape = layer.statistic_shape(statistic)
+    if spec.encoding == "correlation":
+        return {"diagonal": ((layer.width(statistic),), "float32"), "values": (shape, "float16")}
     if spec.encoding != "log":
         return {"values": (shape, spec.encoding)}
     rows, columns = shape
@@ -119,6 +134,8 @@ def part_types(
 
 def _check_spec(spec: StatisticSpec, statistic: str) -> None:
     kinds = ("float32", "float16", *(("log",) if statistic.startswith("grad_l") else ()))
+    if statistic in SECOND_MOMENTS:
+        kinds = ("float32", "correlation")
     if spec.encoding not in kinds:
         raise StoreError(
             f"{statistic}: unknown encoding {spec.encoding[:40]!r}, expected one of {kinds}"
@@ -133,6 +150,34 @@ def check_bases(encoded: Mapping[str, Encoded]) -> None:
     for statistic, item in encoded.items():
         if item.spec.base is not None and encoded[item.spec.base].spec.encoding != "log":
             raise StoreError(f"{statistic}: its base {item.spec.base} is not in encoding log")
+
+
+def triangle_rows(width: int) -> list[slice]:
+    """Where each row of a packed upper triangle lies: row i holds columns i to `width`."""
+    starts = [i * width - i * (i - 1) // 2 for i in range(width + 1)]
+    return [slice(a, b) for a, b in pairwise(starts)]
+
+
+def _encode_correlation(packed: Sums) -> Parts:
+    """M_ij / √(M_ii·M_jj) in float16, and the diagonal; 0 where an entry of the diagonal is 0."""
+    width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+    rows = triangle_rows(width)
+    diagonal = packed[[row.start for row in rows]]
+    inverse = np.zeros_like(diagonal)
+    np.divide(1, np.sqrt(diagonal), out=inverse, where=diagonal > 0)
+    values = np.empty(len(packed), dtype=np.float16)
+    for i, row in enumerate(rows):
+        values[row] = packed[row] * inverse[i] * inverse[i:]
+    return {"diagonal": diagonal, "values": values}
+
+
+def _decode_correlation(parts: Parts) -> Sums:
+    """The packed sums."""
+    roots = np.sqrt(np.maximum(parts["diagonal"], 0))
+    packed = parts["values"].astype(np.float32)
+    for i, row in enumerate(triangle_rows(len(roots))):
+        packed[row] *= roots[i] * roots[i:]
+    return packed
 
 
 def decode_levels(item: Encoded, base: Encoded | None = None) -> Levels:

@@ -200,13 +200,17 @@ class GradientStore:
         while waiting:
             statistic = waiting.pop()
             if statistic not in encoded:
-                encoded[statistic] = item = self._read_statistic(layer, statistic)
+                shared = layer.hessian_of if statistic == "hessian" else None
+                encoded[statistic] = item = self._read_statistic(layer, statistic, shared)
                 waiting.extend([item.spec.base] if item.spec.base else [])
         codec.check_bases(encoded)
         return encoded
 
     def read_norms(self, layer: LayerSpec, statistic: str) -> codec.Sums:
-        """One statistic of a layer as float32 norms: Σ|G|, √ΣG², ΣG, (out, in); √Σx², Σx, (in,)."""
+        """One statistic of a layer as float32 norms: Σ|G|, √ΣG², ΣG, (out, in); √Σx², Σx, (in,).
+
+        Second moments are packed triangles.
+        """
         return codec.decode_layer(self.read(layer, [statistic]))[statistic]
 
     def input_ids(self) -> npt.NDArray[np.int32]:
@@ -221,7 +225,7 @@ class GradientStore:
             self._objects.verify(key)
         for layer in self.spec.layers:
             for statistic, norms in codec.decode_layer(
-                self.read(layer, self.spec.statistics)
+                self.read(layer, layer.own(self.spec.statistics))
             ).items():
                 if np.isnan(norms).any():
                     raise StoreError(f"store {self.url}: {statistic} of {layer.name} holds NaN")
@@ -237,8 +241,10 @@ class GradientStore:
             sizes[statistic if statistic in sizes else "other"] += size
         return sizes
 
-    def _read_statistic(self, layer: LayerSpec, statistic: str) -> codec.Encoded:
-        key = f"layers/{layer.name}/{statistic}"
+    def _read_statistic(
+        self, layer: LayerSpec, statistic: str, kept_by: str | None
+    ) -> codec.Encoded:
+        key = f"layers/{kept_by or layer.name}/{statistic}"
         spec = StatisticSpec.from_json(read_attributes(self._objects, key))
         types = codec.part_types(spec, layer, statistic)
         parts = {name: read_array(self._objects, f"{key}/{name}", *types[name]) for name in types}

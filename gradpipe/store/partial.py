@@ -134,12 +134,12 @@ class Snapshot:
         self.spec = SnapshotSpec.from_json(read_attributes(self._objects, prefix))
         self.counts = {counts.name: counts for counts in self.spec.layers}
 
-    def layer(self, layer: LayerSpec, statistics: Iterable[str]) -> LayerStats:
+    def layer(self, layer: LayerSpec, statistics: tuple[str, ...]) -> LayerStats:
         """The sums of one layer."""
         counts = self.counts.get(layer.name)
         if counts is None:
             raise StoreError(f"{self._prefix} holds no sums of {layer.name}: it is damaged")
-        return LayerStats(
+        return LayerStats(  # what belongs to another layer is read with that one
             arrays={
                 name: read_array(
                     self._objects,
@@ -147,7 +147,7 @@ class Snapshot:
                     layer.statistic_shape(name),
                     "float32",
                 )
-                for name in statistics
+                for name in layer.own(statistics)
             },
             num_samples=counts.num_samples,
             num_tokens=counts.num_tokens,

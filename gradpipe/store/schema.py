@@ -19,7 +19,8 @@ FORMAT_VERSION = 1
 
 GRADIENT_STATISTICS = ("grad_l1", "grad_l2", "grad_sum")  # (out, in)
 ACTIVATION_STATISTICS = ("act_l2", "act_sum")  # (in,)
-STATISTICS = GRADIENT_STATISTICS + ACTIVATION_STATISTICS
+SECOND_MOMENTS = ("hessian", "grad_cov")  # (in, in) and (out, out), as packed triangles
+STATISTICS = GRADIENT_STATISTICS + ACTIVATION_STATISTICS + SECOND_MOMENTS
 
 _NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 
@@ -41,11 +42,13 @@ class JsonSpec:
                 f"{cls.__name__}: expected a JSON object, got {type(document).__name__}"
             )
         hints = typing.get_type_hints(cls)
-        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        if names != set(document):
-            odd = ", ".join(sorted(names.symmetric_difference(map(str, document))))
-            raise StoreError(f"{cls.__name__}: missing or unknown fields: {odd[:200]}")
-        return cls(**{n: _parse(hints[n], document[n], f"{cls.__name__}.{n}") for n in names})
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        needed = {f.name for f in fields if f.default is dataclasses.MISSING}
+        odd = (needed - set(document)) | (set(map(str, document)) - {f.name for f in fields})
+        if odd:
+            names = ", ".join(sorted(odd))
+            raise StoreError(f"{cls.__name__}: missing or unknown fields: {names[:200]}")
+        return cls(**{n: _parse(hints[n], document[n], f"{cls.__name__}.{n}") for n in document})
 
 
 def _parse(hint: Any, value: object, where: str) -> Any:
@@ -77,6 +80,7 @@ class LayerSpec(JsonSpec):
     block: int | None  # index of the block it sits in; None outside the blocks (the head)
     transposed: bool  # True where the checkpoint keeps (in, out), as Conv1D does
     digest: str  # xxh3-128 of the tensor's bytes in the checkpoint
+    hessian_of: str | None = None  # the layer that keeps the Hessian of the inputs they share
 
     def __post_init__(self) -> None:
         """Refuse names that could leave the store's folder, and shapes that are not matrices."""
@@ -88,8 +92,22 @@ class LayerSpec(JsonSpec):
             raise StoreError(f"layer {self.name}: expected a shape (out, in), got {self.shape}")
 
     def statistic_shape(self, statistic: str) -> tuple[int, ...]:
-        """(out, in) for gradient statistics, (in,) for activation statistics."""
+        """(out, in) for gradient statistics, (in,) for activation statistics.
+
+        n (n + 1) / 2 for an n × n second moment: its upper triangle, row by row.
+        """
+        if statistic in SECOND_MOMENTS:
+            width = self.width(statistic)
+            return (width * (width + 1) // 2,)
         return self.shape if statistic in GRADIENT_STATISTICS else self.shape[1:]
+
+    def width(self, statistic: str) -> int:
+        """How many rows a second moment has: `in` for `hessian`, `out` for `grad_cov`."""
+        return self.shape[1] if statistic == "hessian" else self.shape[0]
+
+    def own(self, statistics: tuple[str, ...]) -> tuple[str, ...]:
+        """The statistics that are kept under this layer's name: all but a shared Hessian."""
+        return tuple(x for x in statistics if x != "hessian" or self.hessian_of is None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,6 +176,15 @@ class StoreSpec(JsonSpec):
             )
         if not self.layers or len({layer.name for layer in self.layers}) != len(self.layers):
             raise StoreError("store names no layers, or one twice")
+        by_name = {layer.name: layer for layer in self.layers}
+        for layer in self.layers:
+            owner = by_name.get(layer.hessian_of or "")
+            if layer.hessian_of and (
+                owner is None or owner.hessian_of or owner.shape[1] != layer.shape[1]
+            ):
+                raise StoreError(
+                    f"layer {layer.name} cannot share the Hessian of {layer.hessian_of[:80]!r}"
+                )
 
     def layer(self, name: str) -> LayerSpec | None:
         """The layer of that name, None if the store has none."""
