@@ -12,7 +12,8 @@ from gradpipe.pipeline.evaluate import EvalConfig, Metrics, evaluate
 from gradpipe.pipeline.import_gblm import ImportConfig, import_gblm
 from gradpipe.pipeline.merge import merge
 from gradpipe.pipeline.output import LayerResult, PruneResult
-from gradpipe.pipeline.prune import PruneConfig, prune
+from gradpipe.pipeline.prune import prune
+from gradpipe.pipeline.prune_config import PruneConfig
 from gradpipe.stages.samples import DataConfig
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.partial import Shard

@@ -26,10 +26,13 @@ from gradpipe.pipeline import evaluate as evaluating
 from gradpipe.pipeline import import_gblm as importing
 from gradpipe.pipeline import merge as merging
 from gradpipe.pipeline import prune as pruning
+from gradpipe.pipeline.prune_config import RECIPE_STATISTICS, RECIPES, PruneConfig
 from gradpipe.pipeline.tables import demo_table, layer_table, plan_table, store_table
 from gradpipe.stages.samples import DataConfig
+from gradpipe.stages.score import METHODS
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.partial import Shard
+from gradpipe.store.schema import DEFAULT_STATISTICS, STATISTICS
 
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
@@ -51,7 +54,7 @@ Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bflo
 Dataset = Annotated[
     str,
     typer.Option(
-        help="c4, wikitext2, stdlib, a .txt/.jsonl[.gz]/.parquet file or folder, a Hub id."
+        help="c4, wikitext2, stdlib, .txt/.jsonl[.gz]/.parquet files, .npy tokens, a Hub id."
     ),
 ]
 DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
@@ -65,8 +68,11 @@ BatchSize = Annotated[int, typer.Option(help="Windows in one pass; results do no
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result here; - for stdout.")]
 Blocks = Annotated[str | None, typer.Option(help="Path of the block list, as model.layers.")]
 Statistics = Annotated[
-    str,
-    typer.Option(help="Of grad_l1, grad_l2, grad_sum, act_l2, act_sum, hessian, grad_cov."),
+    str | None,
+    typer.Option(help=f"Of {', '.join(STATISTICS)} [default: {','.join(DEFAULT_STATISTICS)}]."),
+]
+Recipe = Annotated[
+    str | None, typer.Option(help="best: the recommended options; other flags change them.")
 ]
 Encoding = Annotated[str, typer.Option(help="compact, float32 or float16.")]
 Schedule = Annotated[
@@ -102,7 +108,8 @@ def collect_grads(
     seq_len: SeqLen = None,
     seed: Annotated[int, typer.Option(help="Seed of the windows drawn.")] = 0,
     batch_size: BatchSize = 1,
-    statistics: Statistics = "grad_l1,grad_l2,act_l2",
+    statistics: Statistics = None,
+    recipe: Recipe = None,
     encoding: Encoding = "compact",
     blocks: Blocks = None,
     include: Include = [],  # noqa: B006 (typer wants a list)
@@ -126,7 +133,7 @@ def collect_grads(
         seq_len=seq_len,
         seed=seed,
         batch_size=batch_size,
-        statistics=tuple(name.strip() for name in statistics.split(",")),
+        statistics=_statistics(statistics, recipe),
         encoding=encoding,
         blocks=blocks,
         include=tuple(include),
@@ -161,12 +168,38 @@ def prune(
     pattern: Annotated[
         list[str], typer.Option(help="n:m, n kept of every m inputs, repeatable.")
     ] = [],  # noqa: B006 (as above)
-    method: Annotated[str, typer.Option(help="magnitude, wanda, gradient, gblm.")] = "gblm",
-    alpha: Annotated[float, typer.Option(help="Weight of the gradient in gblm.")] = 100.0,
-    grad_norm: Annotated[str, typer.Option(help="l1, l2 or sum, over samples.")] = "l1",
+    recipe: Recipe = None,
+    method: Annotated[
+        str | None, typer.Option(help=f"{', '.join(METHODS)} [default: gblm].")
+    ] = None,
+    score: Annotated[
+        str | None, typer.Option(help="A formula in the method's place: abs(W)*(a*G1+X).")
+    ] = None,
+    alpha: Annotated[float, typer.Option(help="`a` in formulas: the gradient's weight.")] = 100.0,
+    grad_norm: Annotated[str, typer.Option(help="`G` in formulas: l1, l2 or sum.")] = "l1",
+    update: Annotated[
+        str | None, typer.Option(help="Of kept weights: none, obs, lsq [default: none].")
+    ] = None,
+    curvature: Annotated[
+        str | None, typer.Option(help="What lsq, alps minimise: input, kfac [default: input].")
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(help="uniform, owl, dlp, sensitivity, a JSON file [default: uniform]."),
+    ] = None,
+    allocation_score: Annotated[
+        str | None, typer.Option(help="Method or formula that the allocation looks at.")
+    ] = None,
+    mixed_patterns: Annotated[
+        bool, typer.Option("--mixed-patterns", help="Let the allocation choose n for each block.")
+    ] = False,
     group: Annotated[
-        str, typer.Option(help="Weights compared: output, input, layer, output:K, input:K.")
-    ] = "output",
+        str | None,
+        typer.Option(
+            help="Weights compared: output, input, layer, global, output:K, input:K "
+            "[default: output; alps: layer]."
+        ),
+    ] = None,
     include: Include = [],  # noqa: B006 (as above)
     exclude: Include = [],  # noqa: B006 (as above)
     device: Device = "auto",
@@ -177,16 +210,25 @@ def prune(
     overwrite: Overwrite = False,
 ) -> None:
     """Stage two: sparsify a checkpoint from a store, without running the model."""
+    chosen = {
+        "method": method,
+        "update": update,
+        "curvature": curvature,
+        "allocation": allocation,
+    }
     results = pruning.prune(
-        pruning.PruneConfig(
+        PruneConfig(
+            **_recipe(recipe) | {k: v for k, v in chosen.items() if v is not None},
             model=model,
             store=store,
             out=out,
             sparsities=tuple(sparsity),
             patterns=tuple(pattern),
-            method=method,
+            score=score,
             alpha=alpha,
             grad_norm=grad_norm,
+            allocation_score=allocation_score,
+            mixed_patterns=mixed_patterns,
             group=group,
             include=tuple(include),
             exclude=tuple(exclude),
@@ -342,6 +384,22 @@ def _stdout() -> Console:
 
 def _stderr() -> Console:
     return Console(stderr=True)
+
+
+def _recipe(name: str | None) -> dict[str, str]:
+    """The options behind a recipe's name."""
+    if name is None:
+        return {}
+    if name not in RECIPES:
+        raise InputError(f"--recipe {name}: expected {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def _statistics(names: str | None, recipe: str | None) -> tuple[str, ...]:
+    """The statistics asked for, one by one or by what a recipe reads."""
+    if names is not None:
+        return tuple(name.strip() for name in names.split(","))
+    return RECIPE_STATISTICS if _recipe(recipe) else DEFAULT_STATISTICS
 
 
 def _data(

@@ -38,6 +38,7 @@ from gradpipe.stages.model import (
 )
 from gradpipe.stages.plan import Plan, Workload, check_schedule, make_plan
 from gradpipe.stages.samples import DataConfig, Samples, draw_samples, load_text
+from gradpipe.stages.tokens import is_tokens, token_length, token_samples
 from gradpipe.store.codec import ENCODINGS
 from gradpipe.store.gradients import (
     LOCK_NAME,
@@ -55,6 +56,7 @@ from gradpipe.store.lock import locked
 from gradpipe.store.objects import COMMIT_KEY, remove_strays
 from gradpipe.store.partial import Shard
 from gradpipe.store.schema import (
+    DEFAULT_STATISTICS,
     FORMAT_VERSION,
     STATISTICS,
     ModelSpec,
@@ -74,7 +76,7 @@ class CollectConfig:
     seq_len: int | None = None  # tokens; default 2048, or the model's maximum where that is less
     seed: int = 0
     batch_size: int = 1
-    statistics: tuple[str, ...] = ("grad_l1", "grad_l2", "act_l2")
+    statistics: tuple[str, ...] = DEFAULT_STATISTICS
     encoding: str = "compact"
     blocks: str | None = None  # path of the block list, where it cannot be found
     include: tuple[str, ...] = ()  # regexes: linear layers outside the blocks to collect too
@@ -267,12 +269,15 @@ def check_destination(folder: Path, sources: tuple[Path, ...]) -> None:
 
 
 def _draw(config: CollectConfig, checkpoint: Checkpoint) -> Samples:
+    name = config.data.name
+    if is_tokens(name):
+        seq_len = sequence_length(config.seq_len or token_length(name), checkpoint)
+        samples = token_samples(name, config.num_samples, seq_len)
+        return replace(samples, spec=replace(samples.spec, dataset=config.data.label))
     seq_len = sequence_length(config.seq_len, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     text = load_text(config.data, "calibration")
-    samples = draw_samples(
-        config.data.name, text, tokenizer, config.num_samples, seq_len, config.seed
-    )
+    samples = draw_samples(name, text, tokenizer, config.num_samples, seq_len, config.seed)
     return replace(samples, spec=replace(samples.spec, dataset=config.data.label))
 
 

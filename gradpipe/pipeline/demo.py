@@ -12,7 +12,8 @@ from gradpipe.pipeline.collect import CollectConfig, collect
 from gradpipe.pipeline.evaluate import EvalConfig, evaluate_each
 from gradpipe.pipeline.output import PruneResult
 from gradpipe.pipeline.progress import QUIET
-from gradpipe.pipeline.prune import PruneConfig, prune
+from gradpipe.pipeline.prune import prune
+from gradpipe.pipeline.prune_config import PruneConfig
 from gradpipe.stages.checkpoint import EMBEDDED_NAME
 from gradpipe.stages.samples import DataConfig
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 
 from gradpipe.errors import InputError
@@ -20,6 +22,7 @@ from gradpipe.stages.model import (
 )
 from gradpipe.stages.perplexity import perplexity
 from gradpipe.stages.samples import DataConfig, evaluation_windows, load_text
+from gradpipe.stages.tokens import is_tokens, token_length, token_windows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,23 +70,36 @@ def evaluate_each(
     """Measure checkpoints that share `config.model`'s tokenizer, on text tokenised once."""
     device = resolve_device(config.device)
     checkpoint = Checkpoint.open(config.model)
-    seq_len = sequence_length(config.seq_len, checkpoint)
-    tokenizer = load_tokenizer(checkpoint)
-    text = load_text(config.data, "evaluation")
-    windows = evaluation_windows(config.data.name, text, tokenizer, seq_len, config.max_windows)
+    windows, revision = _windows(config, checkpoint)
     for name in models:
         checkpoint = Checkpoint.open(name)
         model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
         check_tokens(windows, checkpoint, model)
-        with progress_bar(console, "evaluating", len(windows), "windows", seq_len) as advance:
+        with progress_bar(
+            console, "evaluating", len(windows), "windows", windows.shape[1]
+        ) as advance:
             value = perplexity(model, windows, config.batch_size, advance)
         yield Metrics(
             perplexity=value,
             model=name,
             dataset=config.data.name,
-            revision=text.revision,
+            revision=revision,
             num_windows=len(windows),
-            seq_len=seq_len,
+            seq_len=windows.shape[1],
             num_tokens=windows.size,
             dtype=str(model.dtype).removeprefix("torch."),
         )
+
+
+def _windows(
+    config: EvalConfig, checkpoint: Checkpoint
+) -> tuple[npt.NDArray[np.int64], str | None]:
+    """What to measure on, (windows, tokens), and the commit that it is from."""
+    name = config.data.name
+    if is_tokens(name):
+        seq_len = sequence_length(config.seq_len or token_length(name), checkpoint)
+        return token_windows(name, seq_len, config.max_windows), None
+    seq_len = sequence_length(config.seq_len, checkpoint)
+    tokenizer = load_tokenizer(checkpoint)
+    text = load_text(config.data, "evaluation")
+    return evaluation_windows(name, text, tokenizer, seq_len, config.max_windows), text.revision

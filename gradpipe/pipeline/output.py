@@ -26,6 +26,7 @@ class LayerResult:
     requested: float  # sparsity
     zeros: int
     size: int
+    pattern: str | None = None  # n:m, where it is one
 
     @property
     def achieved(self) -> float:
@@ -179,6 +180,7 @@ def write_report(folder: Path, report: dict[str, Any], result: PruneResult) -> N
         "layers": {
             layer.name: {
                 "requested": layer.requested,
+                "pattern": layer.pattern,
                 "achieved": layer.achieved,
                 "zeros": layer.zeros,
                 "size": layer.size,

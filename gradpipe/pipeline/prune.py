@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
+from torch import Tensor
 
 from gradpipe.errors import GradpipeError, InputError
-from gradpipe.pipeline.command import changed_options, check_regexes, recorded_command
+from gradpipe.pipeline.allocation import Budgets
+from gradpipe.pipeline.command import changed_options, recorded_command
 from gradpipe.pipeline.output import (
     LayerResult,
     PruneResult,
@@ -26,7 +28,8 @@ from gradpipe.pipeline.output import (
     write_report,
 )
 from gradpipe.pipeline.progress import QUIET, progress_bar
-from gradpipe.pipeline.prune_files import PruneJob, Written, write_file
+from gradpipe.pipeline.prune_config import PruneConfig
+from gradpipe.pipeline.prune_files import PruneJob, Written, score_of, write_file
 from gradpipe.stages.checkpoint import (
     NOT_COPIED,
     Checkpoint,
@@ -36,81 +39,15 @@ from gradpipe.stages.checkpoint import (
     matrix_shape,
 )
 from gradpipe.stages.device import resolve_device
-from gradpipe.stages.mask import Group, Pattern, check_pattern
-from gradpipe.stages.prune import Recipe, Target
-from gradpipe.stages.score import GRAD_NORMS, METHODS
+from gradpipe.stages.mask import check_pattern
+from gradpipe.stages.prune import Budget, Target
+from gradpipe.stages.score import METHODS
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.objects import digest
 from gradpipe.store.partial import Shard
 from gradpipe.store.schema import LayerSpec
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PruneConfig:
-    """What to prune, by which store, how, and where to."""
-
-    model: str  # directory, Hub id, or `embedded`
-    store: str  # path or URL
-    out: Path  # a folder to create; with several targets, one folder in it for each
-    sparsities: tuple[float, ...] = ()  # default 0.5, unless there is a pattern
-    patterns: tuple[str, ...] = ()  # n:m, n kept of every m
-    method: str = "gblm"
-    alpha: float = 100.0
-    grad_norm: str = "l1"
-    group: str = "output"
-    include: tuple[str, ...] = ()  # regexes on layer names; default: every layer in the blocks
-    exclude: tuple[str, ...] = ()
-    device: str = "auto"
-    shard: Shard | None = None  # one of several jobs, each with a share of the checkpoint's files
-    allow_mismatch: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if self.method not in METHODS:
-            raise InputError(f"--method {self.method}: expected one of {', '.join(METHODS)}")
-        if self.grad_norm not in GRAD_NORMS:
-            raise InputError(
-                f"--grad-norm {self.grad_norm}: expected one of {', '.join(GRAD_NORMS)}"
-            )
-        if not 0 <= self.alpha < float("inf"):
-            raise InputError(f"--alpha {self.alpha}: expected a finite number, 0 or more")
-        for sparsity in self.sparsities:
-            if not 0 <= sparsity < 1:
-                raise InputError(
-                    f"--sparsity {sparsity}: expected a number in [0, 1), the share to prune"
-                )
-        Group.parse(self.group)
-        if self.patterns and self.group != "output":
-            raise InputError(
-                f"--group {self.group}: an n:m pattern compares within its m inputs; leave it out"
-            )
-        labels = [target.label for target in self.targets()]
-        if twice := [label for label in labels if labels.count(label) > 1]:
-            raise InputError(
-                f"--sparsity or --pattern: {twice[0]} is given twice, expected different targets: "
-                "leave one out"
-            )
-        check_regexes("--include", self.include)
-        check_regexes("--exclude", self.exclude)
-
-    def targets(self) -> tuple[Target, ...]:
-        """The checkpoints to write, in order."""
-        sparsities = self.sparsities or (() if self.patterns else (0.5,))
-        patterns = tuple(Pattern.parse(text) for text in self.patterns)
-        return (
-            *(Target(sparsity) for sparsity in sparsities),
-            *(Target(float(pattern.sparsity), pattern) for pattern in patterns),
-        )
-
-    def recipe(self) -> Recipe:
-        """How to score and compare."""
-        return Recipe(
-            method=self.method,
-            grad_norm=self.grad_norm,
-            alpha=self.alpha,
-            group=Group.parse(self.group),
-        )
+_PLAIN = ("none", "input", "uniform")  # values of options that ask for nothing
 
 
 def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, ...]:
@@ -127,15 +64,19 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
         checkpoint=checkpoint,
         store=store,
         layers=_select_layers(config, checkpoint, store),
-        recipe=config.recipe(),
+        procedure=config.procedure(),
         targets=config.targets(),
+        allocation=config.shares(),
         allow_mismatch=config.allow_mismatch,
         device=resolve_device(config.device),
     )
     sources = (checkpoint.folder, *([store.local_folder] if store.local_folder else []))
     check_out(config.out, overwrite=config.overwrite, sources=sources)
+    if store.local_folder is not None:
+        store.verify()  # before a weight is written; a remote store is verified as it is read
     if config.shard is not None:
         return _prune_shard(config, job, config.shard, console)
+    job = replace(job, budgets=_budgets(config, job, console))
     written = Written()
     with staging_folder(config.out) as staging:
         with progress_bar(console, "pruning", len(job.layers), "layers") as advance:
@@ -143,15 +84,45 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
                 written.add(write_file(job, file, staging, advance).to_bytes())
         results = _finish(config, job, staging, written)
         publish(staging, config.out)
+    _say(job, written, console)
     return results
+
+
+def _say(job: PruneJob, written: Written, console: Console) -> None:
+    """What the user should know of a run that went well."""
+    for note in sorted(written.notes):
+        console.print(note, highlight=False)
+    if job.allocation.kind != "uniform" and not job.allocation.mixes_patterns:
+        for target in job.targets:
+            if target.pattern is not None:
+                console.print(
+                    f"{target.pattern} in every block: --mixed-patterns lets the allocation choose",
+                    highlight=False,
+                )
+
+
+def _budgets(config: PruneConfig, job: PruneJob, console: Console) -> list[Budgets]:
+    """How much of each layer goes, by target."""
+    score = config.shares_score()
+    passes = 0 if score is None else 2
+    with progress_bar(console, "allocating", passes * len(job.layers), "layers") as advance:
+
+        def scores(keys: Iterable[str]) -> Iterator[tuple[LayerSpec, Tensor]]:
+            assert score is not None
+            for key in keys:
+                yield job.layers[key], score_of(job, key, score)
+                advance(1)
+
+        return job.allocation.budgets(job.layers, job.targets, scores)
 
 
 def _prune_shard(
     config: PruneConfig, job: PruneJob, shard: Shard, console: Console
 ) -> tuple[PruneResult, ...]:
     """Rewrite this shard's files; publish if that completes them."""
-    identity = repr([_report(config, job, target, []) for target in job.targets]).encode()
+    identity = repr([_report(config, job, target, Written()) for target in job.targets]).encode()
     with SharedStaging(config.out, shard, identity) as staging:
+        job = replace(job, budgets=_budgets(config, job, console))
         with progress_bar(console, "pruning", len(job.layers), "layers") as advance:
             for index in shard.share(len(job.checkpoint.files)):
                 file = job.checkpoint.files[index]
@@ -219,13 +190,13 @@ def _check_layer(
         raise InputError(
             f"layer {layer.name} is of type {info.dtype}: expected F16, BF16, F32 or F64 weights"
         )
-    for statistic in config.recipe().statistics:
+    for statistic in config.statistics:
         known = statistic in store.spec.statistics
         if not known or store.spec.layer(layer.name) is None:
             include = "" if store.spec.layer(layer.name) else f" --include {layer.name}"
             wanted = ",".join(dict.fromkeys((*store.spec.statistics, statistic)))
             raise InputError(
-                f"store {store.url} lacks {statistic} of layer {layer.name}, which {config.method} "
+                f"store {store.url} lacks {statistic} of layer {layer.name}, which {_wish(config)} "
                 f"needs: collect again with --statistics {wanted}{include}"
             )
     for target in config.targets():
@@ -248,7 +219,7 @@ def _finish(
             label=target.label,
             layers=tuple(_read_back(job, target, folder, written)),
         )
-        write_report(folder, _report(config, job, target, written.mismatched), result)
+        write_report(folder, _report(config, job, target, written), result)
         results.append(result)
     return tuple(results)
 
@@ -266,30 +237,52 @@ def _read_back(
             )
         yield LayerResult(
             name=layer.name,
-            requested=float(target.exact),
+            requested=float(job.budget(target, key).sparsity),
+            pattern=_pattern(job.budget(target, key)),
             zeros=count_zeros(as_tensor(data, checkpoint.tensors[key])),
             size=layer.shape[0] * layer.shape[1],
         )
 
 
+def _pattern(budget: Budget) -> str | None:
+    return None if budget.pattern is None else str(budget.pattern)
+
+
+def _wish(config: PruneConfig) -> str:
+    """What asked for a statistic, as the user named it."""
+    extras = {
+        "update": config.update,
+        "curvature": config.curvature,
+        "allocation": config.allocation,
+    }
+    named = [f"--{flag} {value}" for flag, value in extras.items() if value not in _PLAIN]
+    return " with ".join([config.score or config.method, *named])
+
+
 def _report(
-    config: PruneConfig, job: PruneJob, target: Target, mismatched: list[str]
+    config: PruneConfig, job: PruneJob, target: Target, written: Written
 ) -> dict[str, object]:
     """What was done, for `pruning.json`: the same whether or not other targets ran beside it."""
     leave_out = {"model", "store", "out", "sparsities", "patterns", "overwrite", "device", "shard"}
-    pattern = None if target.pattern is None else str(target.pattern)
+    pattern = _pattern(target.budget)
     goal = {"pattern": pattern} if pattern else {"sparsity": target.sparsity}
     options = changed_options(config, leave_out) | {"method": config.method} | goal
+    score = job.procedure.score
     return {
         "model": job.checkpoint.label,
         "revision": job.checkpoint.revision,
         "store": job.store.digest,
         "method": config.method,
-        "statistics": list(job.recipe.statistics),
+        "score": None if score is None else score.expression.text,
+        "update": config.update,
+        "curvature": config.curvature,
+        "allocation": config.allocation,
+        "statistics": list(config.statistics),
         "alpha": config.alpha,
         "grad_norm": config.grad_norm,
-        "group": config.group,
+        "group": config.group or METHODS[config.method].group,
         "pattern": pattern or "unstructured",
-        "mismatched_layers": sorted(mismatched),
+        "mismatched_layers": sorted(written.mismatched),
+        "notes": sorted(written.notes),
         "command": recorded_command("prune", (job.checkpoint.label, "STORE", "OUT"), options),
     }

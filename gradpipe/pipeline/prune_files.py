@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,8 +13,18 @@ import torch
 from torch import Tensor
 
 from gradpipe.errors import InputError
+from gradpipe.pipeline.allocation import Allocation, Budgets
 from gradpipe.stages.checkpoint import Checkpoint, TensorInfo, as_tensor, tensor_bytes
-from gradpipe.stages.prune import Recipe, Target, norms_on, prune_layer, rewrite
+from gradpipe.stages.prune import (
+    Budget,
+    Procedure,
+    Target,
+    norms_on,
+    prune_layer,
+    rewrite,
+    score_layer,
+)
+from gradpipe.stages.score import Score
 from gradpipe.store.codec import Encoded
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.objects import digest
@@ -30,10 +40,16 @@ class PruneJob:
     checkpoint: Checkpoint
     store: GradientStore
     layers: dict[str, LayerSpec]  # by weight key
-    recipe: Recipe
+    procedure: Procedure
     targets: tuple[Target, ...]
+    allocation: Allocation
     allow_mismatch: bool
     device: torch.device
+    budgets: list[Budgets] = field(default_factory=list)  # in the targets' order, once allocated
+
+    def budget(self, target: Target, key: str) -> Budget:
+        """How much of a layer goes for a target."""
+        return self.budgets[self.targets.index(target)][key]
 
     def folder(self, root: Path, target: Target) -> Path:
         """Where a target goes below the output folder: one needs no folder of its own."""
@@ -46,10 +62,11 @@ class Written:
 
     digests: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> key -> xxh3
     mismatched: list[str] = field(default_factory=list)  # layers that are not the store's
+    notes: list[str] = field(default_factory=list)  # what had to be said of layers
 
     def to_bytes(self) -> bytes:
         """For another process to read."""
-        return json.dumps({"digests": self.digests, "mismatched": self.mismatched}).encode()
+        return json.dumps(asdict(self)).encode()
 
     def add(self, data: bytes) -> None:
         """Add what another process wrote."""
@@ -57,6 +74,7 @@ class Written:
         for label, digests in document["digests"].items():
             self.digests.setdefault(label, {}).update(digests)
         self.mismatched.extend(document["mismatched"])
+        self.notes.extend(document["notes"])
 
 
 def write_file(job: PruneJob, file: str, staging: Path, advance: Callable[[int], None]) -> Written:
@@ -64,7 +82,8 @@ def write_file(job: PruneJob, file: str, staging: Path, advance: Callable[[int],
     written = Written()
     infos = (job.checkpoint.tensors[key] for key in job.layers)
     here = sorted((x for x in infos if x.file == file), key=lambda info: info.start)
-    loads = [lambda info=info: _load(job, info) for info in here]
+    statistics = job.procedure.statistics
+    loads = [lambda info=info: _load(job, info, statistics) for info in here]
     replaced = _pruned(job, _prefetched(loads), written, advance)
     outputs = [job.folder(staging, target) / file for target in job.targets]
     for output in outputs:
@@ -87,15 +106,21 @@ class _Loaded:
 def _pruned(
     job: PruneJob, loaded: Iterable[_Loaded], written: Written, advance: Callable[[int], None]
 ) -> Iterator[tuple[TensorInfo, Iterable[Tensor]]]:
-    recipe, targets = job.recipe, job.targets
+    procedure, targets = job.procedure, job.targets
     for item in loaded:
         if not item.matches:
             _refuse_mismatch(job, item.layer)
             written.mismatched.append(item.layer.name)
-        norms = norms_on(item.encoded, job.recipe.statistics, job.device)
-        weight = item.weight.to(job.device)
-        name, transposed = item.layer.name, item.layer.transposed
-        tensors = prune_layer(name, weight, norms, recipe, targets, transposed=transposed)
+        norms = norms_on(item.encoded, procedure.statistics, job.device)
+        tensors = prune_layer(
+            item.layer.name,
+            item.weight.to(job.device),
+            norms,
+            procedure,
+            [job.budget(target, item.info.key) for target in targets],
+            written.notes,
+            transposed=item.layer.transposed,
+        )
         yield item.info, _digested(tensors, targets, item.info.key, written)
         advance(1)
 
@@ -108,10 +133,18 @@ def _digested(
         yield tensor
 
 
-def _load(job: PruneJob, info: TensorInfo) -> _Loaded:
+def score_of(job: PruneJob, key: str, score: Score) -> Tensor:
+    """One layer's scores, (O, I); GradpipeError if one is not a number."""
+    item = _load(job, job.checkpoint.tensors[key], score.statistics)
+    weight = item.weight.to(job.device)
+    weight_OI = weight.T if item.layer.transposed else weight
+    norms = norms_on(item.encoded, score.statistics, job.device)
+    return score_layer(item.layer.name, weight_OI, norms, score)
+
+
+def _load(job: PruneJob, info: TensorInfo, statistics: tuple[str, ...]) -> _Loaded:
     layer = job.layers[info.key]
     data = job.checkpoint.read_bytes(info.key)
-    statistics = job.recipe.statistics
     return _Loaded(
         layer=layer,
         info=info,

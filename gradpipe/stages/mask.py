@@ -103,6 +103,13 @@ def check_pattern(pattern: Pattern, name: str, width: int) -> None:
         )
 
 
+def lowest_mask(scores: Tensor, count: int) -> Tensor:
+    """False at the `count` lowest of all, ties to the lower index."""
+    if count == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    return _keep_rows(scores.reshape(1, -1), count).view_as(scores)
+
+
 def _mask_rows(score_OI: Tensor, sparsity: Fraction, size: int) -> Tensor:
     """Groups of `size` rows; the last may be smaller."""
     whole = score_OI.shape[0] - score_OI.shape[0] % size

@@ -7,7 +7,7 @@ tensors that it is given.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,12 +19,29 @@ from torch import Tensor
 
 from gradpipe.errors import GradpipeError
 from gradpipe.stages.checkpoint import TensorInfo, tensor_bytes
+from gradpipe.stages.curvature import Curvature
 from gradpipe.stages.decode import decode_norms
+from gradpipe.stages.lsq import Eigenbasis, alps_mask, least_squares
 from gradpipe.stages.mask import Group, Pattern, exact_sparsity, pattern_mask, unstructured_mask
-from gradpipe.stages.score import METHODS, Norms
+from gradpipe.stages.score import Norms, Score
+from gradpipe.stages.sparsegpt import obs_update, sparsegpt
 from gradpipe.store.codec import Encoded
 
 _COPY_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much of one layer goes: a share of its weights, or by a pattern."""
+
+    sparsity: Fraction
+    pattern: Pattern | None = None
+
+    def mask(self, score_OI: Tensor, group: Group) -> Tensor:
+        """True = kept, (O, I)."""
+        if self.pattern is not None:
+            return pattern_mask(score_OI, self.pattern)
+        return unstructured_mask(score_OI, self.sparsity, group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,30 +63,45 @@ class Target:
         )
 
     @property
-    def exact(self) -> Fraction:
-        """The share of weights that go."""
-        return exact_sparsity(self.sparsity) if self.pattern is None else self.pattern.sparsity
-
-    def mask(self, score_OI: Tensor, group: Group) -> Tensor:
-        """True = kept, (O, I)."""
+    def budget(self) -> Budget:
+        """What every layer gets where all get the same."""
         if self.pattern is not None:
-            return pattern_mask(score_OI, self.pattern)
-        return unstructured_mask(score_OI, self.exact, group)
+            return Budget(self.pattern.sparsity, self.pattern)
+        return Budget(exact_sparsity(self.sparsity))
+
+
+UPDATES = ("none", "obs", "lsq")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """How to score and compare."""
+class Procedure:
+    """How a layer's weights are picked, and what becomes of those that stay."""
 
     method: str
-    grad_norm: str
-    alpha: float
+    score: Score | None  # None for sparsegpt and alps, which pick by second moments
+    update: str  # of a scored mask: none, obs or lsq
+    curvature: str  # what alps and lsq minimise: input or kfac
     group: Group
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """What the method reads."""
-        return METHODS[self.method].statistics(self.grad_norm)
+        """What is read of each layer."""
+        names = () if self.score is None else self.score.statistics
+        return (*names, *self._second_moments)
+
+    @property
+    def _second_moments(self) -> tuple[str, ...]:
+        if self.score is not None and self.update == "none":
+            return ()
+        both = self.curvature == "kfac" and (self.method == "alps" or self.update == "lsq")
+        return ("hessian", "grad_cov") if both else ("hessian",)
+
+    def curvature_of(self, name: str, norms: Norms) -> Curvature | None:
+        """A layer's second moments, damped; None if they are not needed."""
+        if not self._second_moments:
+            return None
+        values = norms.values
+        return Curvature.of(name, values["hessian"], values.get("grad_cov"))
 
 
 def norms_on(
@@ -82,29 +114,87 @@ def norms_on(
     )
 
 
+def score_layer(name: str, weight_OI: Tensor, norms: Norms, score: Score) -> Tensor:
+    """A layer's scores, (O, I); GradpipeError if one is not a number."""
+    score_OI = score.of(weight_OI, norms)
+    if not bool(torch.isfinite(score_OI).all()):
+        raise GradpipeError(
+            f"layer {name}: a score {score.expression.text} is NaN or infinite, "
+            "as its weights or its statistics are, or the formula makes it"
+        )
+    return score_OI
+
+
 def prune_layer(
     name: str,
     weight: Tensor,
     norms: Norms,
-    recipe: Recipe,
-    targets: Sequence[Target],
+    procedure: Procedure,
+    budgets: Sequence[Budget],
+    notes: list[str],
     *,
     transposed: bool,
 ) -> Iterator[Tensor]:
-    """The pruned weight for each target in turn, on the CPU, as the checkpoint keeps it.
+    """The pruned weight for each budget in turn, on the CPU, as the checkpoint keeps it.
 
-    Raises GradpipeError if a score is not a number.
+    `notes` takes what had to be said. Raises GradpipeError if a score is not a number, or if a
+    second moment is singular whatever the damping.
     """
     weight_OI = weight.T if transposed else weight
-    score_OI = METHODS[recipe.method].score(weight_OI, norms, recipe.grad_norm, recipe.alpha)
-    if not bool(torch.isfinite(score_OI).all()):
-        raise GradpipeError(
-            f"layer {name}: a {recipe.method} score is NaN or infinite, "
-            "as its weights or its statistics are"
-        )
-    for target in targets:
-        pruned_OI = weight_OI.masked_fill(~target.mask(score_OI, recipe.group), 0.0)
+    curvature = procedure.curvature_of(name, norms)
+    notes.extend(() if curvature is None else curvature.notes)
+    prune_to = _pruner(name, weight_OI, norms, procedure, curvature)
+    for budget in budgets:
+        updated_OI, mask_OI = prune_to(budget)
+        pruned_OI = updated_OI.to(weight_OI.dtype).masked_fill(~mask_OI, 0.0)
+        if not bool(torch.isfinite(pruned_OI).all()):
+            raise GradpipeError(
+                f"layer {name}: an updated weight is beyond {weight_OI.dtype}: use --update none"
+            )
         yield (pruned_OI.T if transposed else pruned_OI).contiguous().cpu()
+
+
+_Pruner = Callable[[Budget], tuple[Tensor, Tensor]]  # budget -> weights, mask, both (O, I)
+
+
+def _pruner(
+    name: str, weight_OI: Tensor, norms: Norms, procedure: Procedure, curvature: Curvature | None
+) -> _Pruner:
+    """What does not depend on the budget, done once."""
+    group = procedure.group
+    if procedure.score is not None:
+        score_OI = score_layer(name, weight_OI, norms, procedure.score)
+        update = _updater(weight_OI, procedure, curvature)
+
+        def scored(budget: Budget) -> tuple[Tensor, Tensor]:
+            mask_OI = budget.mask(score_OI, group)
+            return update(mask_OI), mask_OI
+
+        return scored
+    assert curvature is not None
+    moments = curvature
+    if procedure.method == "sparsegpt":
+        factor_II = moments.inverse_factor()
+        return lambda budget: sparsegpt(weight_OI, factor_II, budget.sparsity, budget.pattern)
+    basis = Eigenbasis.of(moments)
+
+    def alps(budget: Budget) -> tuple[Tensor, Tensor]:
+        mask_OI = alps_mask(weight_OI, basis, lambda score_OI: budget.mask(score_OI, group))
+        return least_squares(weight_OI, mask_OI, moments), mask_OI
+
+    return alps
+
+
+def _updater(
+    weight_OI: Tensor, procedure: Procedure, curvature: Curvature | None
+) -> Callable[[Tensor], Tensor]:
+    """From a mask to the weights that go with it."""
+    if curvature is None:
+        return lambda _: weight_OI
+    if procedure.update == "obs":
+        factor_II = curvature.inverse_factor()
+        return lambda mask_OI: obs_update(weight_OI, mask_OI, factor_II)
+    return lambda mask_OI: least_squares(weight_OI, mask_OI, curvature)
 
 
 def rewrite(

@@ -1,21 +1,24 @@
 """Scores: how much each weight matters. Low scores go first.
 
-A method is one function and one line in `METHODS`. The norms are scaled so that α means the same
-at any number N of samples; at N = 128 they are the reference implementation's.
+A method is a formula, or an algorithm that picks weights and updates the rest by second moments.
+The norms are scaled so that α means the same at any number N of samples; at N = 128 they are the
+reference implementation's.
 
     ‖X‖₂ = √(Σₜx² / N)      ‖G‖₁ = 128·Σ|G| / N      ‖G‖₂ = √(128·ΣG² / N)      |ΣG| = 128·|ΣG| / N
 
-Weights come in any float dtype; scores are float32. Layers are large, so that no more tensors of
-their size are made than needed. Shapes: O out, I in.
+Weights come in any float dtype; scores are float32. Shapes: O out, I in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from gradpipe.errors import InputError
+from gradpipe.stages.expression import Expression
 
 GRAD_NORMS = ("l1", "l2", "sum")
 _REFERENCE_SAMPLES = 128
@@ -23,9 +26,9 @@ _REFERENCE_SAMPLES = 128
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Norms:
-    """One layer's statistics as norms, decoded on the device where scores are computed."""
+    """One layer's statistics, decoded on the device where scores are computed."""
 
-    values: Mapping[str, Tensor]  # statistic -> float32 (O, I) or (I,): Σ|G|, √ΣG², ΣG, √Σx²
+    values: Mapping[str, Tensor]  # Σ|G|, √ΣG², ΣG (O, I); √Σx² (I,); Σxxᵀ (I, I), Σdy dyᵀ (O, O)
     num_samples: Mapping[str, int]  # statistic -> over how many samples
 
     def activation(self) -> Tensor:
@@ -39,42 +42,59 @@ class Norms:
         return (self.values[statistic] * (math.sqrt(ratio) if norm == "l2" else ratio)).abs_()
 
 
-def magnitude(weight_OI: Tensor, _: Norms, __: str, ___: float) -> Tensor:
-    """|W| (Han et al., 2015)."""
-    return weight_OI.abs().float()
-
-
-def wanda(weight_OI: Tensor, norms: Norms, _: str, __: float) -> Tensor:
-    """|W|·‖X‖₂ (Sun et al., 2023, eq. 1)."""
-    return weight_OI.abs().float() * norms.activation()
-
-
-def gradient(weight_OI: Tensor, norms: Norms, grad_norm: str, _: float) -> Tensor:
-    """|W|·‖G‖ₚ (Das et al., 2023, the gradient term alone)."""
-    return norms.gradient(grad_norm).mul_(weight_OI.abs())
-
-
-def gblm(weight_OI: Tensor, norms: Norms, grad_norm: str, alpha: float) -> Tensor:
-    """|W|·(α·‖G‖ₚ + ‖X‖₂) (GBLM-Pruner: Das et al., 2023, eq. 5)."""
-    score_OI = norms.gradient(grad_norm).mul_(alpha).add_(norms.activation())
-    return score_OI.mul_(weight_OI.abs())
-
-
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A score and the statistics that it needs; `grad` stands for the gradient norm chosen."""
+    """How weights are picked: by a formula, or by an algorithm over second moments."""
 
-    score: Callable[[Tensor, Norms, str, float], Tensor]
-    needs: tuple[str, ...] = ()
-
-    def statistics(self, grad_norm: str) -> tuple[str, ...]:
-        """Names of the statistics to read for this gradient norm."""
-        return tuple(f"grad_{grad_norm}" if name == "grad" else name for name in self.needs)
+    formula: str | None
+    group: str = "output"  # the weights compared, unless the user says otherwise
 
 
 METHODS = {
-    "magnitude": Method(magnitude),
-    "wanda": Method(wanda, ("act_l2",)),
-    "gradient": Method(gradient, ("grad",)),
-    "gblm": Method(gblm, ("grad", "act_l2")),
+    "magnitude": Method("abs(W)"),  # Han et al., 2015
+    "wanda": Method("abs(W)*X"),  # Sun et al., 2023
+    "gradient": Method("abs(W)*G"),  # Das et al., 2023, the gradient term alone
+    "gblm": Method("abs(W)*(a*G+X)"),  # GBLM-Pruner: Das et al., 2023
+    "fisher": Method("W**2*G2**2"),  # the diagonal of the empirical Fisher information
+    "ria": Method("ri(W)*sqrt(X)"),  # Zhang et al., 2024
+    "gradient-ria": Method("ri(W)*sqrt(a*G+X)"),  # RIA with GBLM's norm in the activation's place
+    "sparsegpt": Method(None, "layer"),  # Frantar & Alistarh, 2023
+    "alps": Method(None, "layer"),  # Meng et al., 2024
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A formula with its choices made."""
+
+    expression: Expression
+    grad_norm: str
+    alpha: float
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What it reads."""
+        return self.expression.statistics(self.grad_norm)
+
+    def of(self, weight_OI: Tensor, norms: Norms) -> Tensor:
+        """The score of each weight, float32 (O, I), a tensor of its own."""
+        return self.expression.evaluate(
+            {
+                "W": weight_OI.float,
+                "X": norms.activation,
+                "G": lambda: norms.gradient(self.grad_norm),
+                "G1": lambda: norms.gradient("l1"),
+                "G2": lambda: norms.gradient("l2"),
+                "GS": lambda: norms.gradient("sum"),
+                "a": lambda: self.alpha,
+            }
+        )
+
+
+def find_score(name_or_formula: str, grad_norm: str, alpha: float) -> Score:
+    """A method's score, or the one that a formula gives; InputError for neither."""
+    method = METHODS.get(name_or_formula)
+    formula = name_or_formula if method is None else method.formula
+    if formula is None:
+        raise InputError(f"method {name_or_formula} has no score of its own: give a formula")
+    return Score(Expression.parse(formula), grad_norm, alpha)

@@ -219,10 +219,14 @@ class GradientStore:
             raise InputError(f"store {self.url} was imported: it does not have its samples")
         return _read_calibration(self._objects, self.spec).input_ids
 
-    def validate(self) -> None:
-        """Read everything; raise StoreError naming the first object that is not as it must be."""
+    def verify(self) -> None:
+        """Read every object; raise StoreError naming the first that is not as it was written."""
         for key in self._objects.record.objects:
             self._objects.verify(key)
+
+    def validate(self) -> None:
+        """Verify, then decode everything; StoreError names the first that is not as it must be."""
+        self.verify()
         for layer in self.spec.layers:
             for statistic, norms in codec.decode_layer(
                 self.read(layer, layer.own(self.spec.statistics))

@@ -20,6 +20,7 @@ FORMAT_VERSION = 1
 GRADIENT_STATISTICS = ("grad_l1", "grad_l2", "grad_sum")  # (out, in)
 ACTIVATION_STATISTICS = ("act_l2", "act_sum")  # (in,)
 SECOND_MOMENTS = ("hessian", "grad_cov")  # (in, in) and (out, out), as packed triangles
+DEFAULT_STATISTICS = ("grad_l1", "grad_l2", "act_l2")
 STATISTICS = GRADIENT_STATISTICS + ACTIVATION_STATISTICS + SECOND_MOMENTS
 
 _NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")

@@ -1,0 +1,165 @@
+"""What stage two is asked to do: options, checked against each other, as the stages want them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gradpipe.errors import InputError
+from gradpipe.pipeline.allocation import SCORES, Allocation
+from gradpipe.pipeline.command import check_regexes
+from gradpipe.stages.curvature import CURVATURES
+from gradpipe.stages.mask import Group, Pattern
+from gradpipe.stages.prune import UPDATES, Procedure, Target
+from gradpipe.stages.score import GRAD_NORMS, METHODS, Score, find_score
+from gradpipe.store.partial import Shard
+
+RECIPES = {  # found by benchmarks/quality.py: docs/benchmarks.md
+    "best": {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"},
+}
+RECIPE_STATISTICS = ("grad_l2", "act_l2", "hessian", "grad_cov")  # what a recipe reads, and Wanda
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneConfig:
+    """What to prune, by which store, how, and where to."""
+
+    model: str  # directory, Hub id, or `embedded`
+    store: str  # path or URL
+    out: Path  # a folder to create; with several targets, one folder in it for each
+    sparsities: tuple[float, ...] = ()  # default 0.5, unless there is a pattern
+    patterns: tuple[str, ...] = ()  # n:m, n kept of every m
+    method: str = "gblm"
+    alpha: float = 100.0
+    grad_norm: str = "l1"
+    score: str | None = None  # a formula, in place of the method's
+    update: str = "none"  # what becomes of the weights that stay: none, obs or lsq
+    curvature: str = "input"  # what alps and lsq minimise: input, or kfac, which needs grad_cov
+    allocation: str = "uniform"  # owl, dlp, sensitivity, or a JSON file
+    allocation_score: str | None = None  # a method or formula for the allocation to look at
+    mixed_patterns: bool = False  # let the allocation choose n of n:m for each block
+    group: str | None = None  # default: the method's
+    include: tuple[str, ...] = ()  # regexes on layer names; default: every layer in the blocks
+    exclude: tuple[str, ...] = ()
+    device: str = "auto"
+    shard: Shard | None = None  # one of several jobs, each with a share of the checkpoint's files
+    allow_mismatch: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        for flag, value, known in (
+            ("method", self.method, METHODS),
+            ("grad-norm", self.grad_norm, GRAD_NORMS),
+            ("update", self.update, UPDATES),
+            ("curvature", self.curvature, CURVATURES),
+        ):
+            if value not in known:
+                raise InputError(f"--{flag} {value}: expected one of {', '.join(known)}")
+        if not 0 <= self.alpha < float("inf"):
+            raise InputError(f"--alpha {self.alpha}: expected a finite number, 0 or more")
+        for sparsity in self.sparsities:
+            if not 0 <= sparsity < 1:
+                raise InputError(
+                    f"--sparsity {sparsity}: expected a number in [0, 1), the share to prune"
+                )
+        self._check_group()
+        self._check_combination()
+        labels = [target.label for target in self.targets()]
+        if twice := [label for label in labels if labels.count(label) > 1]:
+            raise InputError(
+                f"--sparsity or --pattern: {twice[0]} is given twice, expected different targets: "
+                "leave one out"
+            )
+        check_regexes("--include", self.include)
+        check_regexes("--exclude", self.exclude)
+
+    def _check_group(self) -> None:
+        if self.group is None:
+            return
+        if self.group != "global":
+            Group.parse(self.group)
+        if self.patterns and self.group != "output":
+            raise InputError(
+                f"--group {self.group}: an n:m pattern compares within its m inputs; leave it out"
+            )
+        if self.method == "sparsegpt":
+            raise InputError(
+                f"--group {self.group}: sparsegpt compares within 128 columns; leave it out"
+            )
+        if self.group == "global" and (self.allocation != "uniform" or not self._has_score):
+            raise InputError(
+                "--group global: scores alone decide how much of a layer goes: "
+                "leave --allocation out, and choose a method with a score"
+            )
+
+    def _check_combination(self) -> None:
+        """Refuse options that would be ignored."""
+        if self._has_score:
+            self._score()
+        elif self.update != "none":
+            raise InputError(f"--update {self.update}: {self.method} updates weights by itself")
+        elif self.score is not None:
+            raise InputError(f"--score: {self.method} has no score; leave out the one or the other")
+        if self.curvature != "input" and self.update != "lsq" and self.method != "alps":
+            raise InputError(f"--curvature {self.curvature}: only --update lsq and alps use it")
+        if self.allocation_score is not None:
+            if self.allocation not in SCORES:
+                raise InputError(f"--allocation-score: --allocation {self.allocation} uses none")
+            find_score(self.allocation_score, self.grad_norm, self.alpha)
+        if self.mixed_patterns and (self.allocation == "uniform" or not self.patterns):
+            raise InputError("--mixed-patterns: it needs a --pattern and an --allocation")
+
+    @property
+    def _has_score(self) -> bool:
+        return METHODS[self.method].formula is not None
+
+    def _score(self) -> Score:
+        return find_score(self.score or self.method, self.grad_norm, self.alpha)
+
+    def targets(self) -> tuple[Target, ...]:
+        """The checkpoints to write, in order."""
+        sparsities = self.sparsities or (() if self.patterns else (0.5,))
+        patterns = tuple(Pattern.parse(text) for text in self.patterns)
+        return (
+            *(Target(sparsity) for sparsity in sparsities),
+            *(Target(float(pattern.sparsity), pattern) for pattern in patterns),
+        )
+
+    def procedure(self) -> Procedure:
+        """How each layer is pruned."""
+        return Procedure(
+            method=self.method,
+            score=self._score() if self._has_score else None,
+            update=self.update,
+            curvature=self.curvature,
+            group=self._group(),
+        )
+
+    def _group(self) -> Group:
+        if self.group == "global":
+            return Group.parse("layer")  # once each layer has its share
+        return Group.parse(self.group or METHODS[self.method].group)
+
+    def shares(self) -> Allocation:
+        """How much of each layer goes."""
+        return Allocation(
+            kind="global" if self.group == "global" else self.allocation,
+            group=self._group(),
+            is_exact=self.method == "sparsegpt",
+            mixes_patterns=self.mixed_patterns,
+        )
+
+    def shares_score(self) -> Score | None:
+        """What the allocation looks at; None if it needs no scores."""
+        if self.group == "global":
+            return self._score()
+        name = self.allocation_score or SCORES.get(self.allocation)
+        return None if name is None else find_score(name, self.grad_norm, self.alpha)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What is read of the store."""
+        score = self.shares_score()
+        names = (*self.procedure().statistics, *(score.statistics if score else ()))
+        return tuple(dict.fromkeys(names))

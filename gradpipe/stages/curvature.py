@@ -1,0 +1,92 @@
+"""Second moments made fit to solve with: what it costs to change a layer's weights.
+
+    input   ‖(W − Ŵ) X‖², by H = Σ x xᵀ alone: the layer's own output must stay
+    kfac    Σ ⟨dy, (W − Ŵ) x⟩² ≈ tr(S (W − Ŵ) H (W − Ŵ)ᵀ), with S = Σ dy dyᵀ: the loss must stay
+            (Kronecker-factored Fisher information: Martens & Grosse, 2015; used to prune language
+            models by van der Ouderaa et al., 2024)
+
+Both come from the dense model. Shapes: O out, I in, N either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from gradpipe.errors import GradpipeError
+
+CURVATURES = ("input", "kfac")
+_INPUT_DAMPING = 0.01  # of the mean of the diagonal, as SparseGPT has it
+_OUTPUT_DAMPING = 0.1  # gradients are noisier: docs/decisions/0010
+_RETRIES = 3
+_MORE = 10.0
+
+
+@dataclass(slots=True)
+class Curvature:
+    """Damped, positive definite second moments of one layer."""
+
+    hessian: Tensor  # (I, I)
+    cov: Tensor | None  # (O, O); None: the identity
+    notes: list[str] = field(default_factory=list)  # what had to be said about damping
+
+    @classmethod
+    def of(cls, name: str, hessian_II: Tensor, cov_OO: Tensor | None) -> Self:
+        """Damp a layer's second moments; GradpipeError if they stay singular.
+
+        Each is used up.
+        """
+        notes: list[str] = []
+        damped_II = _damped(f"{name}: hessian", hessian_II, _INPUT_DAMPING, notes)
+        damped_OO = None
+        if cov_OO is not None:
+            damped_OO = _damped(f"{name}: grad_cov", cov_OO, _OUTPUT_DAMPING, notes)
+        return cls(damped_II, damped_OO, notes)
+
+    def inverse_factor(self) -> Tensor:
+        """The upper Cholesky factor U of H⁻¹ = UᵀU, (I, I)."""
+        lower_II = torch.linalg.cholesky(self.hessian)
+        factor_II: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower_II), upper=True)
+        return factor_II
+
+    def times(self, change_OI: Tensor) -> Tensor:
+        """S · change · H, half the gradient of the cost."""
+        product_OI = change_OI @ self.hessian
+        return product_OI if self.cov is None else self.cov @ product_OI
+
+    def diagonal(self) -> Tensor:
+        """The curvature of each weight alone, (O, I) or (1, I)."""
+        diagonal_1I = self.hessian.diagonal()[None]
+        if self.cov is None:
+            return diagonal_1I
+        return self.cov.diagonal()[:, None] * diagonal_1I
+
+    def cost(self, change_OI: Tensor) -> Tensor:
+        """The cost of a change: of each row, (O,), where rows do not interact, else one number."""
+        product_OI = change_OI * self.times(change_OI)
+        return product_OI.sum(dim=None if self.cov is not None else 1)
+
+
+def _damped(what: str, matrix_NN: Tensor, share: float, notes: list[str]) -> Tensor:
+    """The matrix with a share of its mean diagonal added to it, more if that is not enough."""
+    mean = float(matrix_NN.diagonal().mean())
+    if mean == 0:
+        notes.append(f"{what} is all zeros: every direction counts the same")
+        matrix_NN.diagonal().add_(1.0)
+        return matrix_NN
+    added = 0.0
+    for attempt in range(_RETRIES + 1):
+        wanted = share * _MORE**attempt * mean
+        matrix_NN.diagonal().add_(wanted - added)
+        added = wanted
+        if attempt:
+            notes.append(f"{what} is ill-conditioned: damped by {share * _MORE**attempt:g}")
+        if int(torch.linalg.cholesky_ex(matrix_NN).info) == 0:
+            return matrix_NN
+    raise GradpipeError(
+        f"{what} is not positive definite, damped by {share * _MORE**_RETRIES:g} of its mean "
+        "diagonal: its values are NaN, infinite or not a second moment; collect it again"
+    )

@@ -1,0 +1,137 @@
+"""Scores as formulas: `abs(W) * (a*G + X)`, parsed into a tree that is walked, never evaluated.
+
+    W           the weights, (O, I)
+    X           ‖X‖₂ of each input, (I,)
+    G1, G2, GS  ‖G‖₁, ‖G‖₂ and |ΣG| over samples, (O, I); G is the one that --grad-norm names
+    a           --alpha
+    ri(W)       relative importance: |W| / Σ of its row's + |W| / Σ of its column's (RIA)
+
+with numbers, + - * / **, parentheses, abs, sqrt and log. Shapes: O out, I in.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from gradpipe.errors import InputError
+
+_STATISTICS = {"X": "act_l2", "G1": "grad_l1", "G2": "grad_l2", "GS": "grad_sum"}
+_BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+_IN_PLACE: Mapping[type[ast.operator], Callable[[Tensor, Any], Tensor]] = {
+    ast.Add: Tensor.add_,
+    ast.Sub: Tensor.sub_,
+    ast.Mult: Tensor.mul_,
+    ast.Div: Tensor.div_,
+    ast.Pow: Tensor.pow_,
+}
+_MAX_CHARACTERS = 500
+
+
+def relative_importance(weight_OI: Tensor) -> Tensor:
+    """|W_ij| / Σ_j|W_ij| + |W_ij| / Σ_i|W_ij| (RIA: Zhang et al., 2024); 0 where a sum is 0."""
+    size_OI = weight_OI.float().abs()
+    tiny = torch.finfo(torch.float32).tiny
+    rows_O1 = size_OI.sum(dim=1, keepdim=True).clamp_min(tiny)
+    columns_I = size_OI.sum(dim=0).clamp_min(tiny)
+    return size_OI / rows_O1 + size_OI / columns_I
+
+
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "abs": lambda x: x.float().abs(),
+    "sqrt": torch.sqrt,
+    "log": torch.log,
+    "ri": relative_importance,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A formula that has been checked."""
+
+    text: str
+    names: frozenset[str]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The formula in `text`; InputError says what in it is not understood."""
+        if len(text) > _MAX_CHARACTERS:
+            raise InputError(f"--score of {len(text)} characters, expected {_MAX_CHARACTERS}")
+        try:
+            tree = ast.parse(text.strip(), mode="eval").body
+            names = frozenset(_check(tree, text))
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise InputError(
+                f"--score {text!r}: not a formula: expected one such as abs(W)*(a*G+X)"
+            ) from error
+        if "W" not in names:
+            raise InputError(f"--score {text!r}: it does not depend on the weights, W")
+        return cls(text, names)
+
+    def statistics(self, grad_norm: str) -> tuple[str, ...]:
+        """What must be read to compute it."""
+        table = {**_STATISTICS, "G": f"grad_{grad_norm}"}
+        return tuple(dict.fromkeys(table[x] for x in sorted(self.names) if x in table))
+
+    def evaluate(self, values: Mapping[str, Callable[[], Tensor | float]]) -> Tensor:
+        """The formula over values that are asked for as they are needed; float32, (O, I)."""
+        result, _ = _walk(ast.parse(self.text.strip(), mode="eval").body, values)
+        return result.float()  # type: ignore[no-any-return]
+
+
+def _check(node: ast.expr, text: str) -> set[str]:
+    """The names in a tree of allowed nodes; InputError for any other."""
+    match node:
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _check(left, text) | _check(right, text)
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return _check(operand, text)
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
+            return _check(argument, text)
+        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+            return set()
+        case ast.Name(id=name) if name in {*_STATISTICS, "W", "G", "a"}:
+            return {name}
+    part = ast.get_source_segment(text.strip(), node) or text
+    known = ", ".join(("W", *_STATISTICS, "G", "a", *(f"{x}()" for x in _FUNCTIONS)))
+    raise InputError(f"--score {text!r}: {part[:80]!r} is not understood, expected {known}")
+
+
+def _walk(node: ast.expr, values: Mapping[str, Callable[[], Any]]) -> tuple[Any, bool]:
+    """A node's value, and whether it is a tensor of its own that may be overwritten."""
+    match node:
+        case ast.BinOp(left=left, op=op, right=right):
+            return _binary(type(op), _walk(left, values), _walk(right, values))
+        case ast.UnaryOp(operand=operand):
+            return -_walk(operand, values)[0], True
+        case ast.Call(func=ast.Name(id=name), args=[argument]):
+            return _FUNCTIONS[name](_walk(argument, values)[0]), True
+        case ast.Constant(value=number):
+            return float(number), False  # type: ignore[arg-type]
+        case ast.Name(id=name):
+            return values[name](), name in {"G", "G1", "G2", "GS"}
+    raise AssertionError(ast.dump(node))  # pragma: no cover (`_check` lets no other through)
+
+
+def _binary(
+    op: type[ast.operator], left: tuple[Any, bool], right: tuple[Any, bool]
+) -> tuple[Any, bool]:
+    """Layers are large: the result takes an operand's place where it can."""
+    (a, a_is_own), (b, b_is_own) = left, right
+    if a_is_own and (not isinstance(b, Tensor) or b.ndim <= a.ndim):
+        return _IN_PLACE[op](a, b), True
+    if b_is_own and op in {ast.Add, ast.Mult} and (not isinstance(a, Tensor) or a.ndim <= b.ndim):
+        return _IN_PLACE[op](b, a), True
+    return _BINARY[op](a, b), isinstance(a, Tensor) or isinstance(b, Tensor)

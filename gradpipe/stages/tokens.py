@@ -1,0 +1,77 @@
+"""Text that is tokens already: windows from a `.npy` file, taken as they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gradpipe.errors import InputError, one_line
+from gradpipe.stages.samples import Samples
+from gradpipe.store.objects import digest
+from gradpipe.store.schema import SampleSpec
+
+
+def is_tokens(name: str) -> bool:
+    """True if a dataset's name is that of a file of tokens."""
+    return name.endswith(".npy") and Path(name).is_file()
+
+
+def token_length(name: str) -> int | None:
+    """Tokens of a window where the file has windows of its own, a row each."""
+    ids = _load(name)
+    return ids.shape[1] if ids.ndim == 2 else None
+
+
+def token_windows(name: str, seq_len: int, most: int | None) -> npt.NDArray[np.int64]:
+    """The first windows of a file, (windows, seq_len): its rows, or its one row cut up.
+
+    Raises InputError if it holds no non-negative integers, or too few of them.
+    """
+    ids = _load(name)
+    if ids.ndim == 1:
+        count = ids.size // seq_len
+        ids = ids[: count * seq_len].reshape(count, seq_len)
+    if len(ids) == 0 or ids.shape[1] != seq_len:
+        raise InputError(f"dataset {name}: {ids.shape[1]} tokens a row, --seq-len is {seq_len}")
+    return ids[:most].astype(np.int64)
+
+
+def token_samples(name: str, num_samples: int, seq_len: int) -> Samples:
+    """Calibration samples from a file; InputError if it has fewer."""
+    windows = token_windows(name, seq_len, num_samples)
+    if len(windows) < num_samples:
+        raise InputError(
+            f"dataset {name} has {len(windows)} windows of {seq_len} tokens, "
+            f"--num-samples is {num_samples}: ask for fewer"
+        )
+    input_ids = windows.astype(np.int32)
+    starts = np.arange(num_samples, dtype=np.int64) * seq_len
+    spec = SampleSpec(
+        dataset=name,
+        revision=None,
+        sampling="tokens",
+        seed=0,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        digest=digest(input_ids.tobytes()),
+    )
+    sources = np.stack([np.full(num_samples, -1, dtype=np.int64), starts], axis=1)
+    return Samples(spec=spec, input_ids=input_ids, sources=sources)
+
+
+def _load(name: str) -> npt.NDArray[np.integer[Any]]:
+    """The file's integers, memory-mapped; nothing in it is run."""
+    try:
+        ids = np.load(name, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"dataset {name}: not a .npy file of tokens: {one_line(error)}") from error
+    is_sound = ids.dtype.kind in "iu" and ids.ndim in {1, 2} and ids.size > 0
+    if not is_sound or int(ids.min()) < 0 or int(ids.max()) >= 2**31:
+        raise InputError(
+            f"dataset {name}: expected token ids, non-negative integers in one or two dimensions, "
+            f"got {ids.dtype} {ids.shape}"
+        )
+    return ids  # type: ignore[no-any-return]
