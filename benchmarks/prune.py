@@ -46,7 +46,7 @@ from gradpipe import GradientStore, PruneConfig, prune
 from gradpipe.stages.checkpoint import Checkpoint, as_tensor, count_zeros, tensor_bytes
 from gradpipe.stages.mask import Group
 from gradpipe.stages.prune import Target, norms_on
-from gradpipe.stages.score import METHODS
+from gradpipe.stages.score import find_score
 from gradpipe.store.objects import digest, fsync
 
 STATISTICS: Final = ("grad_l1", "act_l2")  # and grad_l2, which grad_l1 is coded against
@@ -132,6 +132,7 @@ def time_stages(bench: Bench) -> dict[str, float]:
     """Seconds of each stage of pruning to one sparsity, over all layers."""
     checkpoint, store = Checkpoint.open(str(bench.model)), GradientStore.open(bench.store)
     clock, cpu, target = StageClock(), torch.device("cpu"), Target(SPARSITIES[0])
+    score = find_score("gblm", "l1", ALPHA)
     bench.out.mkdir()
     path = bench.out / "tensors"
     with path.open("wb") as file:
@@ -146,11 +147,11 @@ def time_stages(bench: Bench) -> dict[str, float]:
             with clock("decode them to norms"):
                 norms = norms_on(encoded, STATISTICS, cpu)
             with clock("score"):
-                score_OI = METHODS["gblm"].score(weight_OI, norms, "l1", ALPHA)
+                score_OI = score.of(weight_OI, norms)
             with clock("check that the score is finite"):
                 torch.isfinite(score_OI).all()
             with clock("mask"):
-                mask_OI = target.mask(score_OI, Group.parse("output"))
+                mask_OI = target.budget.mask(score_OI, Group.parse("output"))
             with clock("fill with zeros"):
                 pruned_OI = weight_OI.masked_fill(~mask_OI, 0.0)
             with clock("digest of the output"):

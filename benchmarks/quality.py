@@ -170,7 +170,7 @@ def main(
     heldout: str = "stdlib",
     seq_len: int = 256,
     rows: Annotated[str, typer.Option(help="Only the rows whose name holds this.")] = "",
-    sequential: Annotated[bool, typer.Option("--sequential")] = False,
+    sequential: Annotated[bool, typer.Option("--sequential")] = False,  # noqa: FBT002
 ) -> None:
     """Print one table of perplexities."""
     print(heading("What pruning costs"))

@@ -72,21 +72,28 @@ def reference_statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[str,
 def layer_statistics(
     layers: Mapping[str, nn.Module], loss_of: Callable[[Tensor], Tensor], samples: Sequence[Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Sum over samples, in float64: grad_l1, grad_l2, grad_sum (out, in); act_l2, act_sum (in,)."""
+    """Sum over samples, in float64: grad_l1, grad_l2, grad_sum (out, in); act_l2, act_sum (in,);
+    hessian (in, in) and grad_cov (out, out), here as whole matrices.
+    """  # noqa: D205
     totals: dict[str, dict[str, Tensor]] = {name: {} for name in layers}
     for sample in samples:
-        inputs = _backward(layers, loss_of, sample)
+        inputs, gradients = _backward(layers, loss_of, sample)
         for name, layer in layers.items():
-            for statistic, value in _one_sample(_gradient(layer), inputs[name]).items():
+            terms = _one_sample(_gradient(layer), inputs[name], gradients[name])
+            for statistic, value in terms.items():
                 totals[name][statistic] = totals[name].get(statistic, 0) + value
     return totals
 
 
 def _backward(
     layers: Mapping[str, nn.Module], loss_of: Callable[[Tensor], Tensor], sample: Tensor
-) -> dict[str, Tensor]:
-    """Leave this sample's gradient in each weight's `.grad`; return the inputs (T, in) seen."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Leave this sample's gradient in each weight's `.grad`.
+
+    Returns the inputs (T, in) seen, and the gradients (T, out) of what came out.
+    """
     inputs: dict[str, list[Tensor]] = defaultdict(list)
+    outputs: dict[str, list[Tensor]] = defaultdict(list)
     handles = []
     for name, layer in layers.items():
         _weight(layer).requires_grad_(True)  # noqa: FBT003 - torch's own signature
@@ -95,22 +102,39 @@ def _backward(
         def record(_layer: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
             inputs[name].append(args[0].detach().reshape(-1, args[0].shape[-1]))
 
+        def keep(
+            _layer: nn.Module, _args: tuple[Tensor, ...], output: Tensor, name: str = name
+        ) -> None:
+            output.retain_grad()
+            outputs[name].append(output)
+
         handles.append(layer.register_forward_pre_hook(record))
+        handles.append(layer.register_forward_hook(keep))
     loss_of(sample).backward()
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(seen) for name, seen in inputs.items()}
+    gradients = {
+        name: torch.cat([_grad_of(output) for output in seen]) for name, seen in outputs.items()
+    }
+    return {name: torch.cat(seen) for name, seen in inputs.items()}, gradients
 
 
-def _one_sample(gradient: Tensor, inputs: Tensor) -> dict[str, Tensor]:
-    """Give the terms of one sample from its gradient (out, in) and its inputs (T, in)."""
-    g, x = gradient.double(), inputs.double()
+def _grad_of(output: Tensor) -> Tensor:
+    assert output.grad is not None
+    return output.grad.reshape(-1, output.shape[-1])
+
+
+def _one_sample(gradient: Tensor, inputs: Tensor, output_gradients: Tensor) -> dict[str, Tensor]:
+    """Give one sample's terms from its gradient (out, in), inputs (T, in) and the outputs' own."""
+    g, x, dy = gradient.double(), inputs.double(), output_gradients.double()
     return {
         "grad_l1": g.abs(),
         "grad_l2": g.square(),
         "grad_sum": g,
         "act_l2": x.square().sum(dim=0),
         "act_sum": x.sum(dim=0),
+        "hessian": x.T @ x,
+        "grad_cov": dy.T @ dy,
     }
 
 
@@ -150,7 +174,25 @@ def reference_score(
     if method == "gblm":
         gradient = gradient_norm(stats, num_samples, grad_norm)
         return magnitude * (alpha * gradient + input_norm(stats, num_samples))
-    raise ValueError(f"unknown method {method!r}: expected magnitude, wanda, gradient or gblm")
+    if method == "fisher":
+        return magnitude.square() * gradient_norm(stats, num_samples, "l2").square()
+    if method in {"ria", "gradient-ria"}:
+        norm = input_norm(stats, num_samples)
+        if method == "gradient-ria":
+            norm = norm + alpha * gradient_norm(stats, num_samples, grad_norm)
+        return _relative_importance(magnitude) * norm.sqrt()
+    raise ValueError(f"unknown method {method!r}")
+
+
+def _relative_importance(magnitude: Tensor) -> Tensor:
+    """Give each weight's share of its row plus its share of its column, one by one."""
+    rows, columns = magnitude.shape
+    importance = torch.zeros_like(magnitude)
+    for i in range(rows):
+        for j in range(columns):
+            value = magnitude[i, j]
+            importance[i, j] = value / magnitude[i].sum() + value / magnitude[:, j].sum()
+    return importance
 
 
 def input_norm(stats: Mapping[str, Tensor], num_samples: int) -> Tensor:
@@ -223,6 +265,118 @@ def group_members(rows: int, columns: int, group: str) -> Iterator[list[int]]:
 def _lowest(values: Sequence[float], members: Sequence[int], count: int) -> list[int]:
     """Give the `count` members of lowest value, the lower index first among equals."""
     return sorted(members, key=lambda index: (values[index], index))[:count]
+
+
+# ---- updates ----
+# A Hessian here is (in, in), float64, damped already; a cost matrix over outputs is (out, out).
+
+
+def damped(matrix: Tensor, share: float) -> Tensor:
+    """Add a share of the mean diagonal to the diagonal."""
+    return matrix.double() + share * matrix.diagonal().double().mean() * torch.eye(len(matrix))
+
+
+def reference_sparsegpt(
+    weight: Tensor, hessian: Tensor, choose: Callable[[Tensor, int], Tensor], width: int
+) -> tuple[Tensor, Tensor]:
+    """SparseGPT with the inverse of what is left of the Hessian taken anew at every column.
+
+    `choose` gets scores (out, width) and their first column and returns what is kept.
+    """
+    w = weight.double().clone()
+    mask = torch.ones_like(w, dtype=torch.bool)
+    columns = w.shape[1]
+    inverse = [torch.linalg.inv(hessian[j:, j:]) for j in range(columns)]
+    for j in range(columns):
+        if j % width == 0:
+            ahead = range(j, min(j + width, columns))
+            scores = torch.stack([w[:, k] ** 2 / inverse[k][0, 0] for k in ahead], dim=1)
+            mask[:, j : j + width] = choose(scores, j)
+        for row in range(len(w)):
+            if not mask[row, j]:
+                w[row, j:] -= w[row, j] / inverse[j][0, 0] * inverse[j][0]
+                w[row, j] = 0.0
+    return w, mask
+
+
+def reference_least_squares(
+    weight: Tensor, mask: Tensor, hessian: Tensor, outputs: Tensor | None = None
+) -> Tensor:
+    """Solve for the kept weights at once, by the normal equations of the whole layer."""
+    rows = weight.shape[0]
+    metric = torch.kron(torch.eye(rows).double() if outputs is None else outputs, hessian)
+    kept = mask.flatten()
+    goal = (metric @ weight.double().flatten())[kept]
+    solution = torch.zeros(weight.numel(), dtype=torch.float64)
+    solution[kept] = torch.linalg.solve(metric[kept][:, kept], goal)
+    return solution.reshape(weight.shape)
+
+
+def reference_alps_mask(
+    weight: Tensor, hessian: Tensor, outputs: Tensor | None, choose: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """ALPS's ADMM on the layer as one vector, each step a dense solve; 60 iterations at most."""
+    rows = weight.shape[0]
+    metric = torch.kron(torch.eye(rows).double() if outputs is None else outputs, hessian)
+    scale = metric.diagonal().sqrt()
+    metric = metric / scale / scale[:, None]
+    dense = weight.double().flatten() * scale
+    rho, support = 0.1, None
+    d, v = dense.clone(), torch.zeros_like(dense)
+    for iteration in range(1, 61):
+        system = metric + rho * torch.eye(len(dense))
+        w = torch.linalg.solve(system, metric @ dense - v + rho * d)
+        z = w + v / rho
+        mask = choose(z.abs().reshape(weight.shape)).flatten()
+        d = z * mask
+        v = v + rho * (w - d)
+        if iteration % 3 == 0:
+            if support is not None:
+                moved = (mask & ~support).sum().item() / mask.sum().item()
+                if moved == 0:
+                    break
+                rho *= 1.3 if moved >= 0.1 else 1.2 if moved >= 0.005 else 1.1
+            support = mask
+    return mask.reshape(weight.shape)
+
+
+def reference_cost(change: Tensor, hessian: Tensor, outputs: Tensor | None = None) -> float:
+    """Give tr(S · change · H · changeᵀ), S the identity unless given."""
+    moved = change.double() @ hessian @ change.double().T
+    return float(moved.trace() if outputs is None else (outputs @ moved).trace())
+
+
+# ---- allocations ----
+
+
+def reference_owl(
+    scores: Mapping[str, Tensor], sparsity: float, lam: float = 0.08, m: float = 5.0
+) -> dict[str, float]:
+    """OWL's sparsity of each block from all of its scores, for blocks that need no clipping."""
+    outliers = {k: float((x > m * x.double().mean()).double().mean()) for k, x in scores.items()}
+    low, high = min(outliers.values()), max(outliers.values())
+    keep = {k: 2 * lam * (x - low) / (high - low) for k, x in outliers.items()}
+    return _around(keep, scores, sparsity)
+
+
+def reference_dlp(
+    scores: Mapping[str, Tensor], sparsity: float, alpha: float = 0.15
+) -> dict[str, float]:
+    """DLP's sparsity of each block, for blocks that need no clipping."""
+    medians = {k: sorted(x.tolist())[(len(x) - 1) // 2] for k, x in scores.items()}
+    importance = {k: 1 - x / sum(medians.values()) for k, x in medians.items()}
+    low, high = min(importance.values()), max(importance.values())
+    keep = {k: 2 * alpha * (x - low) / (high - low) for k, x in importance.items()}
+    return _around(keep, scores, sparsity)
+
+
+def _around(
+    keep: Mapping[str, float], scores: Mapping[str, Tensor], sparsity: float
+) -> dict[str, float]:
+    """Shift what is kept so that the mean, weighted by size, is 1 - sparsity."""
+    total = sum(x.numel() for x in scores.values())
+    mean = sum(keep[k] * scores[k].numel() for k in keep) / total
+    return {k: 1 - (x - mean + 1 - sparsity) for k, x in keep.items()}
 
 
 # ---- evaluation ----

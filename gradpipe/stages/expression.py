@@ -12,10 +12,11 @@ with numbers, + - * / **, parentheses, abs, sqrt and log. Shapes: O out, I in.
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,14 +24,14 @@ from torch import Tensor
 from gradpipe.errors import InputError
 
 _STATISTICS = {"X": "act_l2", "G1": "grad_l1", "G2": "grad_l2", "GS": "grad_sum"}
-_BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+_BINARY: Mapping[type[ast.operator], Callable[[Tensor, Tensor], Tensor]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
     ast.Div: operator.truediv,
     ast.Pow: operator.pow,
 }
-_IN_PLACE: Mapping[type[ast.operator], Callable[[Tensor, Any], Tensor]] = {
+_IN_PLACE: Mapping[type[ast.operator], Callable[[Tensor, Tensor], Tensor]] = {
     ast.Add: Tensor.add_,
     ast.Sub: Tensor.sub_,
     ast.Mult: Tensor.mul_,
@@ -72,7 +73,7 @@ class Expression:
         try:
             tree = ast.parse(text.strip(), mode="eval").body
             names = frozenset(_check(tree, text))
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
             raise InputError(
                 f"--score {text!r}: not a formula: expected one such as abs(W)*(a*G+X)"
             ) from error
@@ -85,10 +86,10 @@ class Expression:
         table = {**_STATISTICS, "G": f"grad_{grad_norm}"}
         return tuple(dict.fromkeys(table[x] for x in sorted(self.names) if x in table))
 
-    def evaluate(self, values: Mapping[str, Callable[[], Tensor | float]]) -> Tensor:
+    def evaluate(self, values: Mapping[str, Callable[[], Tensor]]) -> Tensor:
         """The formula over values that are asked for as they are needed; float32, (O, I)."""
         result, _ = _walk(ast.parse(self.text.strip(), mode="eval").body, values)
-        return result.float()  # type: ignore[no-any-return]
+        return result.float()
 
 
 def _check(node: ast.expr, text: str) -> set[str]:
@@ -100,7 +101,9 @@ def _check(node: ast.expr, text: str) -> set[str]:
             return _check(operand, text)
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
             return _check(argument, text)
-        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
+        case ast.Constant(value=int() | float() as number) if not isinstance(
+            number, bool
+        ) and math.isfinite(float(number)):
             return set()
         case ast.Name(id=name) if name in {*_STATISTICS, "W", "G", "a"}:
             return {name}
@@ -109,8 +112,8 @@ def _check(node: ast.expr, text: str) -> set[str]:
     raise InputError(f"--score {text!r}: {part[:80]!r} is not understood, expected {known}")
 
 
-def _walk(node: ast.expr, values: Mapping[str, Callable[[], Any]]) -> tuple[Any, bool]:
-    """A node's value, and whether it is a tensor of its own that may be overwritten."""
+def _walk(node: ast.expr, values: Mapping[str, Callable[[], Tensor]]) -> tuple[Tensor, bool]:
+    """A node's value, and whether it may be overwritten."""
     match node:
         case ast.BinOp(left=left, op=op, right=right):
             return _binary(type(op), _walk(left, values), _walk(right, values))
@@ -119,19 +122,19 @@ def _walk(node: ast.expr, values: Mapping[str, Callable[[], Any]]) -> tuple[Any,
         case ast.Call(func=ast.Name(id=name), args=[argument]):
             return _FUNCTIONS[name](_walk(argument, values)[0]), True
         case ast.Constant(value=number):
-            return float(number), False  # type: ignore[arg-type]
+            return torch.tensor(float(number)), False  # type: ignore[arg-type]
         case ast.Name(id=name):
             return values[name](), name in {"G", "G1", "G2", "GS"}
     raise AssertionError(ast.dump(node))  # pragma: no cover (`_check` lets no other through)
 
 
 def _binary(
-    op: type[ast.operator], left: tuple[Any, bool], right: tuple[Any, bool]
-) -> tuple[Any, bool]:
+    op: type[ast.operator], left: tuple[Tensor, bool], right: tuple[Tensor, bool]
+) -> tuple[Tensor, bool]:
     """Layers are large: the result takes an operand's place where it can."""
-    (a, a_is_own), (b, b_is_own) = left, right
-    if a_is_own and (not isinstance(b, Tensor) or b.ndim <= a.ndim):
+    (a, a_is_free), (b, b_is_free) = left, right
+    if a_is_free and b.ndim <= a.ndim:
         return _IN_PLACE[op](a, b), True
-    if b_is_own and op in {ast.Add, ast.Mult} and (not isinstance(a, Tensor) or a.ndim <= b.ndim):
+    if b_is_free and op in {ast.Add, ast.Mult} and a.ndim <= b.ndim:
         return _IN_PLACE[op](b, a), True
-    return _BINARY[op](a, b), isinstance(a, Tensor) or isinstance(b, Tensor)
+    return _BINARY[op](a, b), True

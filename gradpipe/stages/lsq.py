@@ -28,11 +28,11 @@ _PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (share of the suppor
 
 
 def least_squares(weight_OI: Tensor, mask_OI: Tensor, curvature: Curvature) -> Tensor:
-    """The weights on `mask_OI` of least cost, float32 (O, I), from `weight_OI` on.
+    """The weights on `mask_OI` of least cost, (O, I), in the curvature's dtype.
 
     The cost never rises above that of just setting the others to zero.
     """
-    weight_OI = weight_OI.float()
+    weight_OI = weight_OI.to(curvature.hessian.dtype)
     current_OI = weight_OI * mask_OI
     preconditioner = curvature.diagonal().reciprocal()
     residual_OI = curvature.times(weight_OI - current_OI) * mask_OI
@@ -111,7 +111,7 @@ def alps_mask(weight_OI: Tensor, basis: Eigenbasis, select: Callable[[Tensor], T
 
     Meng et al., 2024, algorithm 1, without its last step, which `least_squares` is.
     """
-    dense_OI = weight_OI.float() * basis.scale
+    dense_OI = weight_OI.to(basis.scale.dtype) * basis.scale
     target_OI = basis.values * basis.enter(dense_OI)
     penalty = _FIRST_PENALTY
     sparse_OI, dual_OI = dense_OI.clone(), torch.zeros_like(dense_OI)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gradpipe.errors import InputError
@@ -86,7 +87,7 @@ class Score:
                 "G1": lambda: norms.gradient("l1"),
                 "G2": lambda: norms.gradient("l2"),
                 "GS": lambda: norms.gradient("sum"),
-                "a": lambda: self.alpha,
+                "a": lambda: torch.tensor(self.alpha),
             }
         )
 

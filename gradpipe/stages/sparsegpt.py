@@ -25,7 +25,7 @@ Select = Callable[[Tensor, int], Tensor]  # scores of a part (O, C), its first c
 def sparsegpt(
     weight_OI: Tensor, factor_II: Tensor, sparsity: Fraction, pattern: Pattern | None
 ) -> tuple[Tensor, Tensor]:
-    """Pick and update together; returns the float32 weights and the mask, both (O, I).
+    """Pick and update together; returns the weights, in the factor's dtype, and the mask, (O, I).
 
     Unstructured, one threshold for each 128 columns over all rows; the counts add up to
     ⌊sparsity · O · I⌋. A pattern is decided where its m columns begin.
@@ -42,7 +42,7 @@ def sparsegpt(
 
 
 def obs_update(weight_OI: Tensor, mask_OI: Tensor, factor_II: Tensor) -> Tensor:
-    """Update the kept weights for a mask chosen by other means; float32, (O, I)."""
+    """Update the kept weights for a mask chosen by other means, (O, I)."""
 
     def given(scores_OC: Tensor, start: int) -> Tensor:
         return mask_OI[:, start : start + scores_OC.shape[1]]
@@ -54,7 +54,7 @@ def _sweep(
     weight_OI: Tensor, factor_II: Tensor, select: Select, width: int
 ) -> tuple[Tensor, Tensor]:
     """Decide every `width` columns; hand errors on to the right, lazily, a part at a time."""
-    updated_OI = weight_OI.float().clone()
+    updated_OI = weight_OI.to(factor_II.dtype, copy=True)
     mask_OI = torch.ones_like(updated_OI, dtype=torch.bool)
     step = max(_COLUMNS // width, 1) * width  # a whole number of decisions
     for start in range(0, updated_OI.shape[1], step):
