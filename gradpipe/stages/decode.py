@@ -55,11 +55,11 @@ def _second_moment(item: Encoded, device: torch.device) -> Tensor:
     matrix_NN = torch.zeros(width, width, device=device)
     for i, row in enumerate(triangle_rows(width)):
         matrix_NN[i, i:] = packed[row]
-    matrix_NN += matrix_NN.triu(diagonal=1).T
     if item.spec.encoding == "correlation":
         roots_N = torch.from_numpy(item.parts["diagonal"]).to(device).clamp(min=0).sqrt()
         matrix_NN *= roots_N
         matrix_NN *= roots_N[:, None]
+    matrix_NN += matrix_NN.triu(diagonal=1).T  # last, so that both halves are the same numbers
     return matrix_NN
 
 
