@@ -26,13 +26,50 @@ from gradpipe.pipeline import evaluate as evaluating
 from gradpipe.pipeline import import_gblm as importing
 from gradpipe.pipeline import merge as merging
 from gradpipe.pipeline import prune as pruning
-from gradpipe.pipeline.prune_config import RECIPE_STATISTICS, RECIPES, PruneConfig
+from gradpipe.pipeline.options import (
+    AllocationName,
+    AllocationScore,
+    AllowMismatch,
+    Alpha,
+    BatchSize,
+    Blocks,
+    CheckpointEvery,
+    CurvatureName,
+    Dataset,
+    DatasetConfig,
+    Device,
+    DryRun,
+    Dtype,
+    Encoding,
+    Finalize,
+    Formula,
+    GradNorm,
+    GroupName,
+    Include,
+    Json,
+    MethodName,
+    MixedPatterns,
+    Model,
+    Overwrite,
+    Patterns,
+    Pruned,
+    Recipe,
+    Revision,
+    Schedule,
+    Scratch,
+    SeqLen,
+    ShardOption,
+    Split,
+    Statistics,
+    TextColumn,
+    Update,
+)
+from gradpipe.pipeline.prune_config import RECIPE_STATISTICS, PruneConfig, recipe_options
 from gradpipe.pipeline.tables import demo_table, layer_table, plan_table, store_table
 from gradpipe.stages.samples import DataConfig
-from gradpipe.stages.score import METHODS
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.partial import Shard
-from gradpipe.store.schema import DEFAULT_STATISTICS, STATISTICS
+from gradpipe.store.schema import DEFAULT_STATISTICS
 
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
@@ -46,53 +83,6 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="Look at, check and import gradient stores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
-
-Model = Annotated[str, typer.Argument(help="Model directory, Hub id, or `embedded`.")]
-Include = Annotated[list[str], typer.Option(help="Regex on layer names; repeatable.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
-Dataset = Annotated[
-    str,
-    typer.Option(
-        help="c4, wikitext2, stdlib, .txt/.jsonl[.gz]/.parquet files, .npy tokens, a Hub id."
-    ),
-]
-DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
-Split = Annotated[str | None, typer.Option(help="Split of a Hub dataset.")]
-Revision = Annotated[str | None, typer.Option(help="Commit of a Hub dataset.")]
-TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
-SeqLen = Annotated[
-    int | None, typer.Option(help="Tokens of a window [default: 2048, or the model's maximum].")
-]
-BatchSize = Annotated[int, typer.Option(help="Windows in one pass; results do not depend on it.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result here; - for stdout.")]
-Blocks = Annotated[str | None, typer.Option(help="Path of the block list, as model.layers.")]
-Statistics = Annotated[
-    str | None,
-    typer.Option(help=f"Of {', '.join(STATISTICS)} [default: {','.join(DEFAULT_STATISTICS)}]."),
-]
-Recipe = Annotated[
-    str | None, typer.Option(help="best: the recommended options; other flags change them.")
-]
-Encoding = Annotated[str, typer.Option(help="compact, float32 or float16.")]
-Schedule = Annotated[
-    str, typer.Option(help="auto, resident, or streamed: one block in memory at a time.")
-]
-Scratch = Annotated[
-    Path | None, typer.Option(help="Folder for streamed activations [default: in the store].")
-]
-CheckpointEvery = Annotated[
-    int | None, typer.Option(help="Samples between snapshots [default: under 5 % of the time].")
-]
-ShardOption = Annotated[
-    str | None,
-    typer.Option("--shard", help="I/N: be job I of N on this store [default: Slurm's array task]."),
-]
-Finalize = Annotated[
-    bool, typer.Option("--finalize", help="If this shard is the last to finish, merge them.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and stop.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
 
 
 @app.command()
@@ -162,51 +152,24 @@ def prune(
     model: Model,
     store: Annotated[str, typer.Argument(help="Store: a path or a URL.")],
     out: Annotated[Path, typer.Argument(help="Folder to create; one in it for each of several.")],
-    sparsity: Annotated[
-        list[float], typer.Option(help="Share to prune, repeatable [default: 0.5].")
-    ] = [],  # noqa: B006 (typer wants a list)
-    pattern: Annotated[
-        list[str], typer.Option(help="n:m, n kept of every m inputs, repeatable.")
-    ] = [],  # noqa: B006 (as above)
+    sparsity: Pruned = [],  # noqa: B006 (typer wants a list)
+    pattern: Patterns = [],  # noqa: B006 (as above)
     recipe: Recipe = None,
-    method: Annotated[
-        str | None, typer.Option(help=f"{', '.join(METHODS)} [default: gblm].")
-    ] = None,
-    score: Annotated[
-        str | None, typer.Option(help="A formula in the method's place: abs(W)*(a*G1+X).")
-    ] = None,
-    alpha: Annotated[float, typer.Option(help="`a` in formulas: the gradient's weight.")] = 100.0,
-    grad_norm: Annotated[str, typer.Option(help="`G` in formulas: l1, l2 or sum.")] = "l1",
-    update: Annotated[
-        str | None, typer.Option(help="Of kept weights: none, obs, lsq [default: none].")
-    ] = None,
-    curvature: Annotated[
-        str | None, typer.Option(help="What lsq, alps minimise: input, kfac [default: input].")
-    ] = None,
-    allocation: Annotated[
-        str | None,
-        typer.Option(help="uniform, owl, dlp, sensitivity, a JSON file [default: uniform]."),
-    ] = None,
-    allocation_score: Annotated[
-        str | None, typer.Option(help="Method or formula that the allocation looks at.")
-    ] = None,
-    mixed_patterns: Annotated[
-        bool, typer.Option("--mixed-patterns", help="Let the allocation choose n for each block.")
-    ] = False,
-    group: Annotated[
-        str | None,
-        typer.Option(
-            help="Weights compared: output, input, layer, global, output:K, input:K "
-            "[default: output; alps: layer]."
-        ),
-    ] = None,
+    method: MethodName = None,
+    score: Formula = None,
+    alpha: Alpha = 100.0,
+    grad_norm: GradNorm = "l1",
+    update: Update = None,
+    curvature: CurvatureName = None,
+    allocation: AllocationName = None,
+    allocation_score: AllocationScore = None,
+    mixed_patterns: MixedPatterns = False,
+    group: GroupName = None,
     include: Include = [],  # noqa: B006 (as above)
     exclude: Include = [],  # noqa: B006 (as above)
     device: Device = "auto",
     shard: ShardOption = None,
-    allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Prune weights that were not measured.")
-    ] = False,
+    allow_mismatch: AllowMismatch = False,
     overwrite: Overwrite = False,
 ) -> None:
     """Stage two: sparsify a checkpoint from a store, without running the model."""
@@ -218,7 +181,7 @@ def prune(
     }
     results = pruning.prune(
         PruneConfig(
-            **_recipe(recipe) | {k: v for k, v in chosen.items() if v is not None},
+            **recipe_options(recipe) | {k: v for k, v in chosen.items() if v is not None},
             model=model,
             store=store,
             out=out,
@@ -386,20 +349,11 @@ def _stderr() -> Console:
     return Console(stderr=True)
 
 
-def _recipe(name: str | None) -> dict[str, str]:
-    """The options behind a recipe's name."""
-    if name is None:
-        return {}
-    if name not in RECIPES:
-        raise InputError(f"--recipe {name}: expected {', '.join(RECIPES)}")
-    return RECIPES[name]
-
-
 def _statistics(names: str | None, recipe: str | None) -> tuple[str, ...]:
     """The statistics asked for, one by one or by what a recipe reads."""
     if names is not None:
         return tuple(name.strip() for name in names.split(","))
-    return RECIPE_STATISTICS if _recipe(recipe) else DEFAULT_STATISTICS
+    return RECIPE_STATISTICS if recipe_options(recipe) else DEFAULT_STATISTICS
 
 
 def _data(

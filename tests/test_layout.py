@@ -16,10 +16,15 @@ FACADES = {"gradpipe", "gradpipe.__main__"}  # may import any room, and no room 
 COLLECT_SIDE = frozenset(
     [
         *("samples", "model", "hooks", "statistics", "schedule", "collect", "embedded"),
-        *("perplexity", "plan", "scratch", "streamed", "weights"),
+        *("perplexity", "plan", "scratch", "streamed", "weights", "inputs", "tokens"),
     ]
 )
-PRUNE_SIDE = frozenset(["score", "allocate", "mask", "update", "prune", "decode"])
+PRUNE_SIDE = frozenset(
+    [
+        *("score", "expression", "allocate", "ranks", "mask", "prune", "decode"),
+        *("curvature", "sparsegpt", "lsq"),
+    ]
+)
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 400
 

@@ -20,6 +20,15 @@ RECIPES = {  # found by benchmarks/quality.py: docs/benchmarks.md
 RECIPE_STATISTICS = ("grad_l2", "act_l2", "hessian", "grad_cov")  # what a recipe reads, and Wanda
 
 
+def recipe_options(name: str | None) -> dict[str, str]:
+    """The options behind a recipe's name, none for None; InputError for an unknown one."""
+    if name is None:
+        return {}
+    if name not in RECIPES:
+        raise InputError(f"--recipe {name}: expected {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneConfig:
     """What to prune, by which store, how, and where to."""
