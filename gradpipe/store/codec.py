@@ -34,6 +34,7 @@ from gradpipe.store.schema import SECOND_MOMENTS, LayerSpec, StatisticSpec
 
 Sums = npt.NDArray[np.float32]
 Levels = npt.NDArray[np.int32]
+Levels16 = npt.NDArray[np.int16]
 Parts = dict[str, npt.NDArray[Any]]
 
 ENCODINGS = ("compact", "float32", "float16")
@@ -41,6 +42,7 @@ SQUARED = ("grad_l2", "act_l2")  # sums of squares, whose roots are the norms
 STEPS = 16  # levels of a factor of two
 ESCAPE = 15
 SPECIAL = 1 << 14  # levels below −this stand for 0, above it for ∞
+_CHUNK_VALUES = 1 << 20
 LOWEST, HIGHEST = -126 * STEPS - 1, 128 * STEPS  # one beyond float32's normal numbers
 
 _COMPACT = {"grad_l1": "log", "grad_l2": "log", "grad_sum": "float16"}  # the rest as float32
@@ -59,14 +61,15 @@ def encode_layer(
 ) -> dict[str, Encoded]:
     """Encode every statistic of one layer, in the order in which a reader needs them."""
     encoded: dict[str, Encoded] = {}
+    levels: dict[str, Levels16] = {}
     for statistic in sorted(sums, key=lambda name: name != "grad_l2"):
         kind = _kind(encoding, statistic)
         base = "grad_l2" if kind == "log" and statistic == "grad_l1" and "grad_l2" in sums else None
         fields: dict[str, Any] = {}
         if kind == "log":
-            norms = norm_of(statistic, sums[statistic])
-            parts, num_escapes = _encode_log(norms, encoded[base] if base else None)
-            fields["num_escapes"] = num_escapes
+            below = levels.pop(base) if base else None
+            parts, fields["num_escapes"], own = _encode_log(statistic, sums[statistic], below)
+            levels[statistic] = own
         elif kind == "correlation":
             parts = _encode_correlation(sums[statistic])
         elif kind == "float16":
@@ -217,57 +220,80 @@ def _finite(levels: Levels) -> Levels:
     return np.where(np.abs(levels) < SPECIAL, levels, 0)
 
 
-def _encode_log(norms: Sums, base: Encoded | None) -> tuple[Parts, int]:
-    """The parts of a compact statistic, and its number of escapes."""
-    zero = norms < np.finfo(np.float32).tiny  # subnormals too
-    infinite = np.isinf(norms)
-    finite = ~(zero | infinite)
-    exact = np.log2(norms, where=finite, out=np.zeros_like(norms))
-    exact *= STEPS
-    levels = np.rint(exact, out=exact).astype(np.int32)
-    del exact  # layers are large: hold one such array at a time
+def _encode_log(statistic: str, sums: Sums, base: Levels16 | None) -> tuple[Parts, int, Levels16]:
+    """A compact statistic's parts, number of escapes, and levels for another to be coded against.
+
+    Layers are large: all but the levels, two bytes each, is done for a few rows at a time.
+    """
+    levels, special = _levels(statistic, sums)
     if base is not None:
-        levels -= _finite(decode_levels(base))
+        levels -= base
+    finite = special == 0
     rows, cols = _fit(levels, finite)
-    levels -= rows[:, None] + cols
-    first = _best_window(levels[finite])
-    levels -= first
-    levels[zero], levels[infinite] = -2 * SPECIAL, 2 * SPECIAL - 1
-    escaped = (levels < 0) | (levels >= ESCAPE)
-    escapes = levels[escaped]
-    codes = np.where(escaped, ESCAPE, levels).astype(np.uint8)
-    if codes.shape[1] % 2:
-        codes = np.pad(codes, ((0, 0), (0, 1)))
-    parts = {
-        "codes": codes[:, 0::2] | codes[:, 1::2] << 4,
-        "offsets": np.concatenate([rows + first, cols, escapes]).astype(np.int16),
-    }
-    return parts, len(escapes)
+    first = _best_window(levels, rows, cols, finite)
+    codes = np.zeros((len(sums), (sums.shape[1] + 1) // 2), dtype=np.uint8)
+    escapes = []
+    for part in _row_chunks(sums.shape):
+        residual = levels[part] - (rows[part, None] + first) - cols
+        residual[special[part] < 0], residual[special[part] > 0] = -2 * SPECIAL, 2 * SPECIAL - 1
+        escaped = (residual < 0) | (residual >= ESCAPE)
+        escapes.append(residual[escaped])
+        residual[escaped] = ESCAPE
+        codes[part] = residual[:, 0::2]
+        codes[part, : residual.shape[1] // 2] |= residual[:, 1::2].astype(np.uint8) << 4
+    offsets = np.concatenate([rows + first, cols, *escapes]).astype(np.int16)
+    if base is not None:
+        levels += base
+    levels[~finite] = 0
+    parts = {"codes": codes, "offsets": offsets}
+    return parts, len(offsets) - len(rows) - len(cols), levels
 
 
-def _fit(levels: Levels, finite: npt.NDArray[np.bool_]) -> tuple[Levels, Levels]:
+def _row_chunks(shape: tuple[int, ...]) -> list[slice]:
+    step = max(1, _CHUNK_VALUES // shape[1])
+    return [slice(start, start + step) for start in range(0, shape[0], step)]
+
+
+def _levels(statistic: str, sums: Sums) -> tuple[Levels16, npt.NDArray[np.int8]]:
+    """16 · log₂ of the norms, rounded; and −1 where one is zero, 1 where it is ∞, else 0."""
+    levels = np.zeros(sums.shape, dtype=np.int16)
+    special = np.zeros(sums.shape, dtype=np.int8)
+    for part in _row_chunks(sums.shape):
+        norms = norm_of(statistic, sums[part])
+        zero, infinite = norms < np.finfo(np.float32).tiny, np.isinf(norms)  # subnormals are zero
+        special[part] = infinite.astype(np.int8) - zero.astype(np.int8)
+        exact = np.log2(norms, where=~(zero | infinite), out=np.zeros_like(norms))
+        exact *= STEPS
+        levels[part] = np.rint(exact, out=exact)
+    return levels, special
+
+
+def _fit(levels: Levels16, finite: npt.NDArray[np.bool_]) -> tuple[Levels, Levels]:
     """One whole offset per row and one per column: means over the finite levels."""
-    rows = np.rint(_means(levels, finite, axis=1)).astype(np.int32)
-    cols = np.rint(_means(levels - rows[:, None], finite, axis=0)).astype(np.int32)
-    return rows, cols
+    counts = np.count_nonzero(finite, axis=1)
+    sums = np.sum(levels, axis=1, where=finite, dtype=np.int64)
+    rows = np.rint(sums / np.maximum(counts, 1)).astype(np.int32)
+    rest = np.zeros(levels.shape[1], dtype=np.int64)
+    for part in _row_chunks(levels.shape):
+        rest += np.sum(levels[part] - rows[part, None], axis=0, where=finite[part], dtype=np.int64)
+    columns = np.maximum(np.count_nonzero(finite, axis=0), 1)
+    return rows, np.rint(rest / columns).astype(np.int32)
 
 
-def _means(levels: Levels, finite: npt.NDArray[np.bool_], axis: int) -> npt.NDArray[np.float64]:
-    """Means of the finite levels along an axis; 0 where there is none."""
-    counts = np.maximum(np.count_nonzero(finite, axis=axis), 1)
-    sums: npt.NDArray[np.int64] = np.sum(levels, axis=axis, where=finite, dtype=np.int64)
-    means: npt.NDArray[np.float64] = sums / counts
-    return means
-
-
-def _best_window(residual: Levels) -> int:
-    """The first of the 15 consecutive levels that hold most of the residuals."""
-    if not residual.size:
+def _best_window(
+    levels: Levels16, rows: Levels, cols: Levels, finite: npt.NDArray[np.bool_]
+) -> int:
+    """The first of the 15 consecutive levels that hold most of what rows and columns leave."""
+    counts = np.zeros(1, dtype=np.int64)
+    for part in _row_chunks(levels.shape):
+        residual = (levels[part] - rows[part, None] - cols)[finite[part]]
+        more = np.bincount(residual + SPECIAL, minlength=len(counts))
+        more[: len(counts)] += counts
+        counts = more
+    if not counts.any():
         return 0
-    low = int(residual.min())
-    counts = np.bincount(residual - low)
     inside = np.convolve(counts, np.ones(ESCAPE, dtype=np.int64))
-    return low + int(inside.argmax()) - (ESCAPE - 1)
+    return int(inside.argmax()) - SPECIAL - (ESCAPE - 1)
 
 
 def _encode_float16(norms: Sums) -> tuple[Parts, float]:
