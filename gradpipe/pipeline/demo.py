@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -13,22 +14,25 @@ from gradpipe.pipeline.evaluate import EvalConfig, evaluate_each
 from gradpipe.pipeline.output import PruneResult
 from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.prune import prune
-from gradpipe.pipeline.prune_config import PruneConfig
+from gradpipe.pipeline.prune_config import RECIPES, PruneConfig
 from gradpipe.stages.checkpoint import EMBEDDED_NAME
 from gradpipe.stages.samples import DataConfig
+from gradpipe.store.schema import DEFAULT_STATISTICS, SECOND_MOMENTS
 
 SPARSITIES = (0.5, 0.6, 0.7)
 PATTERNS = ("2:4", "4:8")
-METHODS = (  # method, gradient norm
-    ("magnitude", "l1"),
-    ("wanda", "l1"),
-    ("gradient", "l1"),
-    ("gradient", "l2"),
-    ("gblm", "l1"),
-    ("gblm", "l2"),
+ROWS: tuple[tuple[str, dict[str, Any]], ...] = (  # name, options
+    ("magnitude", {"method": "magnitude"}),
+    ("wanda", {"method": "wanda"}),
+    ("gradient l1", {"method": "gradient"}),
+    ("gblm l1", {"method": "gblm"}),
+    ("gblm l2", {"method": "gblm", "grad_norm": "l2"}),
+    ("sparsegpt", {"method": "sparsegpt"}),
+    ("alps", {"method": "alps"}),
+    ("best", RECIPES["best"]),
 )
 _SEQ_LEN = 256  # what the embedded model was trained at
-_MAX_WINDOWS = 128  # 32,768 tokens: enough to tell the methods apart
+_MAX_WINDOWS = 96  # 24,576 tokens: enough to tell the methods apart
 _DATA = DataConfig(name="stdlib")
 _EVALUATION = EvalConfig(
     model=EMBEDDED_NAME, data=_DATA, seq_len=_SEQ_LEN, batch_size=8, max_windows=_MAX_WINDOWS
@@ -50,12 +54,18 @@ def demo(out: Path, console: Console = QUIET) -> DemoResult:
         raise InputError(f"OUT {out} exists: give another name")
     store = out / "store"
     collect(
-        CollectConfig(model=EMBEDDED_NAME, store=store, data=_DATA, seq_len=_SEQ_LEN, batch_size=8),
+        CollectConfig(
+            model=EMBEDDED_NAME,
+            store=store,
+            data=_DATA,
+            seq_len=_SEQ_LEN,
+            batch_size=8,
+            statistics=(*DEFAULT_STATISTICS, *SECOND_MOMENTS),
+        ),
         console,
     )
     results: dict[str, tuple[PruneResult, ...]] = {}
-    for method, grad_norm in METHODS:
-        name = f"{method} {grad_norm}" if method in {"gradient", "gblm"} else method
+    for name, options in ROWS:
         results[name] = prune(
             PruneConfig(
                 model=EMBEDDED_NAME,
@@ -63,8 +73,7 @@ def demo(out: Path, console: Console = QUIET) -> DemoResult:
                 out=out / name.replace(" ", "-"),
                 sparsities=SPARSITIES,
                 patterns=PATTERNS,
-                method=method,
-                grad_norm=grad_norm,
+                **options,
             ),
             console,
         )

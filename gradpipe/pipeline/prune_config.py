@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from gradpipe.errors import InputError
 from gradpipe.pipeline.allocation import SCORES, Allocation
@@ -14,13 +15,13 @@ from gradpipe.stages.prune import UPDATES, Procedure, Target
 from gradpipe.stages.score import GRAD_NORMS, METHODS, Score, find_score
 from gradpipe.store.partial import Shard
 
-RECIPES = {  # found by benchmarks/quality.py: docs/benchmarks.md
+RECIPES: dict[str, dict[str, Any]] = {  # found by benchmarks/quality.py: docs/benchmarks.md
     "best": {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"},
 }
 RECIPE_STATISTICS = ("grad_l2", "act_l2", "hessian", "grad_cov")  # what a recipe reads, and Wanda
 
 
-def recipe_options(name: str | None) -> dict[str, str]:
+def recipe_options(name: str | None) -> dict[str, Any]:
     """The options behind a recipe's name, none for None; InputError for an unknown one."""
     if name is None:
         return {}
