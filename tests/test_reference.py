@@ -32,7 +32,7 @@ from tests.reference import (
     reference_statistics,
 )
 
-STATISTICS = {"grad_l1", "grad_l2", "grad_sum", "act_l2", "act_sum"}
+STATISTICS = {"grad_l1", "grad_l2", "grad_sum", "act_l2", "act_sum", "hessian", "grad_cov"}
 STEP = 1e-5
 
 
@@ -162,12 +162,17 @@ def test_statistics_of_one_layer_match_finite_differences(*, transposed: bool) -
     stats = layer_statistics({"toy": layer}, loss_of, list(samples))["toy"]
     first, second = (slopes(layer, partial(loss_of, sample)) for sample in samples)
     assert (first * second < 0).any()  # some signs cancel: the three sums differ
+    inputs = samples.reshape(-1, 4)  # (N T, in)
+    outputs = torch.tanh(layer(samples)).detach().reshape(-1, 3)  # (N T, out)
+    slope = (1 - outputs.square()) / outputs[: len(outputs) // 2].numel()  # of one sample's mean
     expected = {
         "grad_l1": first.abs() + second.abs(),
         "grad_l2": first.square() + second.square(),
         "grad_sum": first + second,
         "act_l2": samples.square().sum(dim=(0, 1, 2)),
         "act_sum": samples.sum(dim=(0, 1, 2)),
+        "hessian": inputs.T @ inputs,
+        "grad_cov": slope.T @ slope,
     }
     torch.testing.assert_close(stats, expected, rtol=1e-7, atol=1e-9)
 
