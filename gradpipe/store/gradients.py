@@ -1,7 +1,8 @@
 """The gradient store: written by stage one, read layer by layer by stage two.
 
     zarr.json                                StoreSpec, and a consolidated copy of all metadata
-    calibration/input_ids, …/sources         the samples
+    calibration/input_ids, …/sources         the samples: text, or
+    calibration/pixel_values, …/labels       images
     layers/<layer>/<statistic>/<part>        plain Zarr arrays; StatisticSpec on the statistic
     partial/…                                while collecting: see `gradpipe.store.partial`
     commit.json                              written last: key, size, digest of every object
@@ -51,8 +52,13 @@ class LayerStats:
 class Calibration:
     """The samples of a store."""
 
-    input_ids: npt.NDArray[np.int32]  # (samples, tokens)
-    sources: npt.NDArray[np.int64]  # (samples, 2): document (-1 if joined), first token in it
+    arrays: dict[str, npt.NDArray[Any]]  # as `SampleSpec.arrays` says
+
+    @property
+    def digest(self) -> str:
+        """xxh3-128 of all that the model is given, in order."""
+        given = [array.tobytes() for name, array in self.arrays.items() if name != "sources"]
+        return digest(b"".join(given))
 
 
 def is_complete(folder: Path) -> bool:
@@ -95,13 +101,14 @@ def read_begun(folder: Path) -> tuple[StoreSpec, Calibration]:
 
 
 def _read_calibration(objects: ObjectReader, spec: StoreSpec) -> Calibration:
-    count, seq_len = spec.samples.num_samples, spec.samples.seq_len
-    calibration = Calibration(
-        input_ids=read_array(objects, "calibration/input_ids", (count, seq_len), "int32"),
-        sources=read_array(objects, "calibration/sources", (count, 2), "int64"),
-    )
-    if digest(calibration.input_ids.tobytes()) != spec.samples.digest:
-        raise StoreError(f"store {objects.url}: calibration/input_ids are not the spec's samples")
+    types = spec.samples.arrays()
+    arrays = {name: read_array(objects, f"calibration/{name}", *types[name]) for name in types}
+    calibration = Calibration(arrays=arrays)
+    if calibration.digest != spec.samples.digest:
+        names = ", ".join(name for name in types if name != "sources")
+        raise StoreError(f"store {objects.url}: calibration/{names} are not the spec's samples")
+    if "labels" in arrays and int(arrays["labels"].min()) < 0:
+        raise StoreError(f"store {objects.url}: calibration/labels are negative")
     return calibration
 
 
@@ -120,8 +127,8 @@ class StoreWriter:
         if calibration is not None:
             samples = ObjectWriter(self.folder)
             write_group(samples, "calibration", None)
-            write_array(samples, "calibration/input_ids", calibration.input_ids)
-            write_array(samples, "calibration/sources", calibration.sources)
+            for name, array in calibration.arrays.items():
+                write_array(samples, f"calibration/{name}", array)
             self.adopt(samples.record)
         write_group(self._objects, "layers", None)
         if calibration is not None:
@@ -213,11 +220,17 @@ class GradientStore:
         """
         return codec.decode_layer(self.read(layer, [statistic]))[statistic]
 
-    def input_ids(self) -> npt.NDArray[np.int32]:
-        """The calibration tokens, (samples, tokens); InputError if the store was imported."""
+    def calibration(self) -> Calibration:
+        """The calibration samples; InputError if the store was imported."""
         if not self.spec.samples.digest:
             raise InputError(f"store {self.url} was imported: it does not have its samples")
-        return _read_calibration(self._objects, self.spec).input_ids
+        return _read_calibration(self._objects, self.spec)
+
+    def input_ids(self) -> npt.NDArray[np.int32]:
+        """The calibration tokens, (samples, tokens); InputError if the store has none."""
+        if self.spec.samples.image_shape is not None:
+            raise InputError(f"store {self.url} holds images: it has no tokens")
+        return self.calibration().arrays["input_ids"]
 
     def verify(self) -> None:
         """Read every object; raise StoreError naming the first that is not as it was written."""
@@ -234,7 +247,7 @@ class GradientStore:
                 if np.isnan(norms).any():
                     raise StoreError(f"store {self.url}: {statistic} of {layer.name} holds NaN")
         if self.spec.samples.digest:
-            self.input_ids()
+            self.calibration()
 
     def sizes(self) -> dict[str, int]:
         """Bytes on disk of each statistic, over all layers; everything else under `other`."""

@@ -7,6 +7,7 @@ and read back by `from_json`, which trusts nothing: each field is checked before
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import types
 import typing
@@ -16,6 +17,10 @@ from typing import Any, Self
 from gradpipe.errors import StoreError
 
 FORMAT_VERSION = 1
+
+CAUSAL_LM = "causal-lm"  # the mean cross-entropy of a sample's next tokens
+IMAGE_CLASSIFICATION = "image-classification"  # the cross-entropy of a sample's label
+OBJECTIVES = (CAUSAL_LM, IMAGE_CLASSIFICATION)
 
 GRADIENT_STATISTICS = ("grad_l1", "grad_l2", "grad_sum")  # (out, in)
 ACTIVATION_STATISTICS = ("act_l2", "act_sum")  # (in,)
@@ -127,12 +132,13 @@ class SampleSpec(JsonSpec):
     """Which calibration samples were used."""
 
     dataset: str  # preset, Hub id, or a local file's own name
-    revision: str | None  # the Hub's commit, None for local text
-    sampling: str  # "document": windows of single documents; "joined": of all text; "imported"
+    revision: str | None  # the Hub's commit, None for local data
+    sampling: str  # "document", "joined", "tokens", "images"; "imported"
     seed: int
     num_samples: int
-    seq_len: int  # tokens
-    digest: str  # xxh3-128 of the int32 tokens; "" where they are not known
+    seq_len: int  # tokens; of an image, those that the blocks see
+    digest: str  # xxh3-128 of the int32 tokens, or of pixels, then labels; "" if not known
+    image_shape: tuple[int, ...] | None = None  # (channels, height, width); None for text
 
     def __post_init__(self) -> None:
         """Refuse counts that cannot be."""
@@ -142,6 +148,25 @@ class SampleSpec(JsonSpec):
                 f"impossible samples: {self.num_samples} of {self.seq_len} tokens, "
                 f"digest {self.digest[:40]!r}"
             )
+        shape = self.image_shape
+        if shape is not None and not (
+            len(shape) == 3 and all(0 < n < 2**16 for n in shape) and self.digest
+        ):
+            raise StoreError(f"impossible samples: images of shape {shape!s:.80}")
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and type of each array that the samples are kept in."""
+        sources: tuple[tuple[int, ...], str] = ((self.num_samples, 2), "int64")
+        if self.image_shape is None:
+            return {
+                "input_ids": ((self.num_samples, self.seq_len), "int32"),
+                "sources": sources,
+            }
+        return {
+            "pixel_values": ((self.num_samples, math.prod(self.image_shape)), "float32"),
+            "labels": ((self.num_samples,), "int64"),
+            "sources": sources,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +175,7 @@ class StoreSpec(JsonSpec):
 
     version: int
     gradpipe: str  # the version of the package that wrote it
-    objective: str  # what was differentiated: "causal-lm"
+    objective: str  # what was differentiated: one of `OBJECTIVES`
     model: ModelSpec
     samples: SampleSpec
     statistics: tuple[str, ...]
@@ -169,7 +194,9 @@ class StoreSpec(JsonSpec):
         return super(StoreSpec, cls).from_json(document)
 
     def __post_init__(self) -> None:
-        """Refuse unknown or repeated statistics and layers."""
+        """Refuse unknown or repeated statistics and layers, and samples of another kind."""
+        if (self.objective == IMAGE_CLASSIFICATION) != (self.samples.image_shape is not None):
+            raise StoreError(f"objective {self.objective:.40} does not go with the store's samples")
         unknown = set(self.statistics) - set(STATISTICS)
         if unknown or not self.statistics or len(set(self.statistics)) < len(self.statistics):
             raise StoreError(
