@@ -38,6 +38,7 @@ from benchmarks.random_llama import (
     write_checkpoint,
 )
 from gradpipe import CollectConfig, DataConfig, collect
+from gradpipe.stages.batch import Batch
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.model import (
     Blocks,
@@ -126,7 +127,9 @@ class Rig:
             names = self.statistics
             self._accumulators = [LayerAccumulator(x.spec, names, cpu) for x in self.layers]
         for ids_BT in self.batches:
-            resident_batch(self.model, self.blocks, self.layers, self._accumulators, ids_BT)
+            resident_batch(
+                self.model, self.blocks, self.layers, self._accumulators, Batch.of_tokens(ids_BT)
+            )
 
     def sides(self) -> dict[str, Callable[[], None]]:
         """What is compared, by name."""

@@ -8,7 +8,7 @@ asked, and never runs the model.
 from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
 from gradpipe.pipeline.collect import CollectConfig, collect, collect_shard, plan
 from gradpipe.pipeline.demo import DemoResult, demo
-from gradpipe.pipeline.evaluate import EvalConfig, Metrics, evaluate
+from gradpipe.pipeline.evaluate import Accuracy, EvalConfig, Metrics, classify, evaluate
 from gradpipe.pipeline.import_gblm import ImportConfig, import_gblm
 from gradpipe.pipeline.merge import merge
 from gradpipe.pipeline.output import LayerResult, PruneResult
@@ -21,6 +21,7 @@ from gradpipe.store.partial import Shard
 open_store = GradientStore.open
 
 __all__ = [
+    "Accuracy",
     "CollectConfig",
     "DataConfig",
     "DemoResult",
@@ -36,6 +37,7 @@ __all__ = [
     "PruneResult",
     "Shard",
     "StoreError",
+    "classify",
     "collect",
     "collect_shard",
     "demo",

@@ -61,6 +61,7 @@ from gradpipe.pipeline.options import (
     ShardOption,
     Split,
     Statistics,
+    Task,
     TextColumn,
     Update,
 )
@@ -89,14 +90,15 @@ app.add_typer(store_app, name="store")
 def collect_grads(
     model: Model,
     store: Annotated[Path, typer.Argument(help="Folder to create.")],
+    task: Task = None,
     dataset: Dataset = "c4",
     dataset_config: DatasetConfig = None,
     split: Split = None,
     revision: Revision = None,
     text_column: TextColumn = "text",
-    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    num_samples: Annotated[int, typer.Option(help="Calibration windows or images.")] = 128,
     seq_len: SeqLen = None,
-    seed: Annotated[int, typer.Option(help="Seed of the windows drawn.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the samples drawn.")] = 0,
     batch_size: BatchSize = 1,
     statistics: Statistics = None,
     recipe: Recipe = None,
@@ -118,6 +120,7 @@ def collect_grads(
     config = collecting.CollectConfig(
         model=model,
         store=store,
+        task=task,
         data=data,
         num_samples=num_samples,
         seq_len=seq_len,
@@ -211,6 +214,7 @@ def prune(
 @app.command("eval")
 def evaluate(
     model: Model,
+    task: Task = None,
     dataset: Dataset = "wikitext2",
     dataset_config: DatasetConfig = None,
     split: Split = None,
@@ -223,11 +227,12 @@ def evaluate(
     dtype: Dtype = "auto",
     json_file: Json = None,
 ) -> None:
-    """Perplexity of a checkpoint, on windows that do not overlap."""
+    """Perplexity of a checkpoint, on windows that do not overlap; of images, top-1 accuracy."""
     _check_json(json_file)
-    metrics = evaluating.evaluate(
+    metrics = evaluating.measure(
         evaluating.EvalConfig(
             model=model,
+            task=task,
             data=_data(dataset, dataset_config, split, revision, text_column),
             seq_len=seq_len,
             max_windows=max_windows,
@@ -239,11 +244,7 @@ def evaluate(
     )
     if _write_json(json_file, dataclasses.asdict(metrics)):
         return
-    _stdout().print(
-        f"perplexity {metrics.perplexity:.4f}  ({metrics.dataset}, {metrics.num_windows} windows "
-        f"of {metrics.seq_len} = {metrics.num_tokens} tokens, {metrics.dtype})",
-        highlight=False,
-    )
+    _stdout().print(metrics.summary, highlight=False)
 
 
 @app.command()

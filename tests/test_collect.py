@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gradpipe import CollectConfig, DataConfig, GradpipeError, InputError, collect
+from gradpipe.stages.batch import Batch
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.model import Layer, find_blocks, find_layers, load_model, load_tokenizer
 from gradpipe.stages.samples import Text, draw_samples
@@ -140,7 +141,7 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     layers = [Layer(path="layers.0.0", spec=accumulator.spec, module=model.layers[0][0])]  # type: ignore[index]
     ids = torch.zeros((1, 3), dtype=torch.long)
     with pytest.raises(GradpipeError, match="runs twice"):
-        resident_batch(model, find_blocks(model), layers, [accumulator], ids)
+        resident_batch(model, find_blocks(model), layers, [accumulator], Batch.of_tokens(ids))
 
 
 def test_a_layer_that_never_ran_is_named() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gradpipe.stages.batch import Batch
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.mask import Group, Pattern, exact_sparsity, pattern_mask, unstructured_mask
 from gradpipe.stages.model import Layer, find_blocks, find_layers, load_model
@@ -38,7 +39,7 @@ def collected(
     layers = find_layers(model, blocks, checkpoint)
     sums = [LayerAccumulator(x.spec, statistics, torch.device("cpu")) for x in layers]
     for ids_BT in IDS.split(batch_size):
-        resident_batch(model, blocks, layers, sums, ids_BT)
+        resident_batch(model, blocks, layers, sums, Batch.of_tokens(ids_BT))
     return {accumulator.spec.name: accumulator.result() for accumulator in sums}
 
 

@@ -88,7 +88,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sums = np.exp(generator.normal(-9, 2, SHAPE)).astype(np.float32)
     arrays = {"grad_l1": sums, "grad_l2": sums**2, "act_l2": np.ones(SHAPE[1], dtype=np.float32)}
     writer = StoreWriter(folder / "store", spec)
-    writer.begin(Calibration(arrays={"input_ids": INPUT_IDS, "sources": np.zeros((2, 2), np.int64)}))
+    writer.begin(
+        Calibration(arrays={"input_ids": INPUT_IDS, "sources": np.zeros((2, 2), np.int64)})
+    )
     writer.write_layer(layer, LayerStats(arrays=arrays, num_samples=2, num_tokens=6))
     writer.commit()
     return folder

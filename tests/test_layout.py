@@ -17,6 +17,7 @@ COLLECT_SIDE = frozenset(
     [
         *("samples", "model", "hooks", "statistics", "schedule", "collect", "embedded"),
         *("perplexity", "plan", "scratch", "streamed", "weights", "inputs", "tokens"),
+        *("batch", "images", "tasks", "top1"),
     ]
 )
 PRUNE_SIDE = frozenset(

@@ -88,7 +88,9 @@ def stats() -> LayerStats:
 def write_store(folder: Path, encoding: str = "float32") -> Path:
     """A finished store."""
     writer = StoreWriter(folder, spec(encoding))
-    writer.begin(Calibration(arrays={"input_ids": INPUT_IDS, "sources": np.zeros((2, 2), np.int64)}))
+    writer.begin(
+        Calibration(arrays={"input_ids": INPUT_IDS, "sources": np.zeros((2, 2), np.int64)})
+    )
     writer.write_layer(LAYER, stats())
     writer.commit()
     return folder

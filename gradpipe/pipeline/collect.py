@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,7 +25,8 @@ from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.share import Job, run_share, share_lock
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.device import resolve_device
-from gradpipe.stages.inputs import share_hessians
+from gradpipe.stages.images import Processor, draw_images, load_images
+from gradpipe.stages.inputs import image_tokens, share_hessians
 from gradpipe.stages.model import (
     Blocks,
     Layer,
@@ -38,6 +40,7 @@ from gradpipe.stages.model import (
 )
 from gradpipe.stages.plan import Plan, Workload, check_schedule, make_plan
 from gradpipe.stages.samples import DataConfig, Samples, draw_samples, load_text
+from gradpipe.stages.tasks import check_task, find_task
 from gradpipe.stages.tokens import is_tokens, token_length, token_samples
 from gradpipe.store.codec import ENCODINGS
 from gradpipe.store.gradients import (
@@ -56,8 +59,10 @@ from gradpipe.store.lock import locked
 from gradpipe.store.objects import COMMIT_KEY, remove_strays
 from gradpipe.store.partial import Shard
 from gradpipe.store.schema import (
+    CAUSAL_LM,
     DEFAULT_STATISTICS,
     FORMAT_VERSION,
+    IMAGE_CLASSIFICATION,
     STATISTICS,
     ModelSpec,
     SampleSpec,
@@ -71,6 +76,7 @@ class CollectConfig:
 
     model: str  # directory, Hub id, or `embedded`
     store: Path  # a local folder to create
+    task: str | None = None  # causal-lm or image-classification; default by the architecture
     data: DataConfig = field(default_factory=DataConfig)
     num_samples: int = 128
     seq_len: int | None = None  # tokens; default 2048, or the model's maximum where that is less
@@ -99,6 +105,7 @@ class CollectConfig:
             )
         if self.encoding not in ENCODINGS:
             raise InputError(f"--encoding {self.encoding}: expected one of {', '.join(ENCODINGS)}")
+        check_task(self.task)
         check_schedule(self.schedule)
         limits = {"num_samples": 1, "batch_size": 1, "seq_len": 2, "checkpoint_every": 1}
         for name, least in limits.items():
@@ -115,7 +122,7 @@ class CollectConfig:
 
 
 _NOT_RESULTS = {  # fields that leave the store's content as it is
-    *("model", "store", "data", "overwrite", "device", "schedule", "scratch"),
+    *("model", "task", "store", "data", "overwrite", "device", "schedule", "scratch"),
     *("checkpoint_every", "shard", "finalize"),
 }
 
@@ -150,12 +157,15 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
 
 def plan(config: CollectConfig) -> Plan:
     """What stage one would take: no weight is read, nothing is written."""
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = _open(config)
     device = resolve_device(config.device)
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
     layers = _layers(config, model, blocks, checkpoint, with_digests=False)
-    seq_len = sequence_length(config.seq_len, checkpoint)
+    is_text = find_task(checkpoint) == CAUSAL_LM
+    seq_len = (
+        sequence_length(config.seq_len, checkpoint) if is_text else image_tokens(model, blocks)
+    )
     return make_plan(config.schedule, model, blocks, layers, _workload(config, seq_len), device)
 
 
@@ -163,14 +173,13 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     """Collect one share, and finish the store if it is all there is."""
     sources = (Path(config.model), Path(config.data.name))
     check_destination(config.store, sources)
-    checkpoint = Checkpoint.open(config.model)
+    checkpoint = _open(config)
     device = resolve_device(config.device)
-    sequence_length(config.seq_len, checkpoint)
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
     layers = _layers(config, model, blocks, checkpoint, with_digests=True)
     with ExitStack() as held:
-        begun = _begin(config, shard, checkpoint, model, layers, held)
+        begun = _begin(config, shard, checkpoint, model, blocks, layers, held)
         if begun is None:
             return
         spec, calibration = begun
@@ -196,6 +205,19 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
             raise Interrupted(f"{error}: run the same command again to go on") from error
 
 
+def _open(config: CollectConfig) -> Checkpoint:
+    """The checkpoint; InputError if it is not for the task, or cannot have such windows."""
+    checkpoint = Checkpoint.open(config.model)
+    if find_task(checkpoint, config.task) == CAUSAL_LM:
+        sequence_length(config.seq_len, checkpoint)
+    elif config.seq_len is not None:
+        raise InputError(
+            f"--seq-len {config.seq_len}: {checkpoint.name} classifies images, which have no "
+            "windows: leave it out"
+        )
+    return checkpoint
+
+
 def _layers(
     config: CollectConfig,
     model: torch.nn.Module,
@@ -213,6 +235,7 @@ def _begin(
     shard: Shard,
     checkpoint: Checkpoint,
     model: torch.nn.Module,
+    blocks: Blocks,
     layers: tuple[Layer, ...],
     held: ExitStack,
 ) -> tuple[StoreSpec, Calibration] | None:
@@ -230,29 +253,27 @@ def _begin(
         tidy(folder)
         return None
     if config.overwrite or not is_begun(folder):
-        samples = _draw(config, checkpoint)
-        check_tokens(samples.input_ids, checkpoint, model)
+        samples = _draw(config, checkpoint, model, blocks)
     with locked(folder / LOCK_NAME, wait=True):
         if is_complete(folder) and not config.overwrite:
             return None  # another process was faster
         if config.overwrite or not is_begun(folder):
             if samples is None:
                 raise StoreError(f"store {folder} was removed meanwhile: run the command again")
-            _start_anew(folder, _spec(config, checkpoint, layers, samples.spec), samples)
+            _start_anew(folder, _spec(config, checkpoint, layers, samples[0]), samples[1])
         spec, calibration = read_begun(folder)
         check_same(folder, _spec(config, checkpoint, layers, spec.samples), spec)
         held.enter_context(locked(share_lock(folder, shard), wait=False))
         return spec, calibration
 
 
-def _start_anew(folder: Path, spec: StoreSpec, samples: Samples) -> None:
+def _start_anew(folder: Path, spec: StoreSpec, calibration: Calibration) -> None:
     """Begin a store, whose lock the caller holds, in place of what is there."""
     for lock in (folder / PARTIAL).glob("*.lock"):
         with locked(lock, wait=False):
             pass  # or raise that another process is at work on what would be removed
     (folder / COMMIT_KEY).unlink(missing_ok=True)  # first: without the rest it is not complete
     remove_strays(folder, {LOCK_NAME})
-    calibration = Calibration(input_ids=samples.input_ids, sources=samples.sources)
     StoreWriter(folder, spec).begin(calibration)
 
 
@@ -268,7 +289,22 @@ def check_destination(folder: Path, sources: tuple[Path, ...]) -> None:
         raise InputError(f"store {folder} holds files of another kind: give another name")
 
 
-def _draw(config: CollectConfig, checkpoint: Checkpoint) -> Samples:
+def _draw(
+    config: CollectConfig, checkpoint: Checkpoint, model: Any, blocks: Blocks
+) -> tuple[SampleSpec, Calibration]:
+    if find_task(checkpoint) == IMAGE_CLASSIFICATION:
+        processor = Processor(checkpoint, model)
+        images = load_images(config.data, "calibration", checkpoint, model)
+        num_tokens = image_tokens(model, blocks)
+        label = config.data.label
+        return draw_images(images, processor, config.num_samples, num_tokens, config.seed, label)
+    windows = _draw_windows(config, checkpoint)
+    check_tokens(windows.input_ids, checkpoint, model)
+    arrays = {"input_ids": windows.input_ids, "sources": windows.sources}
+    return windows.spec, Calibration(arrays=arrays)
+
+
+def _draw_windows(config: CollectConfig, checkpoint: Checkpoint) -> Samples:
     name = config.data.name
     if is_tokens(name):
         seq_len = sequence_length(config.seq_len or token_length(name), checkpoint)
@@ -297,12 +333,14 @@ def _spec(
     options = changed_options(config, leave_out=_NOT_RESULTS)
     data = changed_options(config.data, leave_out={"name", "config"})
     options |= {"dataset": config.data.label, "dataset-config": config.data.config, **data}
+    task = find_task(checkpoint)
+    options |= {"task": None if task == CAUSAL_LM else task}
     options |= {"statistics": ",".join(config.statistics)}
     dtype = resolve_dtype(config.dtype, checkpoint)
     return StoreSpec(
         version=FORMAT_VERSION,
         gradpipe=version("gradpipe"),
-        objective="causal-lm",
+        objective=task,
         model=ModelSpec(
             name=checkpoint.label,
             revision=checkpoint.revision,

@@ -1,4 +1,4 @@
-"""Evaluation: the perplexity of a checkpoint, dense or pruned."""
+"""Evaluation of a checkpoint, dense or pruned: a language model's perplexity, or top-1 accuracy."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gradpipe.errors import InputError
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.device import resolve_device
+from gradpipe.stages.images import Processor, load_images
 from gradpipe.stages.model import (
     check_tokens,
     load_model,
@@ -22,14 +23,18 @@ from gradpipe.stages.model import (
 )
 from gradpipe.stages.perplexity import perplexity
 from gradpipe.stages.samples import DataConfig, evaluation_windows, load_text
+from gradpipe.stages.tasks import check_task, find_task
 from gradpipe.stages.tokens import is_tokens, token_length, token_windows
+from gradpipe.stages.top1 import top1
+from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalConfig:
-    """Which checkpoint to measure, on which text."""
+    """Which checkpoint to measure, on which text or images."""
 
     model: str  # directory, Hub id, or `embedded`
+    task: str | None = None  # causal-lm or image-classification; default by the architecture
     data: DataConfig = field(default_factory=lambda: DataConfig(name="wikitext2"))
     seq_len: int | None = None  # tokens; default 2048, or the model's maximum where that is less
     max_windows: int | None = None
@@ -39,6 +44,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
+        check_task(self.task)
         for name, least in (("seq_len", 2), ("max_windows", 1), ("batch_size", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -58,9 +64,68 @@ class Metrics:
     num_tokens: int
     dtype: str
 
+    @property
+    def summary(self) -> str:
+        """The measure and its conditions, on one line."""
+        return (
+            f"perplexity {self.perplexity:.4f}  ({self.dataset}, {self.num_windows} windows "
+            f"of {self.seq_len} = {self.num_tokens} tokens, {self.dtype})"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """A top-1 accuracy, and what one must know to compare it."""
+
+    top1: float  # 0 to 1
+    model: str
+    dataset: str
+    revision: str | None
+    num_images: int
+    dtype: str
+
+    @property
+    def summary(self) -> str:
+        """The measure and its conditions, on one line."""
+        return (
+            f"top-1 {100 * self.top1:.2f} %  ({self.dataset}, {self.num_images} images, "
+            f"{self.dtype})"
+        )
+
+
+def measure(config: EvalConfig, console: Console = QUIET) -> Metrics | Accuracy:
+    """What the checkpoint's task is measured by; InputError if model or data cannot be used."""
+    if find_task(Checkpoint.open(config.model), config.task) == IMAGE_CLASSIFICATION:
+        return classify(config, console)
+    return evaluate(config, console)
+
+
+def classify(config: EvalConfig, console: Console = QUIET) -> Accuracy:
+    """Top-1 accuracy of an image classifier; InputError if model or data cannot be used."""
+    for name in ("seq_len", "max_windows"):
+        if getattr(config, name) is not None:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: images have no windows: leave it out")
+    checkpoint = Checkpoint.open(config.model)
+    find_task(checkpoint, IMAGE_CLASSIFICATION)
+    device = resolve_device(config.device)
+    model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
+    processor = Processor(checkpoint, model)
+    images = load_images(config.data, "evaluation", checkpoint, model)
+    with progress_bar(console, "evaluating", len(images.labels), "images") as advance:
+        value = top1(model, images, processor, config.batch_size, advance)
+    return Accuracy(
+        top1=value,
+        model=config.model,
+        dataset=config.data.name,
+        revision=images.revision,
+        num_images=len(images.labels),
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
 
 def evaluate(config: EvalConfig, console: Console = QUIET) -> Metrics:
-    """Measure a checkpoint; InputError if model or data cannot be used."""
+    """Perplexity of a language model; InputError if model or data cannot be used."""
     return next(evaluate_each([config.model], config, console))
 
 
@@ -70,6 +135,7 @@ def evaluate_each(
     """Measure checkpoints that share `config.model`'s tokenizer, on text tokenised once."""
     device = resolve_device(config.device)
     checkpoint = Checkpoint.open(config.model)
+    find_task(checkpoint, CAUSAL_LM)
     windows, revision = _windows(config, checkpoint)
     for name in models:
         checkpoint = Checkpoint.open(name)

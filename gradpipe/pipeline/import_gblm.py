@@ -22,6 +22,7 @@ from gradpipe.store.lock import locked
 from gradpipe.store.objects import remove_strays
 from gradpipe.store.schema import (
     ACTIVATION_STATISTICS,
+    CAUSAL_LM,
     FORMAT_VERSION,
     LayerSpec,
     ModelSpec,
@@ -133,7 +134,7 @@ def _spec(
     return StoreSpec(
         version=FORMAT_VERSION,
         gradpipe=version("gradpipe"),
-        objective="causal-lm",
+        objective=CAUSAL_LM,
         model=ModelSpec(
             name=checkpoint.label,
             revision=checkpoint.revision,

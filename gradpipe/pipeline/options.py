@@ -8,16 +8,20 @@ from typing import Annotated
 import typer
 
 from gradpipe.stages.score import METHODS
-from gradpipe.store.schema import DEFAULT_STATISTICS, STATISTICS
+from gradpipe.store.schema import DEFAULT_STATISTICS, OBJECTIVES, STATISTICS
 
 Model = Annotated[str, typer.Argument(help="Model directory, Hub id, or `embedded`.")]
 Include = Annotated[list[str], typer.Option(help="Regex on layer names; repeatable.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+Task = Annotated[
+    str | None, typer.Option(help=f"{', '.join(OBJECTIVES)} [default: by the architecture].")
+]
 Dataset = Annotated[
     str,
     typer.Option(
-        help="c4, wikitext2, stdlib, .txt/.jsonl[.gz]/.parquet files, .npy tokens, a Hub id."
+        help="c4, wikitext2, stdlib, .txt/.jsonl[.gz]/.parquet files, .npy tokens, a Hub id; "
+        "for images a folder of class folders."
     ),
 ]
 DatasetConfig = Annotated[str | None, typer.Option(help="Configuration of a Hub dataset.")]
@@ -27,7 +31,7 @@ TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 SeqLen = Annotated[
     int | None, typer.Option(help="Tokens of a window [default: 2048, or the model's maximum].")
 ]
-BatchSize = Annotated[int, typer.Option(help="Windows in one pass; results do not depend on it.")]
+BatchSize = Annotated[int, typer.Option(help="Samples in one pass; results do not depend on it.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result here; - for stdout.")]
 Blocks = Annotated[str | None, typer.Option(help="Path of the block list, as model.layers.")]
 Statistics = Annotated[

@@ -21,6 +21,7 @@ from rich.console import Console
 from gradpipe.errors import Interrupted, StoreError
 from gradpipe.pipeline.interrupt import stop_requests
 from gradpipe.pipeline.progress import progress_bar
+from gradpipe.stages.batch import Batch, calibration_batch
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.model import Blocks, Layer, attach, load_model
 from gradpipe.stages.plan import Plan
@@ -60,17 +61,16 @@ class Job:
     @property
     def share(self) -> range:
         """Ids of the samples that are this worker's."""
-        return self.shard.share(len(self.calibration.input_ids))
+        return self.shard.share(self.spec.samples.num_samples)
 
     @property
     def is_alone(self) -> bool:
         """True if this worker's sums are the store's."""
         return self.shard.count == 1
 
-    def ids(self) -> torch.Tensor:
-        """The share's tokens, (samples, tokens)."""
-        share = self.share
-        return torch.from_numpy(self.calibration.input_ids[share.start : share.stop]).long()
+    def samples(self) -> Batch:
+        """All samples of the share."""
+        return calibration_batch(self.calibration, self.spec.samples, self.share)
 
 
 def share_lock(store: Path, shard: Shard) -> Path:
@@ -103,14 +103,14 @@ def _run_resident(
     timer = _SnapshotTimer(every=job.checkpoint_every)
     with _bar(job, console, len(job.share)) as advance:
         advance(done)
-        for ids_BT in job.ids()[done:].split(job.batch_size):
-            resident_batch(model, blocks, layers, sums, ids_BT.to(job.device))
-            done += len(ids_BT)
-            advance(len(ids_BT))
+        for batch in job.samples()[done:].split(job.batch_size):
+            resident_batch(model, blocks, layers, sums, batch.to(job.device))
+            done += len(batch)
+            advance(len(batch))
             finished = done == len(job.share)
             if finished and job.is_alone:
                 break
-            if finished or stop_requested() or timer.is_due(len(ids_BT)):
+            if finished or stop_requested() or timer.is_due(len(batch)):
                 with timer.measured():
                     _save(job, partial, sums, done)
             if stop_requested() and not finished:
@@ -159,7 +159,8 @@ def _run_streamed(
     loader = WeightLoader(job.model, job.checkpoint, job.device)
     scratch = _scratch_folder(job, partial)
     done = _done_blocks(job, partial)
-    run = Streamed(job.model, job.blocks, loader, job.ids(), job.batch_size, scratch, job.device)
+    samples = job.samples()
+    run = Streamed(job.model, job.blocks, loader, samples, job.batch_size, scratch, job.device)
     writer = StoreWriter(job.store, job.spec)
     with _bar(job, console, 2 * len(job.share) * len(job.blocks.modules)) as advance:
 

@@ -10,6 +10,7 @@ from gradpipe.pipeline.demo import DemoResult
 from gradpipe.pipeline.output import PruneResult
 from gradpipe.stages.plan import Plan
 from gradpipe.store.gradients import GradientStore
+from gradpipe.store.schema import SampleSpec
 
 
 def store_table(store: GradientStore) -> Table:
@@ -19,7 +20,7 @@ def store_table(store: GradientStore) -> Table:
     table = Table(title=Text(printable(f"gradient store {store.url}")), show_header=False)
     rows = {
         "model": f"{spec.model.name} ({spec.model.architecture}, {spec.model.dtype})",
-        "samples": f"{spec.samples.num_samples} x {spec.samples.seq_len} tokens of "
+        "samples": f"{spec.samples.num_samples} x {_sample(spec.samples)} of "
         f"{spec.samples.dataset} ({spec.samples.sampling}, seed {spec.samples.seed})",
         "layers": f"{len(spec.layers)}, {num_weights:,} weights",
         "encoding": spec.encoding,
@@ -30,6 +31,14 @@ def store_table(store: GradientStore) -> Table:
     for name, value in rows.items():
         table.add_row(name, Text(printable(value)))  # a store's words, not markup
     return table
+
+
+def _sample(samples: SampleSpec) -> str:
+    """What one sample is."""
+    if samples.image_shape is None:
+        return f"{samples.seq_len} tokens"
+    _, height, width = samples.image_shape
+    return f"{height} x {width} pixels ({samples.seq_len} tokens)"
 
 
 def layer_table(result: PruneResult) -> Table:

@@ -1,7 +1,7 @@
 """A batch: what the model is called with, whatever the task.
 
 The schedules move, split and run batches, and know nothing of what is in them. The loss of a batch
-is the mean of its samples' losses: `batch.of(model).loss`.
+is the mean of its samples' losses: `batch.forward(model).loss`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Batch:
         """The same on a device."""
         return replace(self, inputs={name: x.to(device) for name, x in self.inputs.items()})
 
-    def of(self, model: Any) -> Any:
+    def forward(self, model: Any) -> Any:
         """What the model makes of the batch."""
         options = {} if self.use_cache is None else {"use_cache": self.use_cache}
         return model(**self.inputs, **options)

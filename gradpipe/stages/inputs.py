@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradpipe.stages.model import Layer
+from gradpipe.errors import InputError
+from gradpipe.stages.model import Blocks, Layer
 
 _TOKENS = 4
+_IMAGE_SIZE = 224  # of models that take any
 
 
 def share_hessians(model: Any, layers: Sequence[Layer]) -> tuple[Layer, ...]:
@@ -38,12 +40,11 @@ def _first_readers(model: Any, layers: Sequence[Layer]) -> dict[str, str]:
     """Path of each layer that ran -> path of the first layer with the same input."""
     on_meta = copy.deepcopy(model).to("meta")
     best: dict[str, str] = {}
-    for extra in _attempts():
+    for inputs in _attempts(model):
         seen: list[tuple[Tensor, str]] = []  # tensors are held, so that no id is used twice
         handles = [_record(on_meta, layer.path, seen) for layer in layers]
         with suppress(Exception), torch.no_grad():  # what has run until then is known
-            ids_BT = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-            on_meta(input_ids=ids_BT, use_cache=False, **extra)
+            on_meta(**inputs)
         for handle in handles:
             handle.remove()
         firsts: dict[int, str] = {}
@@ -52,9 +53,35 @@ def _first_readers(model: Any, layers: Sequence[Layer]) -> dict[str, str]:
     return best
 
 
-def _attempts() -> tuple[Mapping[str, Tensor], ...]:
-    """Most models need a ready mask not to look into it; a few build theirs without looking."""
-    return ({"attention_mask": torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta")}, {})
+def image_shape(model: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a model takes, by its config."""
+    size = getattr(model.config, "image_size", _IMAGE_SIZE)
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(model.config, "num_channels", 3), height, width
+
+
+def image_tokens(model: Any, blocks: Blocks) -> int:
+    """How many tokens the blocks see of an image; InputError if a pass does not tell."""
+    on_meta = copy.deepcopy(model).to("meta")
+    seen: list[tuple[Tensor, str]] = []
+    _record(on_meta, f"{blocks.path}.0", seen)
+    with suppress(Exception), torch.no_grad():  # as above
+        on_meta(**_attempts(model)[0])
+    if not seen or seen[0][0].ndim != 3:
+        raise InputError(f"blocks {blocks.path} of {type(model).__name__} do not work on tokens")
+    return seen[0][0].shape[1]
+
+
+def _attempts(model: Any) -> tuple[Mapping[str, Any], ...]:
+    """What to call a model with on the meta device.
+
+    Most language models need a ready mask not to look into it; a few build theirs without looking.
+    """
+    if model.main_input_name == "pixel_values":
+        return ({"pixel_values": torch.zeros(1, *image_shape(model), device="meta")},)
+    ids_BT = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    text = {"input_ids": ids_BT, "use_cache": False}
+    return (text | {"attention_mask": torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta")}, text)
 
 
 def _record(model: nn.Module, path: str, seen: list[tuple[Tensor, str]]) -> Any:

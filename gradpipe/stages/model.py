@@ -16,12 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint import FLOAT_TYPES, Checkpoint, matrix_shape
+from gradpipe.stages.tasks import auto_class, noun
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
 
@@ -101,7 +104,7 @@ def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The causal language model on the meta device, in eval mode, frozen, its buffers real.
+    """The model on the meta device, in eval mode, frozen, its buffers real.
 
     It costs no memory and reads no weights. Buffers that no checkpoint holds (rotary frequencies,
     embedding scales) are computed as `from_pretrained` computes them. Remote code is never run.
@@ -109,7 +112,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     with _loading(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model: Any = auto_class(checkpoint).from_config(config, dtype=dtype)
         owners = set()
         for name, buffer in model.named_non_persistent_buffers():
             owner, _, leaf = name.rpartition(".")
@@ -123,9 +126,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """The causal language model with its weights, in eval mode, frozen. No remote code is run."""
+    """The model with its weights, in eval mode, frozen. No remote code is run."""
     with _loading(checkpoint):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(checkpoint).from_pretrained(
             checkpoint.folder,
             dtype=dtype,
             use_safetensors=True,
@@ -146,7 +149,7 @@ def _loading(checkpoint: Checkpoint) -> Iterator[None]:
             yield
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
-            f"{checkpoint.name}: transformers cannot load it as a causal language model: "
+            f"{checkpoint.name}: transformers cannot load it as {noun(checkpoint)}: "
             f"{_first_line(error)}"
         ) from error
 
@@ -284,8 +287,8 @@ def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     that leaves no choice (GPT-NeoX's head). Raises InputError for a parameter without a tensor.
     """
     tails: dict[str, list[str]] = {}
-    for tensor in checkpoint.tensors:
-        steps = tensor.split(".")
+    for tensor, name in _new_names(model, checkpoint).items():
+        steps = name.split(".")
         for start in range(len(steps)):
             tails.setdefault(".".join(steps[start:]), []).append(tensor)
     stored = dict(model.state_dict(keep_vars=True))
@@ -306,6 +309,15 @@ def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         )
     _check_shapes(keys, stored, checkpoint)
     return keys
+
+
+def _new_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+    """Each tensor's name as transformers spells it now: ViT's `encoder.layer.0` is `layers.0`."""
+    if not isinstance(model, PreTrainedModel):
+        return dict(zip(checkpoint.tensors, checkpoint.tensors, strict=True))
+    known = get_model_conversion_mapping(model)
+    renamings = [rule for rule in known if isinstance(rule, WeightRenaming)]
+    return {key: rename_source_key(key, renamings, [])[0] for key in checkpoint.tensors}
 
 
 def _by_tail(name: str, tails: dict[str, list[str]], checkpoint: Checkpoint) -> str | None:

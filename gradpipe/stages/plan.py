@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from gradpipe.errors import InputError
 from gradpipe.stages.model import Blocks, Layer
@@ -83,14 +84,14 @@ def make_plan(
         sum(b for x, b in zip(layers, sums, strict=True) if x.spec.block == i)
         for i in range(len(blocks.modules))
     )
-    hidden = model.get_input_embeddings().embedding_dim
+    hidden, outputs = _widths(model)
     tokens = work.batch_size * work.seq_len
     widths = max(
         sum(sum(x.spec.shape) for x in layers if x.spec.block == i)
         for i in range(len(blocks.modules))
     )
     activations = tokens * size * (widths + _BLOCK_WIDTHS * hidden)
-    head = tokens * _vocabulary(model) * (2 * size + 8)  # logits, and their float32 gradient
+    head = tokens * outputs * (2 * size + 8)  # logits, and their float32 gradient
     resident = (total * size) + sum(sums) + activations * len(blocks.modules) + head
     streamed = max(
         block * size + block_sums + activations + 3 * tokens * hidden * size,
@@ -153,8 +154,12 @@ def _text(path: str) -> str:
     return file.read_text() if file.is_file() else ""
 
 
-def _vocabulary(model: Any) -> int:
-    return int(model.get_input_embeddings().num_embeddings)
+def _widths(model: Any) -> tuple[int, int]:
+    """Of the hidden states, and of the logits."""
+    embeddings = model.get_input_embeddings()
+    if isinstance(embeddings, nn.Embedding):
+        return embeddings.embedding_dim, embeddings.num_embeddings
+    return model.config.hidden_size, model.config.num_labels
 
 
 def _sum_bytes(layer: LayerSpec, statistics: tuple[str, ...]) -> int:

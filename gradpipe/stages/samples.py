@@ -239,7 +239,16 @@ def _load_file(hub_id: str, file: str, revision: str) -> Any:
 
 
 def _load_hub(data: DataConfig, use: Use) -> Text:
-    """Any dataset of the Hub, at a commit that is recorded."""
+    """The text column of any dataset of the Hub."""
+    rows, revision = load_rows(data, use)
+    if data.text_column not in rows.column_names:
+        raise _no_column(data.name, data.text_column, rows.column_names)
+    documents = rows[data.text_column]
+    return Text(documents=documents, revision=revision, separator="\n\n", joined=False)
+
+
+def load_rows(data: DataConfig, use: Use) -> tuple[Any, str]:
+    """The rows of any dataset of the Hub, and their commit, which is to be recorded."""
     split = data.split or ("train" if use == "calibration" else "test")
     revision = _commit(data.name, data.revision)
     try:
@@ -253,10 +262,7 @@ def _load_hub(data: DataConfig, use: Use) -> Text:
             f"dataset {data.name}: cannot fetch commit {revision}, and the cache gives "
             f"{builder.hash}: connect to the Hub, or choose that with --revision"
         )
-    if data.text_column not in rows.column_names:
-        raise _no_column(data.name, data.text_column, rows.column_names)
-    documents = rows[data.text_column]
-    return Text(documents=documents, revision=builder.hash, separator="\n\n", joined=False)
+    return rows, builder.hash
 
 
 def _commit(name: str, revision: str | None) -> str | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpipe.errors import GradpipeError
+from gradpipe.stages.batch import Batch
 from gradpipe.stages.hooks import LayerHooks, first_overflow
 from gradpipe.stages.model import Blocks, Layer
 from gradpipe.stages.statistics import LayerAccumulator
@@ -24,14 +25,14 @@ def resident_batch(
     blocks: Blocks,
     layers: Sequence[Layer],
     accumulators: Sequence[LayerAccumulator],
-    ids_BT: Tensor,
+    batch: Batch,
 ) -> float:
-    """One batch forward and, if a statistic needs it, backward; returns the mean token loss.
+    """One batch forward and, if a statistic needs it, backward; returns the mean loss.
 
-    The loss differentiated is the model's own mean-token loss of each sample, so that a sample
+    The loss differentiated is the model's own loss of each sample, so that a sample
     weighs the same in any batch.
     """
-    num_samples = ids_BT.shape[0]
+    num_samples = len(batch)
     backward = any(accumulator.needs_gradients for accumulator in accumulators)
     scale = loss_scale(model)
     entry = blocks.modules[0].register_forward_pre_hook(_require_grad, with_kwargs=True)
@@ -39,14 +40,14 @@ def resident_batch(
 
     def find_overflow() -> str | None:
         hooks.remove()
-        return first_overflow(layers, lambda: model(input_ids=ids_BT, use_cache=False))
+        return first_overflow(layers, lambda: batch.forward(model))
 
     try:
         with (
             hooks,
             torch.set_grad_enabled(backward),
         ):
-            loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+            loss = batch.forward(model).loss
             value = check_loss(loss, find_overflow)
             if backward:
                 (loss * (num_samples * scale)).backward()

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpipe.errors import GradpipeError
+from gradpipe.stages.batch import Batch
 from gradpipe.stages.hooks import LayerHooks, first_overflow
 from gradpipe.stages.model import Blocks, Layer
 from gradpipe.stages.schedule import check_loss, loss_scale
@@ -47,14 +48,14 @@ class _AllCaptured(Exception):  # noqa: N818 (it reports success: the rest of th
 
 
 class Streamed:
-    """One run of the schedule over `ids_NT`, in micro-batches of `batch_size`."""
+    """One run of the schedule over `samples`, in micro-batches of `batch_size`."""
 
     def __init__(
         self,
         model: Any,
         blocks: Blocks,
         loader: WeightLoader,
-        ids_NT: Tensor,
+        samples: Batch,
         batch_size: int,
         scratch: Path,
         device: torch.device,
@@ -63,8 +64,8 @@ class Streamed:
         self._model = model
         self._blocks = blocks
         self._loader = loader
-        self._ids_NT = ids_NT
-        self._starts = range(0, len(ids_NT), batch_size)
+        self._samples = samples
+        self._starts = range(0, len(samples), batch_size)
         self._batch_size = batch_size
         self._scratch = scratch
         self._device = device
@@ -121,9 +122,9 @@ class Streamed:
     def _file(self, name: str) -> ActivationFile:
         return ActivationFile(self._scratch / name, self._shape_NTH, self._dtype)
 
-    def _micro_batches(self) -> Iterator[tuple[int, Tensor]]:
+    def _micro_batches(self) -> Iterator[tuple[int, Batch]]:
         for start in self._starts:
-            yield start, self._ids_NT[start : start + self._batch_size].to(self._device)
+            yield start, self._samples[start : start + self._batch_size].to(self._device)
 
     # Capturing: embeddings, masks, positions.
 
@@ -131,12 +132,12 @@ class Streamed:
         """Record block 0's inputs, and the arguments of every block."""
         resumed = False
         with self._loader.loaded("", excluded=self._blocks.path + "."):
-            for start, ids_BT in self._micro_batches():
-                if resumed and len(ids_BT) in self._calls:
+            for start, batch in self._micro_batches():
+                if resumed and len(batch) in self._calls:
                     continue
-                hidden_BTH = self._capture_batch(ids_BT)
+                hidden_BTH = self._capture_batch(batch)
                 if start == 0:
-                    self._shape_NTH = (len(self._ids_NT), *hidden_BTH.shape[1:])
+                    self._shape_NTH = (len(self._samples), *hidden_BTH.shape[1:])
                     self._dtype = hidden_BTH.dtype
                     if self._has_begun_backward() and not self._can_go_on(done):
                         self._clear()
@@ -166,10 +167,10 @@ class Streamed:
             path.unlink()
 
     @torch.no_grad()
-    def _capture_batch(self, ids_BT: Tensor) -> Tensor:
+    def _capture_batch(self, batch: Batch) -> Tensor:
         """One pass up to the last block, blocks recording; returns the first one's input."""
         if self._tuple_tail is None:
-            self._probe(ids_BT)
+            self._probe(batch)
         inputs: list[Tensor] = []
         calls: list[_Call] = []
 
@@ -181,11 +182,11 @@ class Streamed:
             return self._returned(hidden_BTH)
 
         with self._replaced(record), suppress(_AllCaptured):
-            self._model(input_ids=ids_BT, labels=ids_BT, use_cache=False)
-        self._remember(len(ids_BT), calls)
+            batch.forward(self._model)
+        self._remember(len(batch), calls)
         return inputs[0]
 
-    def _probe(self, ids_BT: Tensor) -> None:
+    def _probe(self, batch: Batch) -> None:
         """Run the first block once, to see whether blocks return a tensor or a tuple."""
 
         def record(_: int, hidden_BTH: Tensor, call: _Call) -> Any:
@@ -198,7 +199,7 @@ class Streamed:
             raise _AllCaptured
 
         with self._replaced(record), suppress(_AllCaptured):
-            self._model(input_ids=ids_BT, labels=ids_BT, use_cache=False)
+            batch.forward(self._model)
 
     def _returned(self, hidden_BTH: Tensor) -> Any:
         """`hidden_BTH` as a block would return it."""
@@ -240,10 +241,10 @@ class Streamed:
                 continue
             output = self._inputs(index + 1)
             with self._loader.loaded(f"{self._blocks.path}.{index}."):
-                for start, ids_BT in self._micro_batches():
-                    x_BTH = self._inputs(index).read(start, len(ids_BT)).to(self._device)
+                for start, batch in self._micro_batches():
+                    x_BTH = self._inputs(index).read(start, len(batch)).to(self._device)
                     output.write(start, self._call_block(index, x_BTH))
-                    advance(len(ids_BT))
+                    advance(len(batch))
             output.publish()
 
     def _call_block(self, index: int, x_BTH: Tensor) -> Tensor:
@@ -264,8 +265,8 @@ class Streamed:
         depth = len(self._blocks.modules)
         scale = loss_scale(self._model)
         with self._loader.loaded("", excluded=self._blocks.path + "."):
-            for start, ids_BT in self._micro_batches():
-                leaf_BTH = self._inputs(depth).read(start, len(ids_BT)).to(self._device)
+            for start, batch in self._micro_batches():
+                leaf_BTH = self._inputs(depth).read(start, len(batch)).to(self._device)
                 leaf_BTH.requires_grad_(backward)
 
                 def hand_out(index: int, hidden: Tensor, _: _Call, leaf: Tensor = leaf_BTH) -> Any:
@@ -273,13 +274,13 @@ class Streamed:
 
                 with (
                     self._replaced(hand_out),
-                    LayerHooks(layers, sums, len(ids_BT), scale),
+                    LayerHooks(layers, sums, len(batch), scale),
                     torch.set_grad_enabled(backward),
                 ):
-                    loss = self._model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
+                    loss = batch.forward(self._model).loss
                     check_loss(loss, partial(blame, start))
                     if backward:
-                        (loss * (len(ids_BT) * scale)).backward()
+                        (loss * (len(batch) * scale)).backward()
                         self._gradient(depth).write(start, _grad_of(leaf_BTH))
         if backward:
             self._gradient(depth).publish()
@@ -289,7 +290,7 @@ class Streamed:
         self._restore_blocks()
         for index in range(len(self._blocks.modules)):
             inside = [x for x in layers if x.spec.block == index]
-            count = min(self._batch_size, len(self._ids_NT) - start)
+            count = min(self._batch_size, len(self._samples) - start)
             x_BTH = self._inputs(index).read(start, count).to(self._device)
             with self._loader.loaded(f"{self._blocks.path}.{index}."):
                 name = first_overflow(inside, partial(self._call_block, index, x_BTH))
@@ -308,19 +309,19 @@ class Streamed:
     ) -> None:
         scale = loss_scale(self._model)
         with self._loader.loaded(f"{self._blocks.path}.{index}."):
-            for start, ids_BT in self._micro_batches():
-                x_BTH = self._inputs(index).read(start, len(ids_BT)).to(self._device)
+            for start, batch in self._micro_batches():
+                x_BTH = self._inputs(index).read(start, len(batch)).to(self._device)
                 x_BTH.requires_grad_(backward)
                 with (
-                    LayerHooks(layers, sums, len(ids_BT), scale),
+                    LayerHooks(layers, sums, len(batch), scale),
                     torch.set_grad_enabled(backward),
                 ):
                     output_BTH = self._call_block(index, x_BTH)
                     if backward:
-                        dy_BTH = self._gradient(index + 1).read(start, len(ids_BT))
+                        dy_BTH = self._gradient(index + 1).read(start, len(batch))
                         output_BTH.backward(dy_BTH.to(self._device))
                         self._gradient(index).write(start, _grad_of(x_BTH))
-                advance(len(ids_BT))
+                advance(len(batch))
         if backward:
             self._gradient(index).publish()
 
