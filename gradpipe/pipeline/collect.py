@@ -300,8 +300,7 @@ def _draw(
         return draw_images(images, processor, config.num_samples, num_tokens, config.seed, label)
     windows = _draw_windows(config, checkpoint)
     check_tokens(windows.input_ids, checkpoint, model)
-    arrays = {"input_ids": windows.input_ids, "sources": windows.sources}
-    return windows.spec, Calibration(arrays=arrays)
+    return windows.spec, windows.calibration
 
 
 def _draw_windows(config: CollectConfig, checkpoint: Checkpoint) -> Samples:

@@ -24,6 +24,7 @@ import pyarrow.parquet
 
 from gradpipe.errors import InputError, one_line
 from gradpipe.stages.embedded import DOCUMENT_SEPARATOR, stdlib_documents
+from gradpipe.store.gradients import Calibration
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import SampleSpec
 
@@ -75,6 +76,11 @@ class Samples:
     spec: SampleSpec
     input_ids: npt.NDArray[np.int32]  # (samples, tokens)
     sources: npt.NDArray[np.int64]  # (samples, 2): document (-1 if joined), first token in it
+
+    @property
+    def calibration(self) -> Calibration:
+        """As a store keeps them."""
+        return Calibration(arrays={"input_ids": self.input_ids, "sources": self.sources})
 
 
 def load_text(data: DataConfig, use: Use) -> Text:

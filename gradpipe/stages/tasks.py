@@ -1,4 +1,4 @@
-"""Tasks: what a checkpoint is for, by its architecture, and with which class transformers loads it."""
+"""Tasks: what a checkpoint is for, by its architecture, and which class loads it."""
 
 from __future__ import annotations
 
