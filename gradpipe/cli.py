@@ -116,12 +116,11 @@ def collect_grads(
     dry_run: DryRun = False,
 ) -> None:
     """Stage one: stream calibration samples through a model and write a gradient store."""
-    data = _data(dataset, dataset_config, split, revision, text_column)
     config = collecting.CollectConfig(
         model=model,
         store=store,
         task=task,
-        data=data,
+        data=_data(dataset, dataset_config, split, revision, text_column),
         num_samples=num_samples,
         seq_len=seq_len,
         seed=seed,

@@ -3,9 +3,9 @@
     python scripts/train_tiny_vit.py OUT
     python scripts/train_tiny_vit.py OUT --hidden 32 --blocks 2 --steps 300
 
-OUT becomes a folder with `model`, a Hugging Face directory, and two folders of PNG files, one folder
-for each class: `calibration`, drawn as the training images are, and `heldout`. It takes
-one core and some minutes, and the same seed gives the same files.
+OUT becomes a folder with `model`, a Hugging Face directory, and two folders of PNG files with one
+folder for each class: `calibration`, drawn as the training images are, and `heldout`. It takes one
+core and some minutes, and the same seed gives the same files.
 
 Shapes: B images, S pixels a side, C colours.
 """
@@ -77,7 +77,8 @@ def inside(name: str, u: Floats, v: Floats) -> Bools:
         "crescent": (far < 0.95) & (np.hypot(u - 0.5, v) > 0.75),
         "cross": stem | ((tall < 0.25) & (wide < 0.9)),
         "disc": far < 0.85,
-        "ell": ((np.abs(u + 0.5) < 0.25) & (tall < 0.9)) | ((np.abs(v - 0.65) < 0.25) & (box < 0.9)),
+        "ell": ((np.abs(u + 0.5) < 0.25) & (tall < 0.9))
+        | ((np.abs(v - 0.65) < 0.25) & (box < 0.9)),
         "frame": (box < 0.8) & (box > 0.45),
         "ring": (far < 0.95) & (far > 0.55),
         "square": box < 0.75,
@@ -190,7 +191,9 @@ def train(model: ViTForImageClassification, recipe: Recipe) -> None:
         if (step + 1) % max(1, recipe.steps // REPORTS) == 0:
             share = 100 * accuracy(model, images[:500], torch.from_numpy(labels[:500]))
             minutes = (time.monotonic() - start) / 60
-            report(f"step {step + 1}: loss {loss.item():.3f}, top-1 {share:.1f} %, {minutes:.1f} min")
+            report(
+                f"step {step + 1}: loss {loss.item():.3f}, top-1 {share:.1f} %, {minutes:.1f} min"
+            )
     model.eval()
 
 

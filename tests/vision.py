@@ -39,12 +39,13 @@ _PROCESSORS: dict[str, Any] = {
     ),
 }
 FAMILIES = tuple(_PROCESSORS)
+_ARCHITECTURES = {"vit": "ViTForImageClassification", "deit": "DeiTForImageClassification"}
 NUM_TOKENS = {"vit": 17, "deit": 18}  # 16 patches, a class token, DeiT's distillation token
 
 
 def tiny_classifier(family: str, seed: int = 0) -> PreTrainedModel:
     """The family's tiny float32 model in eval mode; the same seed gives the same weights."""
-    config = AutoConfig.for_model(family, **_CONFIG)
+    config = AutoConfig.for_model(family, architectures=[_ARCHITECTURES[family]], **_CONFIG)
     model: PreTrainedModel = AutoModelForImageClassification.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -52,7 +53,8 @@ def tiny_classifier(family: str, seed: int = 0) -> PreTrainedModel:
             noise = torch.randn(parameter.shape, generator=generator)
             scale = 1.5 / 32**0.5 if parameter.ndim == 2 else 0.2
             parameter.copy_(noise * scale if parameter.ndim > 1 else parameter + noise * scale)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save_classifier(family: str, folder: Path) -> Path:

@@ -162,10 +162,10 @@ def plan(config: CollectConfig) -> Plan:
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
     layers = _layers(config, model, blocks, checkpoint, with_digests=False)
-    is_text = find_task(checkpoint) == CAUSAL_LM
-    seq_len = (
-        sequence_length(config.seq_len, checkpoint) if is_text else image_tokens(model, blocks)
-    )
+    if find_task(checkpoint) == IMAGE_CLASSIFICATION:
+        seq_len = image_tokens(model, blocks)
+    else:
+        seq_len = sequence_length(config.seq_len, checkpoint)
     return make_plan(config.schedule, model, blocks, layers, _workload(config, seq_len), device)
 
 
@@ -293,9 +293,9 @@ def _draw(
     config: CollectConfig, checkpoint: Checkpoint, model: Any, blocks: Blocks
 ) -> tuple[SampleSpec, Calibration]:
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
+        num_tokens = image_tokens(model, blocks)
         processor = Processor(checkpoint, model)
         images = load_images(config.data, "calibration", checkpoint, model)
-        num_tokens = image_tokens(model, blocks)
         label = config.data.label
         return draw_images(images, processor, config.num_samples, num_tokens, config.seed, label)
     windows = _draw_windows(config, checkpoint)
@@ -329,11 +329,11 @@ def _workload(config: CollectConfig, seq_len: int) -> Workload:
 def _spec(
     config: CollectConfig, checkpoint: Checkpoint, layers: tuple[Layer, ...], samples: SampleSpec
 ) -> StoreSpec:
-    options = changed_options(config, leave_out=_NOT_RESULTS)
+    task = find_task(checkpoint)
+    options = {"task": None if task == CAUSAL_LM else task}
+    options |= changed_options(config, leave_out=_NOT_RESULTS)
     data = changed_options(config.data, leave_out={"name", "config"})
     options |= {"dataset": config.data.label, "dataset-config": config.data.config, **data}
-    task = find_task(checkpoint)
-    options |= {"task": None if task == CAUSAL_LM else task}
     options |= {"statistics": ",".join(config.statistics)}
     dtype = resolve_dtype(config.dtype, checkpoint)
     return StoreSpec(

@@ -8,6 +8,7 @@ values and costs next to nothing, shows it for any architecture. Where such a pa
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -61,7 +62,9 @@ def image_shape(model: Any) -> tuple[int, int, int]:
 
 
 def image_tokens(model: Any, blocks: Blocks) -> int:
-    """How many tokens the blocks see of an image; InputError if a pass does not tell."""
+    """How many tokens the blocks see of an image; InputError if there are none, or no loss."""
+    if "labels" not in inspect.signature(model.forward).parameters:
+        raise InputError(f"{type(model).__name__} takes no labels: it has no loss to differentiate")
     on_meta = copy.deepcopy(model).to("meta")
     seen: list[tuple[Tensor, str]] = []
     _record(on_meta, f"{blocks.path}.0", seen)
