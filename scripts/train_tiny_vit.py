@@ -33,7 +33,7 @@ CLASSES: Final = (
     *("bar", "crescent", "cross", "disc", "ell", "frame", "ring", "square", "tee", "triangle"),
 )
 SIZE: Final = 32
-PATCH: Final = 4
+PATCH: Final = 8
 NOISE: Final = 0.12  # standard deviation, of a colour from 0 to 1
 DARK, BRIGHT, ANY = (0.0, 0.45), (0.55, 1.0), (0.0, 1.0)  # background, shape, distractors
 TURN: Final = 0.6  # radians, at most, either way
@@ -55,8 +55,8 @@ class Recipe:
     hidden: int = 64
     blocks: int = 4
     heads: int = 4
-    steps: int = 2000
-    batch_size: int = 64
+    steps: int = 3000
+    batch_size: int = 128
     seed: int = 0
     num_calibration: int = 512
     num_heldout: int = 2000
