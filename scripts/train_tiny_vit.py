@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Final
@@ -29,9 +30,6 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from gradpipe.errors import InputError
 
-CLASSES: Final = (
-    *("bar", "crescent", "cross", "disc", "ell", "frame", "ring", "square", "tee", "triangle"),
-)
 SIZE: Final = 32
 PATCH: Final = 8
 NOISE: Final = 0.12  # standard deviation, of a colour from 0 to 1
@@ -67,25 +65,30 @@ class Recipe:
             raise InputError(f"--hidden {self.hidden} must be a multiple of --heads {self.heads}")
 
 
-def inside(name: str, u: Floats, v: Floats) -> Bools:
-    """Which points (u, v) are inside a shape that is about 1 in radius."""
-    far, wide, tall = np.hypot(u, v), np.abs(u), np.abs(v)
-    box = np.maximum(wide, tall)
-    stem = (wide < 0.25) & (tall < 0.9)
-    masks: dict[str, Bools] = {
-        "bar": stem,
-        "crescent": (far < 0.95) & (np.hypot(u - 0.5, v) > 0.75),
-        "cross": stem | ((tall < 0.25) & (wide < 0.9)),
-        "disc": far < 0.85,
-        "ell": ((np.abs(u + 0.5) < 0.25) & (tall < 0.9))
-        | ((np.abs(v - 0.65) < 0.25) & (box < 0.9)),
-        "frame": (box < 0.8) & (box > 0.45),
-        "ring": (far < 0.95) & (far > 0.55),
-        "square": box < 0.75,
-        "tee": stem | ((np.abs(v + 0.65) < 0.25) & (box < 0.9)),
-        "triangle": (v < 0.5) & (v > math.sqrt(3) * wide - 1),
-    }
-    return masks[name]
+def box(u: Floats, v: Floats) -> Floats:
+    """Distance from the centre, square for what is square."""
+    return np.maximum(np.abs(u), np.abs(v))
+
+
+def stem(u: Floats, v: Floats) -> Bools:
+    """An upright bar."""
+    return (np.abs(u) < 0.25) & (np.abs(v) < 0.9)
+
+
+# Which points (u, v) are inside a shape that is about 1 in radius.
+SHAPES: Final[dict[str, Callable[[Floats, Floats], Bools]]] = {
+    "bar": stem,
+    "crescent": lambda u, v: (np.hypot(u, v) < 0.95) & (np.hypot(u - 0.5, v) > 0.75),
+    "cross": lambda u, v: stem(u, v) | stem(v, u),
+    "disc": lambda u, v: np.hypot(u, v) < 0.85,
+    "ell": lambda u, v: stem(u + 0.5, v) | stem(v - 0.65, u),
+    "frame": lambda u, v: (box(u, v) < 0.8) & (box(u, v) > 0.45),
+    "ring": lambda u, v: (np.hypot(u, v) < 0.95) & (np.hypot(u, v) > 0.55),
+    "square": lambda u, v: box(u, v) < 0.75,
+    "tee": lambda u, v: stem(u, v) | stem(v + 0.65, u),
+    "triangle": lambda u, v: (v < 0.5) & (v > math.sqrt(3) * np.abs(u) - 1),
+}
+CLASSES: Final = tuple(SHAPES)
 
 
 def draw(labels_B: npt.NDArray[np.int64], generator: np.random.Generator) -> Bytes:
@@ -96,14 +99,15 @@ def draw(labels_B: npt.NDArray[np.int64], generator: np.random.Generator) -> Byt
     places = generator.uniform(-0.9, 0.9, (DISTRACTORS, count, 2))
     for number, place_B2 in enumerate(places):
         u, v = _coordinates(place_B2, generator.uniform(0.1, 0.2, count), np.zeros(count))
-        mask = inside("disc" if number % 2 else "square", u, v)
-        images = _painted(images, mask, generator.uniform(*ANY, (count, 3)))
+        small = SHAPES["disc" if number % 2 else "square"]
+        images = _painted(images, small(u, v), generator.uniform(*ANY, (count, 3)))
     place_B2 = generator.uniform(-0.3, 0.3, (count, 2))
     turns = generator.uniform(-TURN, TURN, count)
     u, v = _coordinates(place_B2, generator.uniform(0.45, 0.7, count), turns)
     mask = np.zeros(u.shape, dtype=bool)
     for label, name in enumerate(CLASSES):
-        mask |= (labels_B == label)[:, None, None] & inside(name, u, v)
+        chosen = labels_B == label
+        mask[chosen] = SHAPES[name](u[chosen], v[chosen])
     images = _painted(images, mask, generator.uniform(*BRIGHT, (count, 3)))
     images += generator.normal(0, NOISE, images.shape)
     return (images.clip(0, 1) * 255).round().astype(np.uint8)
