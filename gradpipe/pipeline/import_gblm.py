@@ -10,6 +10,7 @@ from gradpipe.errors import InputError
 from gradpipe.pipeline.collect import check_destination
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.gblm_files import match_layers, read_gblm_file
+from gradpipe.stages.tasks import find_task
 from gradpipe.store.codec import Sums
 from gradpipe.store.gradients import (
     LOCK_NAME,
@@ -22,7 +23,6 @@ from gradpipe.store.lock import locked
 from gradpipe.store.objects import remove_strays
 from gradpipe.store.schema import (
     ACTIVATION_STATISTICS,
-    CAUSAL_LM,
     FORMAT_VERSION,
     LayerSpec,
     ModelSpec,
@@ -134,7 +134,7 @@ def _spec(
     return StoreSpec(
         version=FORMAT_VERSION,
         gradpipe=version("gradpipe"),
-        objective=CAUSAL_LM,
+        objective=find_task(checkpoint),
         model=ModelSpec(
             name=checkpoint.label,
             revision=checkpoint.revision,

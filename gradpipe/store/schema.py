@@ -195,7 +195,8 @@ class StoreSpec(JsonSpec):
 
     def __post_init__(self) -> None:
         """Refuse unknown or repeated statistics and layers, and samples of another kind."""
-        if (self.objective == IMAGE_CLASSIFICATION) != (self.samples.image_shape is not None):
+        is_of_images = self.objective == IMAGE_CLASSIFICATION
+        if self.samples.digest and is_of_images != (self.samples.image_shape is not None):
             raise StoreError(f"objective {self.objective:.40} does not go with the store's samples")
         unknown = set(self.statistics) - set(STATISTICS)
         if unknown or not self.statistics or len(set(self.statistics)) < len(self.statistics):
