@@ -3,8 +3,8 @@
     python scripts/train_tiny_vit.py shapes
     python benchmarks/vision.py shapes/model shapes/calibration shapes/heldout
 
-One store, collected once; one row for each method, one column for each sparsity. The paper's own row
-is `google/vit-base-patch16-224` on ImageNet-1k, which goes the same way.
+One store, collected once; one row for each method, one column for each sparsity. The paper's own
+model, `google/vit-base-patch16-224` on ImageNet-1k, goes the same way.
 """
 
 from __future__ import annotations

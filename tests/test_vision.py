@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -38,13 +37,13 @@ from gradpipe import (
     prune,
 )
 from gradpipe.pipeline import share
-from gradpipe.stages import images as image_stage
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.model import weight_keys
 from gradpipe.stages.streamed import Streamed
 from gradpipe.store.arrays import encode_array
 from gradpipe.store.objects import CommitRecord, digest
 from gradpipe.store.schema import SECOND_MOMENTS, STATISTICS, SampleSpec
+from tests import hub as hubs
 from tests.models import save_tiny
 from tests.reference import layer_statistics, reference_mask, reference_nm_mask, reference_score
 from tests.texts import write_text
@@ -100,6 +99,11 @@ def store(workplace: Path, family: str, tmp_path_factory: pytest.TempPathFactory
     """Every statistic of the family's model."""
     folder = tmp_path_factory.mktemp(family) / "store"
     return collect(config(workplace, folder, family, statistics=STATISTICS))
+
+
+def collected(run: CollectConfig) -> SampleSpec:
+    """Write a store; what it says of its samples."""
+    return collect(run).spec.samples
 
 
 def pixels_of(workplace: Path, family: str) -> tuple[Tensor, Tensor]:
@@ -221,18 +225,23 @@ def test_a_table_is_the_same_as_a_folder(workplace: Path, tmp_path: Path) -> Non
         )
 
 
-def test_a_data_set_of_the_hub(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows that `datasets` loads are used as the local ones are, with their commit recorded."""
-    rows = datasets.Dataset.from_parquet(
-        str(workplace / "images.parquet"), cache_dir=str(tmp_path / "cache")
-    )
-    monkeypatch.setattr(image_stage, "load_rows", lambda data, _: (rows, f"{data.name}@1"))
-    hub = collect(config(workplace, tmp_path / "hub", data=DataConfig(name="me/shapes")))
-    assert (hub.spec.samples.dataset, hub.spec.samples.revision) == ("me/shapes", "me/shapes@1")
-    folder = collect(config(workplace, tmp_path / "folder"))
-    assert hub.spec.samples.digest == folder.spec.samples.digest
+def test_data_sets_of_the_hub(workplace: Path, tmp_path: Path) -> None:
+    """A repository of tables, or of files, gives what the folder does; its commit is recorded."""
+    (tmp_path / "table" / "data").mkdir(parents=True)
+    shutil.copy(workplace / "images.parquet", tmp_path / "table" / "data" / "train-0.parquet")
+    shutil.copytree(workplace / "images", tmp_path / "files" / "train")
+    expected = collect(config(workplace, tmp_path / "local")).spec.samples.digest
+    with hubs.serve() as hub:
+        commits = {
+            f"me/{name}": hub.commit(f"datasets/me/{name}", tmp_path / name)
+            for name in ("table", "files")
+        }
+        with hubs.client(hub.endpoint, tmp_path / "cache") as pool:
+            for name, commit in commits.items():
+                run = config(workplace, tmp_path / name, data=DataConfig(name=name))
+                samples = pool.submit(collected, run).result()
+                assert (samples.dataset, samples.revision) == (name, commit)
+                assert samples.digest == expected
 
 
 @pytest.mark.parametrize("schedule", ["resident", "streamed"])
