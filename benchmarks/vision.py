@@ -30,6 +30,7 @@ ROWS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("gradient l2", {"method": "gradient", "grad_norm": "l2"}),
     ("gblm l1", {"method": "gblm"}),
     ("gblm l2", {"method": "gblm", "grad_norm": "l2"}),
+    ("sparsegpt", {"method": "sparsegpt"}),
     ("--recipe best", RECIPES["best"]),
 )
 
