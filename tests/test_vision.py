@@ -211,6 +211,28 @@ def test_streamed_is_resident_bit_for_bit(
     assert collect(run).digest == store.digest
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_classifier_is_collected_too(workplace: Path, tmp_path: Path, dtype: str) -> None:
+    """A layer outside the blocks, which sees one token, has the same sums under either schedule."""
+    run = config(workplace, tmp_path / "resident", dtype=dtype, include=("classifier",))
+    resident = collect(run)
+    streamed = collect(replace(run, store=tmp_path / "streamed", schedule="streamed"))
+    assert resident.spec.layers[-1].name == "classifier"
+    assert streamed.digest == resident.digest
+
+
+def test_thin_and_grey_images_are_images(workplace: Path, tmp_path: Path) -> None:
+    """Three rows of pixels are not three colours, and grey is one of the colours."""
+    folder = write_images(tmp_path / "images", count=1)
+    Image.new("RGB", (9, 3), (255, 0, 0)).save(folder / "circle" / "00.png")
+    Image.new("L", (1, 1), 128).save(folder / "cross" / "00.png")
+    run = config(workplace, tmp_path / "store", data=DataConfig(name=str(folder)), num_samples=3)
+    arrays = collect(run).calibration().arrays
+    pixels = arrays["pixel_values"][arrays["labels"].argsort()].reshape(3, 3, SIZE * SIZE)
+    np.testing.assert_allclose(pixels[0], np.repeat([[1], [-1], [-1]], SIZE * SIZE, 1))
+    np.testing.assert_allclose(pixels[1], 128 / 127.5 - 1, atol=1e-6)
+
+
 def test_a_table_is_the_same_as_a_folder(workplace: Path, tmp_path: Path) -> None:
     """The same images in a parquet file give the same samples and sums."""
     folder = collect(config(workplace, tmp_path / "folder"))
@@ -529,6 +551,11 @@ def test_a_model_without_a_loss_is_refused(tmp_path: Path, workplace: Path) -> N
     (model / "config.json").write_text(json.dumps(document | {"architectures": [name]}))
     with pytest.raises(InputError, match=f"{name} takes no labels"):
         plan(config(workplace, tmp_path / "store", model=str(model)))
+    (model / "config.json").write_text(
+        json.dumps(document | {"problem_type": "multi_label_classification"})
+    )
+    with pytest.raises(InputError, match="problem_type multi_label_classification: expected"):
+        collect(config(workplace, tmp_path / "store", model=str(model)))
 
 
 # ---- stores that were tampered with ----

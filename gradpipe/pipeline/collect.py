@@ -40,7 +40,7 @@ from gradpipe.stages.model import (
 )
 from gradpipe.stages.plan import Plan, Workload, check_schedule, make_plan
 from gradpipe.stages.samples import DataConfig, Samples, draw_samples, load_text
-from gradpipe.stages.tasks import check_task, find_task
+from gradpipe.stages.tasks import check_loss_of_labels, check_task, find_task
 from gradpipe.stages.tokens import is_tokens, token_length, token_samples
 from gradpipe.store.codec import ENCODINGS
 from gradpipe.store.gradients import (
@@ -163,6 +163,7 @@ def plan(config: CollectConfig) -> Plan:
     blocks = find_blocks(model, config.blocks)
     layers = _layers(config, model, blocks, checkpoint, with_digests=False)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
+        check_loss_of_labels(model)
         seq_len = image_tokens(model, blocks)
     else:
         seq_len = sequence_length(config.seq_len, checkpoint)
@@ -293,6 +294,7 @@ def _draw(
     config: CollectConfig, checkpoint: Checkpoint, model: Any, blocks: Blocks
 ) -> tuple[SampleSpec, Calibration]:
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
+        check_loss_of_labels(model)
         num_tokens = image_tokens(model, blocks)
         processor = Processor(checkpoint, model)
         images = load_images(config.data, "calibration", checkpoint, model)

@@ -50,7 +50,10 @@ class Batch:
     def forward(self, model: Any) -> Any:
         """What the model makes of the batch."""
         options = {} if self.use_cache is None else {"use_cache": self.use_cache}
-        return model(**self.inputs, **options)
+        inputs = {
+            n: x.to(model.dtype) if x.is_floating_point() else x for n, x in self.inputs.items()
+        }
+        return model(**inputs, **options)
 
 
 def calibration_batch(calibration: Calibration, spec: SampleSpec, share: range) -> Batch:

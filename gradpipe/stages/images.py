@@ -75,7 +75,9 @@ class Processor:
                 f"dataset {images.name}: {name} is not an image that can be read, one of "
                 f"{', '.join(KINDS)}: {one_line(error)}"
             ) from error
-        made = self._processor(decoded, return_tensors="np")["pixel_values"][0]
+        made = self._processor(
+            np.asarray(decoded), input_data_format="channels_last", return_tensors="np"
+        )["pixel_values"][0]
         if made.shape != self._shape_CHW:
             raise InputError(
                 f"{self._checkpoint.name}: its image processor makes {made.shape} of {name}, "

@@ -8,7 +8,6 @@ values and costs next to nothing, shows it for any architecture. Where such a pa
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -56,15 +55,14 @@ def _first_readers(model: Any, layers: Sequence[Layer]) -> dict[str, str]:
 
 def image_shape(model: Any) -> tuple[int, int, int]:
     """(channels, height, width) of the images that a model takes, by its config."""
-    size = getattr(model.config, "image_size", _IMAGE_SIZE)
+    config = getattr(model.config, "vision_config", model.config)
+    size = getattr(config, "image_size", _IMAGE_SIZE)
     height, width = (size, size) if isinstance(size, int) else size
-    return getattr(model.config, "num_channels", 3), height, width
+    return getattr(config, "num_channels", 3), height, width
 
 
 def image_tokens(model: Any, blocks: Blocks) -> int:
-    """How many tokens the blocks see of an image; InputError if there are none, or no loss."""
-    if "labels" not in inspect.signature(model.forward).parameters:
-        raise InputError(f"{type(model).__name__} takes no labels: it has no loss to differentiate")
+    """How many tokens the blocks see of an image; InputError if a pass does not tell."""
     on_meta = copy.deepcopy(model).to("meta")
     seen: list[tuple[Tensor, str]] = []
     _record(on_meta, f"{blocks.path}.0", seen)

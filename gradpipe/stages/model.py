@@ -313,9 +313,7 @@ def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
 def _new_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     """Each tensor's name as transformers spells it now: ViT's `encoder.layer.0` is `layers.0`."""
-    if not isinstance(model, PreTrainedModel):
-        return dict(zip(checkpoint.tensors, checkpoint.tensors, strict=True))
-    known = get_model_conversion_mapping(model)
+    known = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
     renamings = [rule for rule in known if isinstance(rule, WeightRenaming)]
     return {key: rename_source_key(key, renamings, [])[0] for key in checkpoint.tensors}
 

@@ -84,7 +84,7 @@ def make_plan(
         sum(b for x, b in zip(layers, sums, strict=True) if x.spec.block == i)
         for i in range(len(blocks.modules))
     )
-    hidden, outputs = _widths(model)
+    hidden, outputs = _widths(model, layers)
     tokens = work.batch_size * work.seq_len
     widths = max(
         sum(sum(x.spec.shape) for x in layers if x.spec.block == i)
@@ -154,12 +154,12 @@ def _text(path: str) -> str:
     return file.read_text() if file.is_file() else ""
 
 
-def _widths(model: Any) -> tuple[int, int]:
+def _widths(model: Any, layers: Sequence[Layer]) -> tuple[int, int]:
     """Of the hidden states, and of the logits."""
     embeddings = model.get_input_embeddings()
     if isinstance(embeddings, nn.Embedding):
         return embeddings.embedding_dim, embeddings.num_embeddings
-    return model.config.hidden_size, model.config.num_labels
+    return layers[0].spec.shape[1], model.config.num_labels
 
 
 def _sum_bytes(layer: LayerSpec, statistics: tuple[str, ...]) -> int:
