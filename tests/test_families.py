@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gradpipe.stages.checkpoint import Checkpoint
-from gradpipe.stages.mask import Group, Pattern, exact_sparsity, pattern_mask, unstructured_mask
 from gradpipe.stages.experts import split_experts
+from gradpipe.stages.mask import Group, Pattern, exact_sparsity, pattern_mask, unstructured_mask
 from gradpipe.stages.model import Layer, build_skeleton, find_blocks, find_layers, load_model
 from gradpipe.stages.schedule import resident_batch
 from gradpipe.stages.score import Norms, find_score

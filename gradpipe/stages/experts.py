@@ -37,7 +37,9 @@ class RoutedLinear(nn.Linear):
         super().__init__(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
         self.weight = nn.Parameter(weight_OI, requires_grad=False)
 
-    def forward(self, x_RI: Tensor, routed_R: Tensor, num_tokens: int) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, x_RI: Tensor, routed_R: Tensor, num_tokens: int
+    ) -> Tensor:
         """(R, O)."""
         del routed_R, num_tokens
         return linear(x_RI, self.weight)
@@ -53,9 +55,7 @@ class _Expert(nn.Module):
         for name, weight in zip(names, (gate_IH, up_IH, down_HI), strict=True):
             self.add_module(name, RoutedLinear(weight))
 
-    def forward(
-        self, x_RH: Tensor, apply_gate: Callable[[Tensor], Tensor], *routes: Any
-    ) -> Tensor:
+    def forward(self, x_RH: Tensor, apply_gate: Callable[[Tensor], Tensor], *routes: Any) -> Tensor:
         gate, up, down = (self.get_submodule(name) for name in self._names)
         gated_RI = apply_gate(torch.cat([gate(x_RH, *routes), up(x_RH, *routes)], dim=-1))
         output_RH: Tensor = down(gated_RI, *routes)
@@ -98,9 +98,7 @@ def split_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
 
     Experts that the checkpoint itself keeps fused stay as they are.
     """
-    fused = {
-        _numbers(path): path for path, module in model.named_modules() if _is_fused(module)
-    }
+    fused = {_numbers(path): path for path, module in model.named_modules() if _is_fused(module)}
     for key in checkpoint.tensors:
         found = _KEY.fullmatch(key)
         path = fused.pop(_numbers(found[1]), None) if found else None

@@ -66,9 +66,8 @@ class LayerHooks:
         def forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             self._check_once(accumulator.spec.name)
             self._check_shared(accumulator.spec, inputs[0])
-            by_sample = self._by_sample
-            if isinstance(module, RoutedLinear):
-                by_sample = self._by_routed_sample(*inputs[1:])
+            is_routed = isinstance(module, RoutedLinear)
+            by_sample = self._by_routed_sample(*inputs[1:]) if is_routed else self._by_sample
             xs_TI = by_sample(inputs[0].detach())
             accumulator.add_inputs(xs_TI)
             if accumulator.needs_gradients and output.requires_grad:

@@ -121,7 +121,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         for owner in sorted(owners):
             model._init_weights(model.get_submodule(owner))  # noqa: SLF001 (from_pretrained's way)
         model.tie_weights()
-    return model.eval().requires_grad_(requires_grad=False)
+    return _frozen(model)
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
@@ -137,7 +137,14 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
         )
     model, report = loaded
     _check_whole(checkpoint, report)
-    return model.to(device).eval().requires_grad_(requires_grad=False)
+    return _frozen(model.to(device))
+
+
+def _frozen(model: Any) -> Any:
+    """Ready to be measured: its loss the tokens' alone, not the balance of a mixture's router."""
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 @contextmanager
