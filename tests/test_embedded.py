@@ -180,7 +180,7 @@ def test_mistakes_are_named(script: ModuleType, text_folder: Path, tmp_path: Pat
     with pytest.raises(InputError, match="--kv-heads 3"):
         script.ModelSize(hidden=128, heads=4, kv_heads=3)
     with pytest.raises(InputError, match="exists already"):
-        script.run(tmp_path, text_folder, script.SIZE, script.RECIPE)
+        script.run(tmp_path, text_folder, None, script.SIZE, script.RECIPE)
     (tmp_path / "only.txt").write_text("a few words", encoding="utf-8")
     with pytest.raises(InputError, match="split the text into more files"):
         script.folder_corpus(tmp_path)

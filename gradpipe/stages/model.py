@@ -81,8 +81,8 @@ def check_tokens(ids: npt.NDArray[np.integer[Any]], checkpoint: Checkpoint, mode
     size = model.get_input_embeddings().num_embeddings
     if int(ids.max()) >= size:
         raise InputError(
-            f"{checkpoint.name}: its tokenizer yields token {ids.max()}, its embedding has {size}: "
-            "the tokenizer belongs to another model"
+            f"{checkpoint.name}: the text holds token {ids.max()}, the embedding has {size}: its "
+            "tokenizer, or the file of tokens, belongs to another model"
         )
 
 
