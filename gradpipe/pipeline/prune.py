@@ -158,6 +158,7 @@ def _select_layers(
     config: PruneConfig, checkpoint: Checkpoint, store: GradientStore
 ) -> dict[str, LayerSpec]:
     """The layers to prune, by weight key, each checked against checkpoint, store and pattern."""
+    _check_patterns(config, checkpoint)
     candidates = {layer.weight_key: layer for layer in store.spec.layers}
     for info in checkpoint.tensors.values():
         if info.key not in candidates and info.is_matrix and info.key.endswith(".weight"):
@@ -168,6 +169,18 @@ def _select_layers(
     for layer in layers.values():
         _check_layer(config, checkpoint, store, layer)
     return layers
+
+
+def _check_patterns(config: PruneConfig, checkpoint: Checkpoint) -> None:
+    """A regex that matches nothing is a slip of the pen, and would prune what was to stay."""
+    names = [info.key.removesuffix(".weight") for info in checkpoint.tensors.values()]
+    for flag, patterns in (("include", config.include), ("exclude", config.exclude)):
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in names):
+                raise InputError(
+                    f"--{flag} {pattern}: matches no tensor of {config.model}, which has such as "
+                    f"{names[0]}"
+                )
 
 
 def _bare_spec(info: TensorInfo) -> LayerSpec:
