@@ -96,6 +96,7 @@ class Bench:
                 data=DataConfig(name=self.calibration),
                 seq_len=self.seq_len,
                 batch_size=8,
+                overwrite=True,
                 statistics=statistics,
             )
         )

@@ -15,6 +15,7 @@ Shapes: S tokens of a text, W windows, B sequences of a batch, T tokens of a seq
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -110,6 +111,14 @@ def folder_corpus(folder: Path) -> Corpus:
             f"files (about one in {HELDOUT_ONE_IN} is held out, chosen by its name)"
         )
     return corpus
+
+
+def write_texts(folder: Path, corpus: Corpus) -> None:
+    """Write both halves as JSON Lines, to calibrate on the one and evaluate on the other."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, texts in (("train", corpus.train), ("heldout", corpus.heldout)):
+        lines = (json.dumps({"text": text}) + "\n" for text in texts)
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def is_heldout(relative: Path) -> bool:
@@ -249,12 +258,16 @@ def report(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def run(out: Path, text: Path | None, size: ModelSize, recipe: Recipe) -> None:
+def run(
+    out: Path, text: Path | None, save_text: Path | None, size: ModelSize, recipe: Recipe
+) -> None:
     """Read, tokenise, train, measure and save."""
     if out.exists():
         raise InputError(f"{out} exists already: give a new path, or remove it first")
     torch.set_num_threads(1)  # sums in one order: the same bits whatever the number of cores
     corpus = stdlib_corpus() if text is None else folder_corpus(text)
+    if save_text is not None:
+        write_texts(save_text, corpus)
     tokenizer = train_tokenizer(corpus.train, size.vocab)
     ids_S = token_stream(tokenizer, corpus.train, recipe.seq_len)
     heldout_WT = windows(token_stream(tokenizer, corpus.heldout, recipe.seq_len), recipe.seq_len)
@@ -278,6 +291,10 @@ def main(  # noqa: PLR0913, PLR0917 - one parameter per option
         typer.Option(
             exists=True, file_okay=False, help="A folder of text files, instead of the library."
         ),
+    ] = None,
+    save_text: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="A folder to write train.jsonl and heldout.jsonl to."),
     ] = None,
     hidden: Annotated[int, typer.Option(min=2)] = SIZE.hidden,
     blocks: Annotated[int, typer.Option(min=1)] = SIZE.blocks,
@@ -311,7 +328,7 @@ def main(  # noqa: PLR0913, PLR0917 - one parameter per option
             batch_size=batch_size,
             max_minutes=max_minutes,
         )
-        run(out, text, size, recipe)
+        run(out, text, save_text, size, recipe)
     except InputError as error:
         report(f"error: {error}")
         raise typer.Exit(2) from error

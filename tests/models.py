@@ -72,6 +72,18 @@ _CONFIGS: Mapping[str, tuple[str, dict[str, Any]]] = {
         "falcon",
         {**_COMMON, "num_kv_heads": 2, "ffn_hidden_size": 56, "new_decoder_architecture": True},
     ),
+    # mixtures of experts: 3-D parameters in the model, one tensor an expert in the checkpoint
+    "mixtral": ("mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **_GROUPED,
+            "head_dim": 16,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
 }
 
 FAMILIES: tuple[str, ...] = tuple(_CONFIGS)

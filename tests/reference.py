@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, silu
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -34,6 +34,14 @@ BLOCK_PATHS: Mapping[str, str] = {
     "gpt2": "transformer.h",
     "gpt_neox": "gpt_neox.layers",
     "falcon": "transformer.h",
+    "mixtral": "model.layers",
+    "qwen3_moe": "model.layers",
+}
+
+# model_type -> names of an expert's gate, up and down matrix in the checkpoint, and of their parent
+EXPERT_NAMES: Mapping[str, tuple[tuple[str, str, str], str]] = {
+    "mixtral": (("w1", "w3", "w2"), "block_sparse_moe"),
+    "qwen3_moe": (("gate_proj", "up_proj", "down_proj"), "mlp"),
 }
 
 
@@ -43,11 +51,55 @@ BLOCK_PATHS: Mapping[str, str] = {
 def block_linears(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Every Linear and Conv1D inside the repeated blocks, by module path, in the model's order."""
     prefix = BLOCK_PATHS[model.config.model_type] + "."
+    _, parent = EXPERT_NAMES.get(model.config.model_type, ((), "mlp"))
     return {
-        name: module
+        name.replace(".mlp.experts.", f".{parent}.experts."): module
         for name, module in model.named_modules()
         if name.startswith(prefix) and isinstance(module, nn.Linear | Conv1D)
     }
+
+
+class PlainExperts(nn.Module):
+    """A mixture of experts token by token, each expert three linear maps of its own."""
+
+    def __init__(self, fused: nn.Module, names: tuple[str, str, str]) -> None:
+        """Take the weights of a model's fused experts: (E, 2I, H) and (E, H, I)."""
+        super().__init__()
+        gate_up, down = fused.get_parameter("gate_up_proj"), fused.get_parameter("down_proj")
+        self.names = names
+        for index in range(len(down)):
+            gate, up = gate_up[index].detach().chunk(2)
+            weights = dict(zip(names, (gate, up, down[index].detach()), strict=True))
+            self.add_module(str(index), nn.ModuleDict({n: linear(w) for n, w in weights.items()}))
+
+    def forward(self, tokens: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+        """Give each token (T, H) the sum of its experts' answers by their shares, both (T, K)."""
+        return torch.stack([self._one(*each) for each in zip(tokens, experts, shares, strict=True)])
+
+    def _one(self, token: Tensor, experts: Tensor, shares: Tensor) -> Tensor:
+        total = torch.zeros_like(token)
+        for index, share in zip(experts.tolist(), shares, strict=True):
+            gate, up, down = (self.get_submodule(f"{index}.{name}") for name in self.names)
+            total = total + share * down(silu(gate(token)) * up(token))
+        return total
+
+
+def linear(weight: Tensor) -> nn.Linear:
+    """Make a linear map without bias of a weight (out, in)."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    layer.weight = nn.Parameter(weight.clone())
+    return layer
+
+
+def with_plain_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Put `PlainExperts` in place of a model's fused ones; other models stay as they are."""
+    if model.config.model_type in EXPERT_NAMES:
+        names, _ = EXPERT_NAMES[model.config.model_type]
+        for name, module in list(model.named_modules()):
+            if name.endswith(".mlp.experts") and not isinstance(module, PlainExperts):
+                parent = model.get_submodule(name.removesuffix(".experts"))
+                parent.experts = PlainExperts(module, names)
+    return model
 
 
 def oriented(layer: nn.Module, matrix: Tensor) -> Tensor:
@@ -66,6 +118,7 @@ def reference_statistics(model: PreTrainedModel, input_ids: Tensor) -> dict[str,
         assert isinstance(loss, Tensor)
         return loss
 
+    model = with_plain_experts(model)
     return layer_statistics(block_linears(model), own_loss, [ids[None] for ids in input_ids])
 
 
@@ -90,14 +143,15 @@ def _backward(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Leave this sample's gradient in each weight's `.grad`.
 
-    Returns the inputs (T, in) seen, and the gradients (T, out) of what came out.
+    Returns the inputs (T, in) seen, and the gradients (T, out) of what came out; T is 0 and the
+    gradient zero for an expert that no token went to.
     """
     inputs: dict[str, list[Tensor]] = defaultdict(list)
     outputs: dict[str, list[Tensor]] = defaultdict(list)
     handles = []
     for name, layer in layers.items():
         _weight(layer).requires_grad_(True)  # noqa: FBT003 - torch's own signature
-        _weight(layer).grad = None
+        _weight(layer).grad = torch.zeros_like(_weight(layer))
 
         def record(_layer: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
             inputs[name].append(args[0].detach().reshape(-1, args[0].shape[-1]))
@@ -114,9 +168,18 @@ def _backward(
     for handle in handles:
         handle.remove()
     gradients = {
-        name: torch.cat([_grad_of(output) for output in seen]) for name, seen in outputs.items()
+        name: torch.cat([_nothing(layer, 0), *(_grad_of(output) for output in outputs[name])])
+        for name, layer in layers.items()
     }
-    return {name: torch.cat(seen) for name, seen in inputs.items()}, gradients
+    return {
+        name: torch.cat([_nothing(layer, 1), *inputs[name]]) for name, layer in layers.items()
+    }, gradients
+
+
+def _nothing(layer: nn.Module, side: int) -> Tensor:
+    """Give no rows, of the layer's output width (side 0) or input width (side 1)."""
+    weight = oriented(layer, _weight(layer))
+    return weight.new_empty(0, weight.shape[side])
 
 
 def _grad_of(output: Tensor) -> Tensor:

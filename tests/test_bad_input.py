@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -210,7 +211,21 @@ def edit_weights(model: Path, edit: Callable[[dict[str, torch.Tensor]], object])
         (f"{PRUNE} --pattern 2:4 --group layer", ("--group layer", "leave it out")),
         (f"{PRUNE} --include '('", ("--include '('", "not a regular expression")),
         (f"{PRUNE} --exclude '['", ("--exclude '['", "not a regular expression")),
-        (f"{PRUNE} --include nothing", ("no layer is left", "check --include")),
+        (f"{COLLECT} --recipe bset", ("--recipe bset", "expected best")),
+        (f"{PRUNE} --recipe bset", ("--recipe bset", "expected best")),
+        (f"{PRUNE} --score 'abs(W'", ("--score", "abs(W")),
+        (f"{PRUNE} --score '__import__(\"os\")'", ("--score", "__import__")),
+        (f"{PRUNE} --method alps --score W", ("--score: alps has no score",)),
+        (f"{PRUNE} --update osb", ("--update osb", "none, obs, lsq")),
+        (f"{PRUNE} --method sparsegpt --update obs", ("--update obs", "updates weights by itself")),
+        (f"{PRUNE} --curvature kfak", ("--curvature kfak", "input, kfac")),
+        (f"{PRUNE} --curvature kfac", ("--curvature kfac", "only --update lsq and alps")),
+        (f"{PRUNE} --allocation owls", ("--allocation owls", "uniform, owl, dlp, sensitivity")),
+        (f"{PRUNE} --allocation-score wanda", ("--allocation-score", "uses none")),
+        (f"{PRUNE} --mixed-patterns", ("--mixed-patterns", "--pattern and an --allocation")),
+        (f"{PRUNE} --include nothing", ("--include nothing", "matches no tensor of model")),
+        (f"{PRUNE} --exclude dwon_proj", ("--exclude dwon_proj", "matches no tensor of model")),
+        (f"{PRUNE} --include mlp --exclude mlp", ("no layer is left", "check --include")),
         (f"{PRUNE} --exclude .", ("no layer is left", "check --include and --exclude")),
         (f"{EVAL} --seq-len 1", ("--seq-len 1", "at least 2")),
         (f"{EVAL} --seq-len 65", ("--seq-len 65", "model has 64 positions")),
@@ -411,7 +426,7 @@ def _garble_the_config(model: Path) -> None:
         (_drop(KEY), ("lacks 1 tensors", KEY, "fetch it")),
         (_lose_the_tokenizer, ("cannot load its tokenizer", "tokenizer.json")),
         (_garble_the_tokenizer, ("cannot load its tokenizer", "tokenizer.json")),
-        (_shrink_the_vocabulary, ("yields token", "has 40", "belongs to another model")),
+        (_shrink_the_vocabulary, ("the text holds token", "has 40", "belongs to another model")),
     ],
 )
 def test_a_model_that_transformers_would_make_up_or_choke_on_is_refused(
@@ -455,6 +470,14 @@ def _truncated_parquet(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
 
 
+def _array(values: np.ndarray) -> Callable[[Path], object]:
+    return lambda path: np.save(path, values)
+
+
+def _pickled_array(path: Path) -> None:
+    np.save(path, np.array([{"not": "tokens"}], dtype=object), allow_pickle=True)
+
+
 _ROW = json.dumps({"text": SENTENCE * 20}) + "\n"
 _ROW_OF_ANOTHER_NAME = json.dumps({"content": SENTENCE * 20}) + "\n"
 _COLUMN = ("has no text column 'text'", "it has content", "--text-column")
@@ -487,6 +510,14 @@ _COLUMN = ("has no text column 'text'", "it has content", "--text-column")
         ("a.parquet", lambda path: _parquet(path, text=[1, 2]), ("row 1 holds int under 'text'",)),
         ("a.parquet", lambda path: _parquet(path, text=[]), ("too short", "0 tokens")),
         ("folder", Path.mkdir, ("expected a file or folder of .txt, .jsonl",)),
+        ("a.npy", _write("1 2 3"), ("not a .npy file of tokens",)),
+        ("a.npy", _array(np.ones(99)), ("expected token ids", "float64 (99,)")),
+        ("a.npy", _array(np.full(99, -1)), ("expected token ids", "int64 (99,)")),
+        ("a.npy", _array(np.ones((2, 3, 16), int)), ("expected token ids", "(2, 3, 16)")),
+        ("a.npy", _array(np.array([], int)), ("expected token ids", "(0,)")),
+        ("a.npy", _array(np.ones(15, int)), ("too short: 15 tokens", "--seq-len is 16")),
+        ("a.npy", _array(np.ones((9, 8), int)), ("windows of 8 tokens", "give --seq-len 8")),
+        ("a.npy", _pickled_array, ("not a .npy file of tokens", "Python objects")),
     ],
 )
 def test_a_text_that_cannot_be_used_is_named(
@@ -501,6 +532,16 @@ def test_a_text_that_cannot_be_used_is_named(
     write(tmp_path / name)
     says = (f"dataset {tmp_path / name}", *says)
     refused(command, "--dataset", tmp_path / name, says=says)
+
+
+@pytest.mark.parametrize("command", [COLLECT, EVAL])
+def test_tokens_of_another_model_are_refused(
+    refused: Refused, tmp_path: Path, command: str
+) -> None:
+    """The model has no embedding for them."""
+    np.save(tmp_path / "a.npy", np.full(99, 96))
+    says = ("model: the text holds token 96", "the embedding has 96", "the file of tokens")
+    refused(command, "--dataset", tmp_path / "a.npy", says=says)
 
 
 @pytest.mark.parametrize("command", [COLLECT, EVAL])
@@ -580,6 +621,7 @@ def test_a_store_never_replaces_what_it_is_made_from(
         ("empty", ("OUT empty exists", "another name or --overwrite")),
         ("text.txt", ("OUT text.txt exists", "another name or --overwrite")),
         ("text.txt --overwrite", ("OUT text.txt is a file", "a folder to create or replace")),
+        ("foreign --overwrite", ("OUT foreign holds files that no pruning wrote", "another name")),
         ("text.txt/new", ("text.txt is a file", "expected a folder")),
         ("s3://bucket/new", ("is a URL", "expected a local folder")),
     ],

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from gradpipe import GradientStore, cli
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.model import load_tokenizer
-from tests.models import save_tiny, tiny_model
+from tests.models import VOCAB_SIZE, random_ids, save_tiny, tiny_model
 from tests.reference import reference_perplexity, reference_score, reference_statistics
 from tests.texts import SENTENCE, write_text
 
@@ -134,6 +135,40 @@ def test_the_same_text_in_any_form_gives_the_same_samples(
     )
     one, other = (GradientStore.open(name).spec.samples.digest for name in ("store", "b"))
     assert one == other
+
+
+def test_a_file_of_tokens_is_taken_as_it_is(pipe: Pipe) -> None:
+    """Rows are windows, one long row is cut up; both stages and evaluation read them."""
+    model, windows = tiny_model("llama"), random_ids(VOCAB_SIZE, 6, 16, seed=4)
+    np.save("rows.npy", windows.numpy().astype(np.int16))
+    np.save("row.npy", windows.flatten().numpy())
+    for name in ("rows", "row"):
+        pipe(f"collect-grads model {name} --dataset {name}.npy --seq-len 16 --num-samples 4")
+        store = GradientStore.open(name)
+        assert (store.input_ids() == windows[:4].numpy()).all()
+        assert store.spec.samples.dataset == f"{name}.npy"
+        document = json.loads(pipe(f"eval model --dataset {name}.npy --seq-len 16 --json -"))
+        expected = reference_perplexity(model, windows.flatten(), 16)
+        assert document["perplexity"] == pytest.approx(expected, rel=1e-5)
+        assert document["num_windows"] == 6
+
+
+def test_the_recipe_is_one_flag_in_both_stages(pipe: Pipe) -> None:
+    """It stands for the options that it names: the same weights as with those written out."""
+    pipe(f"{COLLECT} --recipe best")
+    assert {"hessian", "grad_cov", "grad_l2"} <= set(GradientStore.open("store").spec.statistics)
+    pipe("prune model store one --recipe best --sparsity 0.6")
+    pipe(
+        "prune model store other --method alps --curvature kfac --allocation sensitivity "
+        "--sparsity 0.6"
+    )
+    one, other = (load_file(f"{name}/model.safetensors") for name in ("one", "other"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    report = json.loads(Path("one/pruning.json").read_text())
+    assert report["method"] == "alps"
+    pipe("prune model store third --recipe best --allocation uniform --sparsity 0.6")
+    third = json.loads(Path("third/pruning.json").read_text())
+    assert third["allocation"] == "uniform"  # what is asked for by name comes first
 
 
 def test_a_store_is_described_on_stdout(pipe: Pipe) -> None:

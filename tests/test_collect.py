@@ -154,8 +154,8 @@ def test_a_nan_stops_with_the_layer_s_name() -> None:
     """Nothing that is not a number reaches a store."""
     accumulator = _accumulator()
     x = torch.full((1, 2, 4), float("nan"))
-    accumulator.add_inputs(x)
-    accumulator.add_gradients(x, torch.ones(1, 2, 4), 1.0)
+    accumulator.add_inputs(x.unbind())
+    accumulator.add_gradients(x.unbind(), torch.ones(1, 2, 4).unbind(), 1.0)
     with pytest.raises(GradpipeError, match=r"layers\.0\.0: grad_l1 is NaN"):
         accumulator.result()
 

@@ -1,6 +1,7 @@
 """The shipped model, the text it comes with, and the script that trains others like it."""
 
 import importlib.util
+import json
 import math
 import re
 import subprocess
@@ -154,6 +155,24 @@ def test_the_learning_rate_follows_the_recipe(script: ModuleType) -> None:
     assert rates[-1] == pytest.approx(4e-4, rel=0.01)
 
 
+def test_the_two_halves_of_a_text_are_kept(
+    script: ModuleType, text_folder: Path, tmp_path: Path
+) -> None:
+    """What was trained on, to calibrate with, and what was held out, to evaluate on."""
+    script.write_texts(tmp_path / "texts", script.folder_corpus(text_folder))
+    halves = {}
+    for half in ("train", "heldout"):
+        lines = (tmp_path / "texts" / f"{half}.jsonl").read_text(encoding="utf-8").splitlines()
+        halves[half] = [json.loads(line)["text"] for line in lines]
+        kept = [
+            path.read_text(encoding="utf-8")
+            for path in sorted(text_folder.iterdir())
+            if script.is_heldout(path.relative_to(text_folder)) == (half == "heldout")
+        ]
+        assert halves[half] == kept
+    assert min(map(len, halves.values())) > 0
+
+
 def test_mistakes_are_named(script: ModuleType, text_folder: Path, tmp_path: Path) -> None:
     """Sizes that don't divide, a taken path and too little text are errors before training."""
     with pytest.raises(InputError, match=r"--hidden 100 .* --heads"):
@@ -161,7 +180,7 @@ def test_mistakes_are_named(script: ModuleType, text_folder: Path, tmp_path: Pat
     with pytest.raises(InputError, match="--kv-heads 3"):
         script.ModelSize(hidden=128, heads=4, kv_heads=3)
     with pytest.raises(InputError, match="exists already"):
-        script.run(tmp_path, text_folder, script.SIZE, script.RECIPE)
+        script.run(tmp_path, text_folder, None, script.SIZE, script.RECIPE)
     (tmp_path / "only.txt").write_text("a few words", encoding="utf-8")
     with pytest.raises(InputError, match="split the text into more files"):
         script.folder_corpus(tmp_path)

@@ -16,7 +16,7 @@ FACADES = {"gradpipe", "gradpipe.__main__"}  # may import any room, and no room 
 COLLECT_SIDE = frozenset(
     [
         *("samples", "model", "hooks", "statistics", "schedule", "collect", "embedded"),
-        *("perplexity", "plan", "scratch", "streamed", "weights", "inputs", "tokens"),
+        *("perplexity", "plan", "scratch", "streamed", "weights", "inputs", "tokens", "experts"),
         *("batch", "images", "tasks", "top1"),
     ]
 )

@@ -71,6 +71,7 @@ def objects(store: Path) -> dict[str, bytes]:
 _SHARED = {  # the number of distinct inputs of a block's layers
     "llama": 4, "mistral": 4, "qwen2": 4, "qwen3": 4, "gemma3": 4, "phi3": 4, "opt": 4,
     "bloom": 4, "gpt2": 4, "gpt_neox": 4, "falcon": 4,
+    "mixtral": 2 + 2 * 4, "qwen3_moe": 2 + 2 * 4,
 }  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.share import Job, run_share, share_lock
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.device import resolve_device
+from gradpipe.stages.experts import fused_weights
 from gradpipe.stages.images import Processor, draw_images, load_images
 from gradpipe.stages.inputs import image_tokens, share_hessians
 from gradpipe.stages.model import (
@@ -179,6 +180,12 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
     layers = _layers(config, model, blocks, checkpoint, with_digests=True)
+    if fused := fused_weights(model):
+        console.print(
+            f"{len(fused)} tensors hold several experts each, as {fused[0]} does: they are no "
+            "layers, and stay dense",
+            highlight=False,
+        )
     with ExitStack() as held:
         begun = _begin(config, shard, checkpoint, model, blocks, layers, held)
         if begun is None:

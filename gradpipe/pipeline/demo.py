@@ -24,9 +24,12 @@ PATTERNS = ("2:4", "4:8")
 ROWS: tuple[tuple[str, dict[str, Any]], ...] = (  # name, options
     ("magnitude", {"method": "magnitude"}),
     ("wanda", {"method": "wanda"}),
+    ("ria", {"method": "ria"}),
     ("gradient l1", {"method": "gradient"}),
     ("gblm l1", {"method": "gblm"}),
     ("gblm l2", {"method": "gblm", "grad_norm": "l2"}),
+    ("gradient-ria", {"method": "gradient-ria"}),
+    ("fisher", {"method": "fisher"}),
     ("sparsegpt", {"method": "sparsegpt"}),
     ("alps", {"method": "alps"}),
     ("best", RECIPES["best"]),

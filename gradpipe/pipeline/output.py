@@ -17,6 +17,8 @@ from gradpipe.store.lock import locked
 from gradpipe.store.objects import fsync, write_durably
 from gradpipe.store.partial import Shard
 
+_REPORT = "pruning.json"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerResult:
@@ -65,6 +67,15 @@ def check_out(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
         raise InputError(f"OUT {out} exists: give another name or --overwrite")
     if out.exists() and not out.is_dir():
         raise InputError(f"OUT {out} is a file, expected a folder to create or replace")
+    if out.exists() and not _is_ours(out):
+        raise InputError(f"OUT {out} holds files that no pruning wrote: give another name")
+
+
+def _is_ours(out: Path) -> bool:
+    """True for a folder that is empty, a pruned checkpoint, or one of several of them."""
+    if (out / _REPORT).is_file():
+        return True
+    return all((path / _REPORT).is_file() for path in out.iterdir())
 
 
 @contextmanager
@@ -188,7 +199,7 @@ def write_report(folder: Path, report: dict[str, Any], result: PruneResult) -> N
             for layer in result.layers
         },
     }
-    write_durably(folder / "pruning.json", (json.dumps(document, indent=1) + "\n").encode())
+    write_durably(folder / _REPORT, (json.dumps(document, indent=1) + "\n").encode())
     write_durably(folder / "README.md", _model_card(document).encode())
 
 

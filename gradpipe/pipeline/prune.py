@@ -60,10 +60,11 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     """
     checkpoint = Checkpoint.open(config.model)
     store = GradientStore.open(config.store)
+    layers = _select_layers(config, checkpoint, store)
     job = PruneJob(
         checkpoint=checkpoint,
         store=store,
-        layers=_select_layers(config, checkpoint, store),
+        layers=layers,
         procedure=config.procedure(),
         targets=config.targets(),
         allocation=config.shares(),
@@ -74,6 +75,9 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     check_out(config.out, overwrite=config.overwrite, sources=sources)
     if store.local_folder is not None:
         store.verify()  # before a weight is written; a remote store is verified as it is read
+    if config.statistics:
+        unseen = frozenset(key for key, layer in layers.items() if store.is_unseen(layer))
+        job = replace(job, unseen=unseen)
     if config.shard is not None:
         return _prune_shard(config, job, config.shard, console)
     job = replace(job, budgets=_budgets(config, job, console))
@@ -92,6 +96,12 @@ def _say(job: PruneJob, written: Written, console: Console) -> None:
     """What the user should know of a run that went well."""
     for note in sorted(written.notes):
         console.print(note, highlight=False)
+    if job.unseen:
+        console.print(
+            f"{len(job.unseen)} layers that no calibration token reached are pruned by magnitude; "
+            "pruning.json lists them: collect with more samples to score them",
+            highlight=False,
+        )
     if job.allocation.kind != "uniform" and not job.allocation.mixes_patterns:
         for target in job.targets:
             if target.pattern is not None:
@@ -102,18 +112,23 @@ def _say(job: PruneJob, written: Written, console: Console) -> None:
 
 
 def _budgets(config: PruneConfig, job: PruneJob, console: Console) -> list[Budgets]:
-    """How much of each layer goes, by target."""
+    """How much of each layer goes, by target; the target's own share where nothing was seen."""
     score = config.shares_score()
-    passes = 0 if score is None else 2
-    with progress_bar(console, "allocating", passes * len(job.layers), "layers") as advance:
+    if score is None:
+        return job.allocation.budgets(job.layers, job.targets, lambda _: ())
+    uniform = [dict.fromkeys(job.layers, target.budget) for target in job.targets]
+    scored = {key: layer for key, layer in job.layers.items() if key not in job.unseen}
+    if not scored:
+        return uniform
+    with progress_bar(console, "allocating", 2 * len(scored), "layers") as advance:
 
         def scores(keys: Iterable[str]) -> Iterator[tuple[LayerSpec, Tensor]]:
-            assert score is not None
             for key in keys:
                 yield job.layers[key], score_of(job, key, score)
                 advance(1)
 
-        return job.allocation.budgets(job.layers, job.targets, scores)
+        shared = job.allocation.budgets(scored, job.targets, scores)
+    return [whole | part for whole, part in zip(uniform, shared, strict=True)]
 
 
 def _prune_shard(
@@ -143,6 +158,7 @@ def _select_layers(
     config: PruneConfig, checkpoint: Checkpoint, store: GradientStore
 ) -> dict[str, LayerSpec]:
     """The layers to prune, by weight key, each checked against checkpoint, store and pattern."""
+    _check_patterns(config, checkpoint)
     candidates = {layer.weight_key: layer for layer in store.spec.layers}
     for info in checkpoint.tensors.values():
         if info.key not in candidates and info.is_matrix and info.key.endswith(".weight"):
@@ -153,6 +169,18 @@ def _select_layers(
     for layer in layers.values():
         _check_layer(config, checkpoint, store, layer)
     return layers
+
+
+def _check_patterns(config: PruneConfig, checkpoint: Checkpoint) -> None:
+    """A regex that matches nothing is a slip of the pen, and would prune what was to stay."""
+    names = [info.key.removesuffix(".weight") for info in checkpoint.tensors.values()]
+    for flag, patterns in (("include", config.include), ("exclude", config.exclude)):
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in names):
+                raise InputError(
+                    f"--{flag} {pattern}: matches no tensor of {config.model}, which has such as "
+                    f"{names[0]}"
+                )
 
 
 def _bare_spec(info: TensorInfo) -> LayerSpec:
@@ -283,6 +311,7 @@ def _report(
         "group": config.group or METHODS[config.method].group,
         "pattern": pattern or "unstructured",
         "mismatched_layers": sorted(written.mismatched),
+        "unseen_layers": sorted(job.layers[key].name for key in job.unseen),
         "notes": sorted(written.notes),
         "command": recorded_command("prune", (job.checkpoint.label, "STORE", "OUT"), options),
     }

@@ -45,11 +45,16 @@ class PruneJob:
     allocation: Allocation
     allow_mismatch: bool
     device: torch.device
+    unseen: frozenset[str] = frozenset()  # weight keys: experts that no calibration token reached
     budgets: list[Budgets] = field(default_factory=list)  # in the targets' order, once allocated
 
     def budget(self, target: Target, key: str) -> Budget:
         """How much of a layer goes for a target."""
         return self.budgets[self.targets.index(target)][key]
+
+    def procedure_of(self, key: str) -> Procedure:
+        """How a layer is pruned."""
+        return self.procedure.for_unseen() if key in self.unseen else self.procedure
 
     def folder(self, root: Path, target: Target) -> Path:
         """Where a target goes below the output folder: one needs no folder of its own."""
@@ -82,8 +87,9 @@ def write_file(job: PruneJob, file: str, staging: Path, advance: Callable[[int],
     written = Written()
     infos = (job.checkpoint.tensors[key] for key in job.layers)
     here = sorted((x for x in infos if x.file == file), key=lambda info: info.start)
-    statistics = job.procedure.statistics
-    loads = [lambda info=info: _load(job, info, statistics) for info in here]
+    loads = [
+        lambda info=info: _load(job, info, job.procedure_of(info.key).statistics) for info in here
+    ]
     replaced = _pruned(job, _prefetched(loads), written, advance)
     outputs = [job.folder(staging, target) / file for target in job.targets]
     for output in outputs:
@@ -106,8 +112,9 @@ class _Loaded:
 def _pruned(
     job: PruneJob, loaded: Iterable[_Loaded], written: Written, advance: Callable[[int], None]
 ) -> Iterator[tuple[TensorInfo, Iterable[Tensor]]]:
-    procedure, targets = job.procedure, job.targets
+    targets = job.targets
     for item in loaded:
+        procedure = job.procedure_of(item.info.key)
         if not item.matches:
             _refuse_mismatch(job, item.layer)
             written.mismatched.append(item.layer.name)

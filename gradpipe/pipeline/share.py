@@ -23,6 +23,7 @@ from gradpipe.pipeline.interrupt import stop_requests
 from gradpipe.pipeline.progress import progress_bar
 from gradpipe.stages.batch import Batch, calibration_batch
 from gradpipe.stages.checkpoint import Checkpoint
+from gradpipe.stages.experts import split_experts
 from gradpipe.stages.model import Blocks, Layer, attach, load_model
 from gradpipe.stages.plan import Plan
 from gradpipe.stages.schedule import resident_batch
@@ -98,6 +99,7 @@ def _run_resident(
     if done == len(job.share) and not job.is_alone:
         return
     model = load_model(job.checkpoint, job.model.dtype, job.device)
+    split_experts(model, job.checkpoint)
     blocks = Blocks(path=job.blocks.path, modules=tuple(model.get_submodule(job.blocks.path)))
     layers = attach(job.layers, model)
     timer = _SnapshotTimer(every=job.checkpoint_every)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradpipe.errors import GradpipeError
+from gradpipe.stages.experts import RoutedLinear
 from gradpipe.stages.model import Layer
 from gradpipe.stages.statistics import LayerAccumulator
 from gradpipe.store.schema import LayerSpec
@@ -62,15 +63,17 @@ class LayerHooks:
             handle.remove()
 
     def _hook(self, accumulator: LayerAccumulator) -> Any:
-        def forward(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        def forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             self._check_once(accumulator.spec.name)
             self._check_shared(accumulator.spec, inputs[0])
-            x_BTI = self._by_sample(inputs[0].detach())
-            accumulator.add_inputs(x_BTI)
+            is_routed = isinstance(module, RoutedLinear)
+            by_sample = self._by_routed_sample(*inputs[1:]) if is_routed else self._by_sample
+            xs_TI = by_sample(inputs[0].detach())
+            accumulator.add_inputs(xs_TI)
             if accumulator.needs_gradients and output.requires_grad:
 
                 def backward(gradient: Tensor) -> None:
-                    accumulator.add_gradients(x_BTI, self._by_sample(gradient), self._scale)
+                    accumulator.add_gradients(xs_TI, by_sample(gradient), self._scale)
 
                 output.register_hook(backward)
 
@@ -88,9 +91,17 @@ class LayerHooks:
         if spec.hessian_of is not None and self._inputs[spec.hessian_of]() is not tensor:
             raise GradpipeError(f"layers {spec.hessian_of} and {spec.name} read different inputs")
 
-    def _by_sample(self, tensor: Tensor) -> Tensor:
-        """(B, T, width), also where the block has made it (B·T, width), as OPT's MLP does."""
-        return tensor.reshape(self._num_samples, -1, tensor.shape[-1])
+    def _by_sample(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """B of (T, width), also where the block has made it (B·T, width), as OPT's MLP does."""
+        return tensor.reshape(self._num_samples, -1, tensor.shape[-1]).unbind()
+
+    def _by_routed_sample(
+        self, routed_R: Tensor, num_tokens: int
+    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
+        """As `_by_sample`, of the rows (R, width) that one expert got of the batch's tokens."""
+        sample_R = routed_R.div(num_tokens // self._num_samples, rounding_mode="floor")
+        counts = torch.bincount(sample_R, minlength=self._num_samples).tolist()
+        return lambda tensor: tensor.split(counts)
 
 
 def first_overflow(layers: Sequence[Layer], run: Callable[[], object]) -> str | None:

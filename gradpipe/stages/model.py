@@ -24,6 +24,7 @@ from transformers.utils import logging as hf_logging
 
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint import FLOAT_TYPES, Checkpoint, matrix_shape
+from gradpipe.stages.experts import split_experts
 from gradpipe.stages.tasks import auto_class, noun
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
@@ -83,8 +84,8 @@ def check_tokens(ids: npt.NDArray[np.integer[Any]], checkpoint: Checkpoint, mode
     size = model.get_input_embeddings().num_embeddings
     if int(ids.max()) >= size:
         raise InputError(
-            f"{checkpoint.name}: its tokenizer yields token {ids.max()}, its embedding has {size}: "
-            "the tokenizer belongs to another model"
+            f"{checkpoint.name}: the text holds token {ids.max()}, the embedding has {size}: its "
+            "tokenizer, or the file of tokens, belongs to another model"
         )
 
 
@@ -113,6 +114,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = auto_class(checkpoint).from_config(config, dtype=dtype)
+        split_experts(model, checkpoint)
         owners = set()
         for name, buffer in model.named_non_persistent_buffers():
             owner, _, leaf = name.rpartition(".")
@@ -122,7 +124,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         for owner in sorted(owners):
             model._init_weights(model.get_submodule(owner))  # noqa: SLF001 (from_pretrained's way)
         model.tie_weights()
-    return model.eval().requires_grad_(requires_grad=False)
+    return _frozen(model)
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
@@ -138,7 +140,14 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
         )
     model, report = loaded
     _check_whole(checkpoint, report)
-    return model.to(device).eval().requires_grad_(requires_grad=False)
+    return _frozen(model.to(device))
+
+
+def _frozen(model: Any) -> Any:
+    """Ready to be measured: its loss the tokens' alone, not the balance of a mixture's router."""
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 @contextmanager
@@ -282,7 +291,9 @@ def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """The checkpoint's tensor behind each of the model's parameters and persistent buffers.
 
     A checkpoint may be saved from the headless model (GPT-2's `h.0…` for `transformer.h.0…`), so
-    the longest tail of the name that one tensor alone bears is taken, its block's number included.
+    the longest tail of the name that one tensor alone bears is taken, its block's number included;
+    or another word may stand in the middle (Mixtral's `0.block_sparse_moe.gate.weight` for
+    `0.mlp.gate.weight`), so numbers and last two steps do where one tensor alone has them.
     A tied parameter has the tensor of the one it is tied to; what is left goes by shape, where
     that leaves no choice (GPT-NeoX's head). Raises InputError for a parameter without a tensor.
     """
@@ -294,14 +305,17 @@ def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     stored = dict(model.state_dict(keep_vars=True))
     keys = {n: key for n in stored if (key := _by_tail(n, tails, checkpoint)) is not None}
     by_identity = {id(stored[n]): key for n, key in keys.items()}
-    unclaimed = set(checkpoint.tensors) - set(keys.values())
+    places: dict[tuple[str, ...], list[str]] = {}
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for key in set(checkpoint.tensors) - set(keys.values()):
+        places.setdefault(_place(key), []).append(key)
+        shapes.setdefault(checkpoint.tensors[key].shape, []).append(key)
     for name in sorted(stored.keys() - keys.keys()):
-        shape = tuple(stored[name].shape)
-        alike = [key for key in unclaimed if checkpoint.tensors[key].shape == shape]
+        alike = places.get(_place(name), []), shapes.get(tuple(stored[name].shape), [])
         if id(stored[name]) in by_identity:
             keys[name] = by_identity[id(stored[name])]
-        elif len(alike) == 1:
-            keys[name] = alike[0]
+        elif found := next((same[0] for same in alike if len(same) == 1), None):
+            keys[name] = found
     if missing := sorted(stored.keys() - keys.keys()):
         raise InputError(
             f"{checkpoint.name} lacks {len(missing)} tensors that its config.json asks for, "
@@ -325,6 +339,12 @@ def _by_tail(name: str, tails: dict[str, list[str]], checkpoint: Checkpoint) -> 
     number = next((i for i, step in enumerate(steps) if step.isdecimal()), len(steps) - 2)
     found = (tails.get(".".join(steps[start:]), []) for start in range(1, number + 1))
     return next((keys[0] for keys in found if len(keys) == 1), None)
+
+
+def _place(name: str) -> tuple[str, ...]:
+    """Numbers and last two steps of a name: `layers.0.mlp.gate.weight` -> 0, gate, weight."""
+    steps = name.split(".")
+    return (*(step for step in steps[:-2] if step.isdecimal()), *steps[-2:])
 
 
 def _check_shapes(keys: dict[str, str], stored: dict[str, Any], checkpoint: Checkpoint) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -23,7 +23,7 @@ from gradpipe.stages.curvature import Curvature
 from gradpipe.stages.decode import decode_norms
 from gradpipe.stages.lsq import Eigenbasis, alps_mask, least_squares
 from gradpipe.stages.mask import Group, Pattern, exact_sparsity, pattern_mask, unstructured_mask
-from gradpipe.stages.score import Norms, Score
+from gradpipe.stages.score import Norms, Score, find_score
 from gradpipe.stages.sparsegpt import obs_update, sparsegpt
 from gradpipe.store.codec import Encoded
 
@@ -88,6 +88,11 @@ class Procedure:
         """What is read of each layer."""
         names = () if self.score is None else self.score.statistics
         return (*names, *self._second_moments)
+
+    def for_unseen(self) -> Procedure:
+        """The same for a layer that no calibration token reached: by magnitude."""
+        score = find_score("magnitude", grad_norm="l1", alpha=0.0)
+        return replace(self, method="magnitude", score=score, update="none")
 
     @property
     def _second_moments(self) -> tuple[str, ...]:

@@ -4,10 +4,12 @@ The per-sample gradient of a linear map Y = X Wᵀ is G_b = dY_bᵀ X_b, the sam
 ordinary weight gradient, kept apart by sample. Norms over samples (GBLM-Pruner, eq. 3-4) need
 Σ_b|G_b| and Σ_b G_b², which no sum of gradients can give back.
 
-Shapes: B samples, T tokens, I in, O out.
+Shapes: T tokens of one sample (for an expert, those routed to it), I in, O out.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -44,25 +46,28 @@ class LayerAccumulator:
         """How many weights the layer has."""
         return self.spec.shape[0] * self.spec.shape[1]
 
-    def add_inputs(self, x_BTI: Tensor) -> None:
-        """Count a batch, and add its inputs to the activation sums."""
-        self.num_samples += x_BTI.shape[0]
-        self.num_tokens += x_BTI.shape[0] * x_BTI.shape[1]
-        for name in self.sums.keys() & {"act_l2", "act_sum"}:
-            values = x_BTI.float()
-            if name == "act_l2":
-                values = values.square()
-            self.sums[name] += values.sum(dim=(0, 1))
-        if "hessian" in self.sums:
-            _add_moment(self.sums["hessian"], x_BTI)
+    def add_inputs(self, xs_TI: Sequence[Tensor]) -> None:
+        """Count a batch, and add each sample's inputs to the activation sums."""
+        self.num_samples += len(xs_TI)
+        for x_TI in xs_TI:
+            self.num_tokens += len(x_TI)
+            if "act_l2" in self.sums:
+                self.sums["act_l2"] += x_TI.float().square().sum(dim=0)
+            if "act_sum" in self.sums:
+                self.sums["act_sum"] += x_TI.float().sum(dim=0)
+            if "hessian" in self.sums:
+                _add_moment(self.sums["hessian"], x_TI.float())
 
-    def add_gradients(self, x_BTI: Tensor, dy_BTO: Tensor, scale: float) -> None:
+    def add_gradients(
+        self, xs_TI: Sequence[Tensor], dys_TO: Sequence[Tensor], scale: float
+    ) -> None:
         """Add each sample's gradient; `scale` is what the loss was multiplied by."""
-        if "grad_cov" in self.sums:
-            _add_moment(self.sums["grad_cov"], dy_BTO.float() / scale)
-        if self.sums.keys().isdisjoint(GRADIENT_STATISTICS):
-            return
-        for x_TI, dy_TO in zip(x_BTI, dy_BTO, strict=True):
+        needs_norms = not self.sums.keys().isdisjoint(GRADIENT_STATISTICS)
+        for x_TI, dy_TO in zip(xs_TI, dys_TO, strict=True):
+            if "grad_cov" in self.sums:
+                _add_moment(self.sums["grad_cov"], dy_TO.float() / scale)
+            if not needs_norms or not len(x_TI):  # an expert that none of its tokens went to
+                continue
             if x_TI.is_cuda:
                 self._fold(slice(None), _product(x_TI, dy_TO), scale)
             else:
@@ -128,11 +133,9 @@ def _sum_shape(spec: LayerSpec, statistic: str) -> tuple[int, ...]:
     return spec.statistic_shape(statistic)
 
 
-def _add_moment(sums_NN: Tensor, values_BTN: Tensor) -> None:
-    """Add Σ v vᵀ over samples and tokens."""
-    for values_TN in values_BTN:
-        values = values_TN.float()
-        sums_NN.addmm_(values.T, values)
+def _add_moment(sums_NN: Tensor, values_TN: Tensor) -> None:
+    """Add Σ v vᵀ over tokens."""
+    sums_NN.addmm_(values_TN.T, values_TN)
 
 
 def _packed(matrix_NN: Tensor) -> Tensor:

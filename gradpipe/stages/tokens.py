@@ -33,9 +33,17 @@ def token_windows(name: str, seq_len: int, most: int | None) -> npt.NDArray[np.i
     ids = _load(name)
     if ids.ndim == 1:
         count = ids.size // seq_len
+        if count == 0:
+            raise InputError(
+                f"dataset {name} is too short: {ids.size} tokens, --seq-len is {seq_len}: give a "
+                "longer file or a smaller --seq-len"
+            )
         ids = ids[: count * seq_len].reshape(count, seq_len)
-    if len(ids) == 0 or ids.shape[1] != seq_len:
-        raise InputError(f"dataset {name}: {ids.shape[1]} tokens a row, --seq-len is {seq_len}")
+    if ids.shape[1] != seq_len:
+        raise InputError(
+            f"dataset {name} holds windows of {ids.shape[1]} tokens, --seq-len is {seq_len}: give "
+            f"--seq-len {ids.shape[1]}"
+        )
     return ids[:most].astype(np.int64)
 
 

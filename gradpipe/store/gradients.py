@@ -232,6 +232,14 @@ class GradientStore:
             raise InputError(f"store {self.url} holds images: it has no tokens")
         return self.calibration().arrays["input_ids"]
 
+    def is_unseen(self, layer: LayerSpec) -> bool:
+        """True if no calibration token reached this layer: an expert that was never chosen."""
+        if not self.spec.samples.digest:
+            return False  # imported: its tokens were not counted
+        statistic = self.spec.statistics[0]
+        shared = layer.hessian_of if statistic == "hessian" else None
+        return self._statistic_spec(f"layers/{shared or layer.name}/{statistic}").num_tokens == 0
+
     def verify(self) -> None:
         """Read every object; raise StoreError naming the first that is not as it was written."""
         for key in self._objects.record.objects:
@@ -262,7 +270,10 @@ class GradientStore:
         self, layer: LayerSpec, statistic: str, kept_by: str | None
     ) -> codec.Encoded:
         key = f"layers/{kept_by or layer.name}/{statistic}"
-        spec = StatisticSpec.from_json(read_attributes(self._objects, key))
+        spec = self._statistic_spec(key)
         types = codec.part_types(spec, layer, statistic)
         parts = {name: read_array(self._objects, f"{key}/{name}", *types[name]) for name in types}
         return codec.Encoded(spec=spec, parts=parts)
+
+    def _statistic_spec(self, key: str) -> StatisticSpec:
+        return StatisticSpec.from_json(read_attributes(self._objects, key))
