@@ -506,6 +506,8 @@ def test_other_mistakes(workplace: Path, tmp_path: Path) -> None:
         collect(replace(run, num_samples=13))
     with pytest.raises(InputError, match="--dataset c4 is text"):
         collect(replace(run, data=DataConfig()))
+    with pytest.raises(InputError, match=r"dataset me/typo: expected .* of images"):
+        collect(replace(run, data=DataConfig(name="me/typo")))
     with pytest.raises(InputError, match=r"--seq-len 8: .* no windows"):
         collect(replace(run, seq_len=8))
     evaluation = EvalConfig(model=run.model, data=run.data)

@@ -284,7 +284,8 @@ def _commit(name: str, revision: str | None) -> str | None:
 def _unknown_dataset(name: str, error: Exception) -> InputError:
     return InputError(
         f"dataset {name}: expected one of {', '.join(PRESETS)}, a file or folder of "
-        f"{', '.join(FILE_KINDS)}, or a Hub id that can be fetched ({one_line(error)})"
+        f"{', '.join(FILE_KINDS)} (for image classifiers of images), or a Hub id that can be "
+        f"fetched ({one_line(error)})"
     )
 
 
