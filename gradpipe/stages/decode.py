@@ -71,7 +71,7 @@ def _logarithms(item: Encoded, base: Encoded | None, device: torch.device) -> Te
     start = 0
     for levels_RI, base_RI in zip(_levels(item, device), bases, strict=base is not None):
         if base_RI is not None:
-            levels_RI += base_RI.masked_fill_(base_RI.abs() >= SPECIAL, 0)
+            levels_RI.add_(base_RI.masked_fill_(base_RI.abs() >= SPECIAL, 0))
         places = levels_RI.sub_(LOWEST).clamp_(0, len(table) - 1).flatten()
         norms_RI = norms_OI[start : start + len(levels_RI)]
         norms_RI.copy_(table.index_select(0, places).view_as(norms_RI))
