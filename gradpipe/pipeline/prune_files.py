@@ -118,11 +118,10 @@ def _pruned(
         if not item.matches:
             _refuse_mismatch(job, item.layer)
             written.mismatched.append(item.layer.name)
-        norms = norms_on(item.encoded, procedure.statistics, job.device)
         tensors = prune_layer(
             item.layer.name,
             item.weight.to(job.device),
-            norms,
+            norms_on(item.encoded, procedure.statistics, job.device),
             procedure,
             [job.budget(target, item.info.key) for target in targets],
             written.notes,

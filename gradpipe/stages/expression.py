@@ -81,6 +81,11 @@ class Expression:
             raise InputError(f"--score {text!r}: it does not depend on the weights, W")
         return cls(text, names)
 
+    @property
+    def spans_rows(self) -> bool:
+        """True if a weight's value depends on other rows: by `ri`, on its column's sum."""
+        return "ri" in {x.id for x in ast.walk(ast.parse(self.text.strip())) if type(x) is ast.Name}
+
     def statistics(self, grad_norm: str) -> tuple[str, ...]:
         """What must be read to compute it."""
         table = {**_STATISTICS, "G": f"grad_{grad_norm}"}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gradpipe.errors import InputError
 
-_SELECT_VALUES = 1 << 22
+_SELECT_VALUES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ tensors that it is given.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -122,7 +123,7 @@ def norms_on(
 def score_layer(name: str, weight_OI: Tensor, norms: Norms, score: Score) -> Tensor:
     """A layer's scores, (O, I); GradpipeError if one is not a number."""
     score_OI = score.of(weight_OI, norms)
-    if not bool(torch.isfinite(score_OI).all()):
+    if not _is_finite(score_OI):
         raise GradpipeError(
             f"layer {name}: a score {score.expression.text} is NaN or infinite, "
             "as its weights or its statistics are, or the formula makes it"
@@ -149,14 +150,20 @@ def prune_layer(
     curvature = procedure.curvature_of(name, norms)
     notes.extend(() if curvature is None else curvature.notes)
     prune_to = _pruner(name, weight_OI, norms, procedure, curvature)
+    del norms  # as large as the layer, and all in the score by now
     for budget in budgets:
         updated_OI, mask_OI = prune_to(budget)
         pruned_OI = updated_OI.to(weight_OI.dtype).masked_fill(~mask_OI, 0.0)
-        if not bool(torch.isfinite(pruned_OI).all()):
+        if not _is_finite(pruned_OI):
             raise GradpipeError(
                 f"layer {name}: an updated weight is beyond {weight_OI.dtype}: use --update none"
             )
         yield (pruned_OI.T if transposed else pruned_OI).contiguous().cpu()
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    """True if no value is NaN or infinite, found without another matrix of the same size."""
+    return all(math.isfinite(x) for x in torch.stack(torch.aminmax(matrix)).tolist())
 
 
 _Pruner = Callable[[Budget], tuple[Tensor, Tensor]]  # budget -> weights, mask, both (O, I)
@@ -214,13 +221,18 @@ def rewrite(
         writers = [stack.enter_context(path.open("wb")) for path in outputs]
         for info, tensors in replaced:
             _copy(reader, writers, info.start - reader.tell())
-            for writer, tensor in zip(writers, tensors, strict=True):
-                writer.write(tensor_bytes(tensor))
+            _write(writers, tensors)
             reader.seek(info.stop)
         _copy(reader, writers, source.stat().st_size - reader.tell())
         for writer in writers:
             writer.flush()
             os.fsync(writer.fileno())
+
+
+def _write(writers: Sequence[BinaryIO], tensors: Iterable[Tensor]) -> None:
+    """One tensor to each writer; none outlives its turn."""
+    for writer, tensor in zip(writers, tensors, strict=True):
+        writer.write(tensor_bytes(tensor))
 
 
 def _copy(reader: BinaryIO, writers: Sequence[BinaryIO], num_bytes: int) -> None:

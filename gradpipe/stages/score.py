@@ -20,9 +20,11 @@ from torch import Tensor
 
 from gradpipe.errors import InputError
 from gradpipe.stages.expression import Expression
+from gradpipe.store.schema import GRADIENT_STATISTICS, SECOND_MOMENTS
 
 GRAD_NORMS = ("l1", "l2", "sum")
 _REFERENCE_SAMPLES = 128
+_CHUNK_VALUES = 1 << 20  # of a layer, scored at a time: they stay in a CPU's cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,14 @@ class Norms:
 
     values: Mapping[str, Tensor]  # Σ|G|, √ΣG², ΣG (O, I); √Σx² (I,); Σxxᵀ (I, I), Σdy dyᵀ (O, O)
     num_samples: Mapping[str, int]  # statistic -> over how many samples
+
+    def of_rows(self, rows: slice) -> Norms:
+        """The same of some outputs alone, without second moments."""
+        values = {
+            name: self.values[name][rows] if name in GRADIENT_STATISTICS else self.values[name]
+            for name in self.values.keys() - set(SECOND_MOMENTS)
+        }
+        return Norms(values=values, num_samples=self.num_samples)
 
     def activation(self) -> Tensor:
         """‖X‖₂ of each input, (I,)."""
@@ -78,7 +88,21 @@ class Score:
         return self.expression.statistics(self.grad_norm)
 
     def of(self, weight_OI: Tensor, norms: Norms) -> Tensor:
-        """The score of each weight, float32 (O, I), a tensor of its own."""
+        """The score of each weight, float32 (O, I), a tensor of its own.
+
+        Some rows at a time, so that what the formula's parts yield takes little room; all at once
+        where they look at whole columns.
+        """
+        if self.expression.spans_rows:
+            return self._of_rows(weight_OI, norms)
+        num_rows = max(1, _CHUNK_VALUES // weight_OI.shape[1])
+        score_OI = torch.empty(weight_OI.shape, device=weight_OI.device)
+        for start in range(0, len(score_OI), num_rows):
+            rows = slice(start, start + num_rows)
+            score_OI[rows] = self._of_rows(weight_OI[rows], norms.of_rows(rows))
+        return score_OI
+
+    def _of_rows(self, weight_OI: Tensor, norms: Norms) -> Tensor:
         return self.expression.evaluate(
             {
                 "W": weight_OI.float,
