@@ -291,9 +291,7 @@ def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """The checkpoint's tensor behind each of the model's parameters and persistent buffers.
 
     A checkpoint may be saved from the headless model (GPT-2's `h.0…` for `transformer.h.0…`), so
-    the longest tail of the name that one tensor alone bears is taken, its block's number included;
-    or another word may stand in the middle (Mixtral's `0.block_sparse_moe.gate.weight` for
-    `0.mlp.gate.weight`), so numbers and last two steps do where one tensor alone has them.
+    the longest tail of the name that one tensor alone bears is taken, its block's number included.
     A tied parameter has the tensor of the one it is tied to; what is left goes by shape, where
     that leaves no choice (GPT-NeoX's head). Raises InputError for a parameter without a tensor.
     """
@@ -305,17 +303,14 @@ def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     stored = dict(model.state_dict(keep_vars=True))
     keys = {n: key for n in stored if (key := _by_tail(n, tails, checkpoint)) is not None}
     by_identity = {id(stored[n]): key for n, key in keys.items()}
-    places: dict[tuple[str, ...], list[str]] = {}
-    shapes: dict[tuple[int, ...], list[str]] = {}
-    for key in set(checkpoint.tensors) - set(keys.values()):
-        places.setdefault(_place(key), []).append(key)
-        shapes.setdefault(checkpoint.tensors[key].shape, []).append(key)
+    unclaimed = set(checkpoint.tensors) - set(keys.values())
     for name in sorted(stored.keys() - keys.keys()):
-        alike = places.get(_place(name), []), shapes.get(tuple(stored[name].shape), [])
+        shape = tuple(stored[name].shape)
+        alike = [key for key in unclaimed if checkpoint.tensors[key].shape == shape]
         if id(stored[name]) in by_identity:
             keys[name] = by_identity[id(stored[name])]
-        elif found := next((same[0] for same in alike if len(same) == 1), None):
-            keys[name] = found
+        elif len(alike) == 1:
+            keys[name] = alike[0]
     if missing := sorted(stored.keys() - keys.keys()):
         raise InputError(
             f"{checkpoint.name} lacks {len(missing)} tensors that its config.json asks for, "
@@ -326,7 +321,10 @@ def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _new_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
-    """Each tensor's name as transformers spells it now: ViT's `encoder.layer.0` is `layers.0`."""
+    """Each tensor's name as transformers spells it now.
+
+    ViT's `encoder.layer.0` is `layers.0`, Mixtral's `block_sparse_moe` is `mlp`.
+    """
     known = get_model_conversion_mapping(model) if isinstance(model, PreTrainedModel) else []
     renamings = [rule for rule in known if isinstance(rule, WeightRenaming)]
     return {key: rename_source_key(key, renamings, [])[0] for key in checkpoint.tensors}
@@ -339,12 +337,6 @@ def _by_tail(name: str, tails: dict[str, list[str]], checkpoint: Checkpoint) -> 
     number = next((i for i, step in enumerate(steps) if step.isdecimal()), len(steps) - 2)
     found = (tails.get(".".join(steps[start:]), []) for start in range(1, number + 1))
     return next((keys[0] for keys in found if len(keys) == 1), None)
-
-
-def _place(name: str) -> tuple[str, ...]:
-    """Numbers and last two steps of a name: `layers.0.mlp.gate.weight` -> 0, gate, weight."""
-    steps = name.split(".")
-    return (*(step for step in steps[:-2] if step.isdecimal()), *steps[-2:])
 
 
 def _check_shapes(keys: dict[str, str], stored: dict[str, Any], checkpoint: Checkpoint) -> None:
