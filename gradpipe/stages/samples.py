@@ -53,9 +53,18 @@ class DataConfig:
         return Path(self.name).resolve().name if Path(self.name).exists() else self.name
 
     def __post_init__(self) -> None:
-        """Refuse an empty name: it would be the current folder."""
+        """Refuse an empty name, which would be the current folder, and options without effect."""
         if not self.name:
             raise InputError(f"--dataset '': expected one of {', '.join(PRESETS)}, a path or an id")
+        if self.name not in PRESETS and not Path(self.name).exists():
+            return
+        options = {"dataset-config": self.config, "split": self.split, "revision": self.revision}
+        for flag, value in options.items():
+            if value is not None:
+                raise InputError(
+                    f"--{flag} {value}: only data sets of the Hub have one, --dataset {self.name} "
+                    "does not: leave it out"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
