@@ -149,7 +149,7 @@ def time_stages(bench: Bench) -> dict[str, float]:
             with clock("score"):
                 score_OI = score.of(weight_OI, norms)
             with clock("check that the score is finite"):
-                torch.isfinite(score_OI).all()
+                torch.stack(torch.aminmax(score_OI)).tolist()
             with clock("mask"):
                 mask_OI = target.budget.mask(score_OI, Group.parse("output"))
             with clock("fill with zeros"):
