@@ -35,7 +35,7 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (  # name, options
     ("best", RECIPES["best"]),
 )
 _SEQ_LEN = 256  # what the embedded model was trained at
-_MAX_WINDOWS = 96  # 24,576 tokens: enough to tell the methods apart
+_MAX_WINDOWS = 64  # 16,384 tokens: enough to tell the methods apart
 _DATA = DataConfig(name="stdlib")
 _EVALUATION = EvalConfig(
     model=EMBEDDED_NAME, data=_DATA, seq_len=_SEQ_LEN, batch_size=8, max_windows=_MAX_WINDOWS
