@@ -188,6 +188,17 @@ def test_allocations_do_not_empty_unseen_experts(scarce: Path, options: dict[str
     assert sum(zeros.values()) == pytest.approx(sum(sizes.values()) / 2, abs=len(layers))
 
 
+def test_a_router_is_never_meant(scarce: Path) -> None:
+    """A pattern that its name happens to match leaves it dense, with or without statistics."""
+    dense = Checkpoint.open(str(scarce / "model"))
+    for method in ("wanda", "magnitude"):
+        tensors, report, _ = pruned(scarce, method=method, include=("layers.0",))
+        assert not any(name.endswith("gate") for name in report["layers"])
+        for key in dense.tensors:
+            if key.endswith("gate.weight"):
+                assert torch.equal(tensors[key], dense.read(key))
+
+
 def test_layers_that_need_no_statistics_are_never_unseen(scarce: Path) -> None:
     """Magnitude itself falls back on nothing."""
     _, report, said = pruned(scarce, method="magnitude")

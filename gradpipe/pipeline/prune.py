@@ -160,8 +160,10 @@ def _select_layers(
     """The layers to prune, by weight key, each checked against checkpoint, store and pattern."""
     _check_patterns(config, checkpoint)
     candidates = {layer.weight_key: layer for layer in store.spec.layers}
+    blocks = {_list_of(x.name) for x in store.spec.layers if x.block is not None}
     for info in checkpoint.tensors.values():
-        if info.key not in candidates and info.is_matrix and info.key.endswith(".weight"):
+        is_bare = info.key not in candidates and info.is_matrix and info.key.endswith(".weight")
+        if is_bare and _list_of(info.key) not in blocks:  # in a block it is no layer, but a router
             candidates[info.key] = _bare_spec(info)
     layers = {key: layer for key, layer in candidates.items() if _is_selected(config, layer)}
     if not layers:
@@ -181,6 +183,12 @@ def _check_patterns(config: PruneConfig, checkpoint: Checkpoint) -> None:
                     f"--{flag} {pattern}: matches no tensor of {config.model}, which has such as "
                     f"{names[0]}"
                 )
+
+
+def _list_of(name: str) -> str | None:
+    """The list of blocks that a name is in: `model.layers` for `model.layers.0.mlp.gate`."""
+    found = re.match(r"(.+?)\.\d+\.", name)
+    return found[1] if found else None
 
 
 def _bare_spec(info: TensorInfo) -> LayerSpec:
