@@ -113,11 +113,11 @@ def test_ranks_are_those_of_a_sort(parts: dict[int, list[float]], data: st.DataO
     everything.sort(key=lambda pair: (pair[0], order[pair[1]]))
     rank = data.draw(st.integers(0, len(everything) - 1))
     ranks = Ranks(lambda: ((k, torch.tensor(x)) for k, x in parts.items()), [0, rank])
-    assert ranks.value(1) == everything[rank][0]
+    assert ranks.values[1] == everything[rank][0]
     counts: dict[int, int] = defaultdict(int)
     for _, k in everything[: rank + 1]:
         counts[k] += 1
-    assert ranks.upto(1) == {k: counts[k] for k in parts}
+    assert ranks.upto()[1] == {k: counts[k] for k in parts}
 
 
 # --- through `prune`

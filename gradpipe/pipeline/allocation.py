@@ -10,6 +10,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from gradpipe.errors import InputError
@@ -34,6 +35,11 @@ class Allocation:
     group: Group
     is_exact: bool  # counts are of single weights, whatever the group: SparseGPT's
     mixes_patterns: bool  # n of an n:m pattern may differ between blocks
+
+    @property
+    def num_passes(self) -> int:
+        """How often it goes through the scores of all layers."""
+        return 3 if self.kind in {"global", "sensitivity"} else 2
 
     def budgets(
         self, layers: Mapping[str, LayerSpec], targets: Sequence[Target], scores: Scores
@@ -134,7 +140,8 @@ def _global(
     """How many weights of each layer are among the lowest of all, for each target."""
     counts = [int(target.budget.sparsity * sum(sizes.values())) for target in targets]
     ranks = Ranks(partial(_parts, scores, sizes), [max(n - 1, 0) for n in counts])
-    return [ranks.upto(i) if n else dict.fromkeys(sizes, 0) for i, n in enumerate(counts)]
+    none = dict.fromkeys(sizes, 0)
+    return [found if n else none for n, found in zip(counts, ranks.upto(), strict=True)]
 
 
 def _outliers(layers: Iterable[str], scores: Scores) -> dict[str, float]:
@@ -143,7 +150,7 @@ def _outliers(layers: Iterable[str], scores: Scores) -> dict[str, float]:
     counts: dict[str, int] = defaultdict(int)
     outliers: dict[str, int] = defaultdict(int)
     for layer, score_OI in scores(layers):
-        totals[_block(layer)] += float(score_OI.double().sum())
+        totals[_block(layer)] += float(score_OI.sum(dtype=torch.float64))
         counts[_block(layer)] += score_OI.numel()
     for layer, score_OI in scores(layers):
         block = _block(layer)
@@ -159,7 +166,7 @@ def _medians(layers: Mapping[str, LayerSpec], scores: Scores) -> dict[str, float
     medians = {}
     for block, inside in keys.items():
         middle = (sum(_size(layers[key]) for key in inside) - 1) // 2
-        medians[block] = Ranks(partial(_parts, scores, inside), [middle]).value(0)
+        [medians[block]] = Ranks(partial(_parts, scores, inside), [middle]).values
     return medians
 
 

@@ -120,7 +120,8 @@ def _budgets(config: PruneConfig, job: PruneJob, console: Console) -> list[Budge
     scored = {key: layer for key, layer in job.layers.items() if key not in job.unseen}
     if not scored:
         return uniform
-    with progress_bar(console, "allocating", 2 * len(scored), "layers") as advance:
+    total = job.allocation.num_passes * len(scored)
+    with progress_bar(console, "allocating", total, "layers") as advance:
 
         def scores(keys: Iterable[str]) -> Iterator[tuple[LayerSpec, Tensor]]:
             for key in keys:

@@ -1,13 +1,15 @@
-"""Ranks among more scores than fit in memory: two passes of counting, exact.
+"""Ranks among more scores than fit in memory: passes of counting, exact.
 
 A float32's 32 bits, read as an integer, keep its order. The first pass counts scores by the upper
-16 bits, which tells the bin of any rank; the second counts within those bins by the lower 16.
+16 bits, which tells the bin of any rank; the second counts within those bins by the lower 16, which
+tells the score itself. A third counts what lies below it, part by part. What is kept does not grow
+with the number of scores, nor, but for a number each, with that of parts.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -17,6 +19,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 _BINS = 1 << 16
 _FLIP = 0x7FFFFFFF  # all but the sign: turns the order of negative floats around
+_CHUNK_VALUES = 1 << 20  # looked at together: as int64 they take twice the room
 
 
 class Ranks(Generic[Key]):
@@ -25,49 +28,52 @@ class Ranks(Generic[Key]):
     def __init__(
         self, scores: Callable[[], Iterable[tuple[Key, Tensor]]], ranks: Sequence[int]
     ) -> None:
-        """Count twice what `scores` yields by part; `ranks` are counted from 0."""
+        """Go twice through what `scores` yields by part; `ranks` are counted from 0."""
+        self._scores = scores
         self._ranks = tuple(ranks)
-        self._upper: dict[Key, Tensor] = {}  # counts by the upper bits
-        for key, part in scores():
-            _add(self._upper, key, _sortable(part) >> 16)
-        upto = torch.stack(list(self._upper.values())).sum(dim=0).cumsum(dim=0)
-        self._bins = [int(torch.searchsorted(upto, rank, right=True)) for rank in ranks]
-        self._below = [int(upto[i - 1]) if i else 0 for i in self._bins]  # scores below the bin
-        self._lower: list[dict[Key, Tensor]] = [{} for _ in ranks]  # counts within it
-        for key, part in scores():
-            bits = _sortable(part)
-            for i, counts in zip(self._bins, self._lower, strict=True):
-                _add(counts, key, bits[bits >> 16 == i] & (_BINS - 1))
+        upper = torch.zeros(_BINS, dtype=torch.long)
+        for bits in _all_bits(scores()):
+            upper += torch.bincount(bits >> 16, minlength=_BINS).cpu()
+        upto = upper.cumsum(dim=0)
+        bins = [int(torch.searchsorted(upto, rank, right=True)) for rank in ranks]
+        lower = [torch.zeros(_BINS, dtype=torch.long) for _ in ranks]
+        for bits in _all_bits(scores()):
+            for i, counts in zip(bins, lower, strict=True):
+                inside = bits[bits >> 16 == i] & (_BINS - 1)
+                counts += torch.bincount(inside, minlength=_BINS).cpu()
+        below = [int(upto[i - 1]) if i else 0 for i in bins]  # scores below the bin
+        places = [
+            int(torch.searchsorted(counts.cumsum(dim=0), rank - first, right=True))
+            for counts, rank, first in zip(lower, ranks, below, strict=True)
+        ]
+        self.values = tuple(_score(i << 16 | place) for i, place in zip(bins, places, strict=True))
 
-    def value(self, index: int) -> float:
-        """The score of the rank given at this index."""
-        return _score(self._bins[index] << 16 | self._place(index))
+    def upto(self) -> list[dict[Key, int]]:
+        """For each rank, how many of each part's scores have it or a lower one.
 
-    def upto(self, index: int) -> dict[Key, int]:
-        """How many of each part's scores have that rank or a lower one, ties in order of parts."""
-        place, lower = self._place(index), self._lower[index]
-        counts = {
-            key: int(upper[: self._bins[index]].sum() + lower[key][:place].sum())
-            for key, upper in self._upper.items()
-        }
-        ties = self._ranks[index] + 1 - sum(counts.values())
-        for key in counts:
-            taken = min(ties, int(lower[key][place]))
-            counts[key] += taken
-            ties -= taken
-        return counts
-
-    def _place(self, index: int) -> int:
-        """Where the score lies in its bin."""
-        within = torch.stack(list(self._lower[index].values())).sum(dim=0).cumsum(dim=0)
-        left = self._ranks[index] - self._below[index]
-        return int(torch.searchsorted(within, left, right=True))
+        Ties go in the order of parts. This is the third pass.
+        """
+        below: list[dict[Key, int]] = [{} for _ in self._ranks]
+        equal: list[dict[Key, int]] = [{} for _ in self._ranks]
+        for key, part in self._scores():
+            for i, value in enumerate(self.values):
+                below[i][key] = below[i].get(key, 0) + int((part < value).sum())
+                equal[i][key] = equal[i].get(key, 0) + int((part == value).sum())
+        for rank, counts, alike in zip(self._ranks, below, equal, strict=True):
+            ties = rank + 1 - sum(counts.values())
+            for key in counts:
+                taken = min(ties, alike[key])
+                counts[key] += taken
+                ties -= taken
+        return below
 
 
-def _sortable(scores: Tensor) -> Tensor:
-    """Integers from 0 to 2³², in the scores' order."""
-    bits = (scores.flatten() + 0.0).view(torch.int32)  # −0 becomes 0
-    return (bits ^ ((bits >> 31) & _FLIP)).long() + (1 << 31)
+def _all_bits(scores: Iterable[tuple[Key, Tensor]]) -> Iterator[Tensor]:
+    """Integers from 0 to 2³², in the scores' order, some at a time."""
+    for _, part in scores:
+        for some in part.flatten().split(_CHUNK_VALUES):
+            bits = (some + 0.0).view(torch.int32)  # −0 becomes 0
+            yield (bits ^ ((bits >> 31) & _FLIP)).long() + (1 << 31)
 
 
 def _score(bits: int) -> float:
@@ -75,8 +81,3 @@ def _score(bits: int) -> float:
     signed = bits - (1 << 31)
     value: float = struct.unpack("<f", struct.pack("<i", signed ^ ((signed >> 31) & _FLIP)))[0]
     return value
-
-
-def _add(counts: dict[Key, Tensor], key: Key, places: Tensor) -> None:
-    new = torch.bincount(places, minlength=_BINS).cpu()
-    counts[key] = counts[key] + new if key in counts else new
