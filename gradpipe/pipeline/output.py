@@ -17,7 +17,7 @@ from gradpipe.store.lock import locked
 from gradpipe.store.objects import fsync, write_durably
 from gradpipe.store.partial import Shard
 
-_REPORT = "pruning.json"
+REPORT = "pruning.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +73,9 @@ def check_out(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
 
 def _is_ours(out: Path) -> bool:
     """True for a folder that is empty, a pruned checkpoint, or one of several of them."""
-    if (out / _REPORT).is_file():
+    if (out / REPORT).is_file():
         return True
-    return all((path / _REPORT).is_file() for path in out.iterdir())
+    return all((path / REPORT).is_file() for path in out.iterdir())
 
 
 @contextmanager
@@ -199,7 +199,7 @@ def write_report(folder: Path, report: dict[str, Any], result: PruneResult) -> N
             for layer in result.layers
         },
     }
-    write_durably(folder / _REPORT, (json.dumps(document, indent=1) + "\n").encode())
+    write_durably(folder / REPORT, (json.dumps(document, indent=1) + "\n").encode())
     write_durably(folder / "README.md", _model_card(document).encode())
 
 

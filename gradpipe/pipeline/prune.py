@@ -6,6 +6,7 @@ that is not pruned is copied byte for byte. All targets share one load and one s
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -19,6 +20,7 @@ from gradpipe.errors import GradpipeError, InputError
 from gradpipe.pipeline.allocation import Budgets
 from gradpipe.pipeline.command import changed_options, recorded_command
 from gradpipe.pipeline.output import (
+    REPORT,
     LayerResult,
     PruneResult,
     SharedStaging,
@@ -71,6 +73,8 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
         allow_mismatch=config.allow_mismatch,
         device=resolve_device(config.device),
     )
+    if config.shard is not None and not config.overwrite and _is_done(config, job):
+        return ()  # another shard has published what this one would have been a part of
     sources = (checkpoint.folder, *([store.local_folder] if store.local_folder else []))
     check_out(config.out, overwrite=config.overwrite, sources=sources)
     if store.local_folder is not None:
@@ -152,7 +156,27 @@ def _prune_shard(
                 written.add(data)
             results = _finish(config, job, staging.folder, written)
             staging.publish()
-            return results
+        _say(job, written, console)
+        return results
+
+
+def _is_done(config: PruneConfig, job: PruneJob) -> bool:
+    """True if OUT holds what this very command writes."""
+    for target in job.targets:
+        try:
+            found = json.loads((job.folder(config.out, target) / REPORT).read_bytes())
+            same = [found[key] == value for key, value in _identity(config, job, target).items()]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if not all(same):
+            return False
+    return True
+
+
+def _identity(config: PruneConfig, job: PruneJob, target: Target) -> dict[str, object]:
+    """What all shards of one command agree on, as `pruning.json` has it."""
+    report = _report(config, job, target, Written())
+    return {key: report[key] for key in ("model", "revision", "store", "command")}
 
 
 def _select_layers(
@@ -303,13 +327,15 @@ def _report(
     leave_out = {"model", "store", "out", "sparsities", "patterns", "overwrite", "device", "shard"}
     pattern = _pattern(target.budget)
     goal = {"pattern": pattern} if pattern else {"sparsity": target.sparsity}
-    options = changed_options(config, leave_out) | {"method": config.method} | goal
+    options = changed_options(config, leave_out) | goal
+    if config.score is None:
+        options["method"] = config.method
     score = job.procedure.score
     return {
         "model": job.checkpoint.label,
         "revision": job.checkpoint.revision,
         "store": job.store.digest,
-        "method": config.method,
+        "method": config.method if config.score is None else config.score,
         "score": None if score is None else score.expression.text,
         "update": config.update,
         "curvature": config.curvature,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.allocation import SCORES, Allocation
+from gradpipe.pipeline.allocation import ALLOCATIONS, SCORES, Allocation
 from gradpipe.pipeline.command import check_regexes
 from gradpipe.stages.curvature import CURVATURES
 from gradpipe.stages.mask import Group, Pattern
@@ -19,6 +19,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # found by benchmarks/quality.py: docs/b
     "best": {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"},
 }
 RECIPE_STATISTICS = ("grad_l2", "act_l2", "hessian", "grad_cov")  # what a recipe reads, and Wanda
+_DEFAULT_METHOD = "gblm"
 
 
 def recipe_options(name: str | None) -> dict[str, Any]:
@@ -39,7 +40,7 @@ class PruneConfig:
     out: Path  # a folder to create; with several targets, one folder in it for each
     sparsities: tuple[float, ...] = ()  # default 0.5, unless there is a pattern
     patterns: tuple[str, ...] = ()  # n:m, n kept of every m
-    method: str = "gblm"
+    method: str = _DEFAULT_METHOD
     alpha: float = 100.0
     grad_norm: str = "l1"
     score: str | None = None  # a formula, in place of the method's
@@ -111,8 +112,16 @@ class PruneConfig:
             raise InputError(f"--update {self.update}: {self.method} updates weights by itself")
         elif self.score is not None:
             raise InputError(f"--score: {self.method} has no score; leave out the one or the other")
+        if self.score is not None and self.method != _DEFAULT_METHOD:
+            raise InputError(f"--score takes the method's place: leave out --method {self.method}")
         if self.curvature != "input" and self.update != "lsq" and self.method != "alps":
             raise InputError(f"--curvature {self.curvature}: only --update lsq and alps use it")
+        if self.allocation not in ALLOCATIONS and not Path(self.allocation).is_file():
+            hint = ": for one threshold, --group global" if self.allocation == "global" else ""
+            raise InputError(
+                f"--allocation {self.allocation}: expected one of {', '.join(ALLOCATIONS)} or a "
+                f"JSON file of sparsities by layer name{hint}"
+            )
         if self.allocation_score is not None:
             if self.allocation not in SCORES:
                 raise InputError(f"--allocation-score: --allocation {self.allocation} uses none")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -12,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from gradpipe.errors import InputError
+from gradpipe.errors import GradpipeError, InputError, one_line
 from gradpipe.pipeline.allocation import Allocation, Budgets
 from gradpipe.stages.checkpoint import Checkpoint, TensorInfo, as_tensor, tensor_bytes
 from gradpipe.stages.prune import (
@@ -112,31 +113,46 @@ class _Loaded:
 def _pruned(
     job: PruneJob, loaded: Iterable[_Loaded], written: Written, advance: Callable[[int], None]
 ) -> Iterator[tuple[TensorInfo, Iterable[Tensor]]]:
-    targets = job.targets
     for item in loaded:
-        procedure = job.procedure_of(item.info.key)
         if not item.matches:
             _refuse_mismatch(job, item.layer)
             written.mismatched.append(item.layer.name)
+        yield item.info, _each_target(job, item, written)
+        advance(1)
+
+
+def _each_target(job: PruneJob, item: _Loaded, written: Written) -> Iterator[Tensor]:
+    """One layer's weights for each target in turn."""
+    key, procedure = item.info.key, job.procedure_of(item.info.key)
+    with _named(item.layer.name):
         tensors = prune_layer(
             item.layer.name,
             item.weight.to(job.device),
             norms_on(item.encoded, procedure.statistics, job.device),
             procedure,
-            [job.budget(target, item.info.key) for target in targets],
+            [job.budget(target, key) for target in job.targets],
             written.notes,
             transposed=item.layer.transposed,
         )
-        yield item.info, _digested(tensors, targets, item.info.key, written)
-        advance(1)
+        for target, tensor in zip(job.targets, tensors, strict=True):
+            written.digests.setdefault(target.label, {})[key] = digest(tensor_bytes(tensor))
+            yield tensor
 
 
-def _digested(
-    tensors: Iterable[Tensor], targets: Sequence[Target], key: str, written: Written
-) -> Iterator[Tensor]:
-    for target, tensor in zip(targets, tensors, strict=True):
-        written.digests.setdefault(target.label, {})[key] = digest(tensor_bytes(tensor))
-        yield tensor
+@contextmanager
+def _named(layer: str) -> Iterator[None]:
+    """Say which layer it was that the device, or its solvers, could not do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise GradpipeError(
+            f"layer {layer}: the device has too little memory for it: use --device cpu"
+        ) from error
+    except torch.linalg.LinAlgError as error:
+        raise GradpipeError(
+            f"layer {layer}: its second moments cannot be decomposed: {one_line(error)}; use a "
+            "method without them"
+        ) from error
 
 
 def score_of(job: PruneJob, key: str, score: Score) -> Tensor:
@@ -144,8 +160,9 @@ def score_of(job: PruneJob, key: str, score: Score) -> Tensor:
     item = _load(job, job.checkpoint.tensors[key], score.statistics)
     weight = item.weight.to(job.device)
     weight_OI = weight.T if item.layer.transposed else weight
-    norms = norms_on(item.encoded, score.statistics, job.device)
-    return score_layer(item.layer.name, weight_OI, norms, score)
+    with _named(item.layer.name):
+        norms = norms_on(item.encoded, score.statistics, job.device)
+        return score_layer(item.layer.name, weight_OI, norms, score)
 
 
 def _load(job: PruneJob, info: TensorInfo, statistics: tuple[str, ...]) -> _Loaded:

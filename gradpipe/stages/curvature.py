@@ -47,10 +47,14 @@ class Curvature:
         return cls(damped_II, damped_OO, notes)
 
     def inverse_factor(self) -> Tensor:
-        """The upper Cholesky factor U of H⁻¹ = UᵀU, (I, I)."""
-        lower_II = torch.linalg.cholesky(self.hessian)
-        factor_II: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower_II), upper=True)
-        return factor_II
+        """The upper Cholesky factor U of H⁻¹ = UᵀU, (I, I).
+
+        Turned around in both directions, H has a lower factor whose inverse, turned back, is U. So
+        only H itself is factored, which is known to succeed, and never its inverse.
+        """
+        lower_II = torch.linalg.cholesky(self.hessian.flip(0, 1))
+        identity_II = torch.eye(len(lower_II), device=lower_II.device)
+        return torch.linalg.solve_triangular(lower_II, identity_II, upper=False).flip(0, 1)
 
     def times(self, change_OI: Tensor) -> Tensor:
         """S · change · H, half the gradient of the cost."""

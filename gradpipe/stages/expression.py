@@ -24,6 +24,7 @@ from torch import Tensor
 from gradpipe.errors import InputError
 
 _STATISTICS = {"X": "act_l2", "G1": "grad_l1", "G2": "grad_l2", "GS": "grad_sum"}
+_MATRICES = ("W", "G1", "G2", "GS", "G")
 _BINARY: Mapping[type[ast.operator], Callable[[Tensor, Tensor], Tensor]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -105,7 +106,10 @@ def _check(node: ast.expr, text: str) -> set[str]:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return _check(operand, text)
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
-            return _check(argument, text)
+            names = _check(argument, text)
+            if name == "ri" and names.isdisjoint(_MATRICES):
+                raise InputError(f"--score {text!r}: ri() is of a matrix: {', '.join(_MATRICES)}")
+            return names
         case ast.Constant(value=int() | float() as number) if not isinstance(
             number, bool
         ) and math.isfinite(float(number)):

@@ -146,6 +146,8 @@ def prune_layer(
     `notes` takes what had to be said. Raises GradpipeError if a score is not a number, or if a
     second moment is singular whatever the damping.
     """
+    if not _is_finite(weight):
+        raise GradpipeError(f"layer {name}: its weights hold NaN or infinite values")
     weight_OI = weight.T if transposed else weight
     curvature = procedure.curvature_of(name, norms)
     notes.extend(() if curvature is None else curvature.notes)
@@ -156,7 +158,8 @@ def prune_layer(
         pruned_OI = updated_OI.to(weight_OI.dtype).masked_fill(~mask_OI, 0.0)
         if not _is_finite(pruned_OI):
             raise GradpipeError(
-                f"layer {name}: an updated weight is beyond {weight_OI.dtype}: use --update none"
+                f"layer {name}: an updated weight is beyond {weight_OI.dtype}: choose one that "
+                "leaves weights as they are"
             )
         yield (pruned_OI.T if transposed else pruned_OI).contiguous().cpu()
 

@@ -40,7 +40,7 @@ class Ranks(Generic[Key]):
         for bits in _all_bits(scores()):
             for i, counts in zip(bins, lower, strict=True):
                 inside = bits[bits >> 16 == i] & (_BINS - 1)
-                counts += torch.bincount(inside, minlength=_BINS).cpu()
+                counts.add_(torch.bincount(inside, minlength=_BINS).cpu())
         below = [int(upto[i - 1]) if i else 0 for i in bins]  # scores below the bin
         places = [
             int(torch.searchsorted(counts.cumsum(dim=0), rank - first, right=True))

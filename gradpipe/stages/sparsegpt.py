@@ -59,10 +59,11 @@ def _sweep(
     step = max(_COLUMNS // width, 1) * width  # a whole number of decisions
     for start in range(0, updated_OI.shape[1], step):
         end = min(start + step, updated_OI.shape[1])
-        part_OC, kept_OC = updated_OI[:, start:end], mask_OI[:, start:end]
+        part_OC, kept_OC = updated_OI[:, start:end].clone(), mask_OI[:, start:end]
         error_OC = _sweep_part(
             part_OC, kept_OC, factor_II[start:end, start:end], select, width, start
         )
+        updated_OI[:, start:end] = part_OC
         updated_OI[:, end:] -= error_OC @ factor_II[start:end, end:]
     return updated_OI, mask_OI
 
