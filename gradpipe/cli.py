@@ -183,7 +183,7 @@ def prune(
     }
     results = pruning.prune(
         PruneConfig(
-            **recipe_options(recipe) | {k: v for k, v in chosen.items() if v is not None},
+            **recipe_options(recipe, {k: v for k, v in chosen.items() if v is not None}),
             model=model,
             store=store,
             out=out,
@@ -353,7 +353,7 @@ def _statistics(names: str | None, recipe: str | None) -> tuple[str, ...]:
     """The statistics asked for, one by one or by what a recipe reads."""
     if names is not None:
         return tuple(name.strip() for name in names.split(","))
-    return RECIPE_STATISTICS if recipe_options(recipe) else DEFAULT_STATISTICS
+    return RECIPE_STATISTICS if recipe_options(recipe, {}) else DEFAULT_STATISTICS
 
 
 def _data(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,13 +183,13 @@ def _select_layers(
     config: PruneConfig, checkpoint: Checkpoint, store: GradientStore
 ) -> dict[str, LayerSpec]:
     """The layers to prune, by weight key, each checked against checkpoint, store and pattern."""
-    _check_patterns(config, checkpoint)
     candidates = {layer.weight_key: layer for layer in store.spec.layers}
     blocks = {_list_of(x.name) for x in store.spec.layers if x.block is not None}
     for info in checkpoint.tensors.values():
         is_bare = info.key not in candidates and info.is_matrix and info.key.endswith(".weight")
         if is_bare and _list_of(info.key) not in blocks:  # in a block it is no layer, but a router
             candidates[info.key] = _bare_spec(info)
+    _check_patterns(config, [layer.name for layer in candidates.values()])
     layers = {key: layer for key, layer in candidates.items() if _is_selected(config, layer)}
     if not layers:
         raise InputError("no layer is left to prune: check --include and --exclude")
@@ -198,14 +198,13 @@ def _select_layers(
     return layers
 
 
-def _check_patterns(config: PruneConfig, checkpoint: Checkpoint) -> None:
+def _check_patterns(config: PruneConfig, names: Sequence[str]) -> None:
     """A regex that matches nothing is a slip of the pen, and would prune what was to stay."""
-    names = [info.key.removesuffix(".weight") for info in checkpoint.tensors.values()]
     for flag, patterns in (("include", config.include), ("exclude", config.exclude)):
         for pattern in patterns:
             if not any(re.search(pattern, name) for name in names):
                 raise InputError(
-                    f"--{flag} {pattern}: matches no tensor of {config.model}, which has such as "
+                    f"--{flag} {pattern}: matches no layer of {config.model}, which has such as "
                     f"{names[0]}"
                 )
 

@@ -15,20 +15,27 @@ from gradpipe.stages.prune import UPDATES, Procedure, Target
 from gradpipe.stages.score import GRAD_NORMS, METHODS, Score, find_score
 from gradpipe.store.partial import Shard
 
-RECIPES: dict[str, dict[str, Any]] = {  # found by benchmarks/quality.py: docs/benchmarks.md
+Options = dict[str, Any]  # fields of a `PruneConfig`
+RECIPES: dict[str, Options] = {  # found by benchmarks/quality.py: docs/benchmarks.md
     "best": {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"},
 }
 RECIPE_STATISTICS = ("grad_l2", "act_l2", "hessian", "grad_cov")  # what a recipe reads, and Wanda
 _DEFAULT_METHOD = "gblm"
+_DEFAULT_ALPHA = 100.0  # what the reference code multiplies gradients by
 
 
-def recipe_options(name: str | None) -> dict[str, Any]:
-    """The options behind a recipe's name, none for None; InputError for an unknown one."""
-    if name is None:
-        return {}
-    if name not in RECIPES:
+def recipe_options(name: str | None, chosen: Options) -> Options:
+    """The options behind a recipe's name, those `chosen` in their place; InputError for no such.
+
+    The recipe's curvature goes where the chosen method and update use none.
+    """
+    if name is not None and name not in RECIPES:
         raise InputError(f"--recipe {name}: expected {', '.join(RECIPES)}")
-    return RECIPES[name]
+    options = ({} if name is None else RECIPES[name]) | chosen
+    uses_curvature = options.get("method") == "alps" or options.get("update") == "lsq"
+    if name is not None and "curvature" not in chosen and not uses_curvature:
+        options.pop("curvature", None)
+    return options
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +48,8 @@ class PruneConfig:
     sparsities: tuple[float, ...] = ()  # default 0.5, unless there is a pattern
     patterns: tuple[str, ...] = ()  # n:m, n kept of every m
     method: str = _DEFAULT_METHOD
-    alpha: float = 100.0
-    grad_norm: str = "l1"
+    alpha: float = _DEFAULT_ALPHA
+    grad_norm: str = GRAD_NORMS[0]
     score: str | None = None  # a formula, in place of the method's
     update: str = "none"  # what becomes of the weights that stay: none, obs or lsq
     curvature: str = "input"  # what alps and lsq minimise: input, or kfac, which needs grad_cov
@@ -128,6 +135,17 @@ class PruneConfig:
             find_score(self.allocation_score, self.grad_norm, self.alpha)
         if self.mixed_patterns and (self.allocation == "uniform" or not self.patterns):
             raise InputError("--mixed-patterns: it needs a --pattern and an --allocation")
+        self._check_norms()
+
+    def _check_norms(self) -> None:
+        """`--alpha` and `--grad-norm` are parts of a formula."""
+        scores = [self._score() if self._has_score else None, self.shares_score()]
+        names = {name for score in scores if score is not None for name in score.expression.names}
+        what = self.score or self.method
+        if self.alpha != _DEFAULT_ALPHA and "a" not in names:
+            raise InputError(f"--alpha {self.alpha}: {what} has none: leave it out")
+        if self.grad_norm != GRAD_NORMS[0] and "G" not in names:
+            raise InputError(f"--grad-norm {self.grad_norm}: {what} does not use it: leave it out")
 
     @property
     def _has_score(self) -> bool:

@@ -148,7 +148,7 @@ def _named(layer: str) -> Iterator[None]:
         raise GradpipeError(
             f"layer {layer}: the device has too little memory for it: use --device cpu"
         ) from error
-    except torch.linalg.LinAlgError as error:
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise GradpipeError(
             f"layer {layer}: its second moments cannot be decomposed: {one_line(error)}; use a "
             "method without them"

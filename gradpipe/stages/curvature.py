@@ -54,7 +54,8 @@ class Curvature:
         """
         lower_II = torch.linalg.cholesky(self.hessian.flip(0, 1))
         identity_II = torch.eye(len(lower_II), device=lower_II.device)
-        return torch.linalg.solve_triangular(lower_II, identity_II, upper=False).flip(0, 1)
+        inverse_II: Tensor = torch.linalg.solve_triangular(lower_II, identity_II, upper=False)
+        return inverse_II.flip(0, 1)
 
     def times(self, change_OI: Tensor) -> Tensor:
         """S · change · H, half the gradient of the cost."""
