@@ -32,6 +32,7 @@ from gradpipe import (
     cli,
     collect,
     evaluate,
+    plan,
     prune,
 )
 from gradpipe.stages.checkpoint import Checkpoint
@@ -407,6 +408,18 @@ def test_a_hub_model_goes_the_whole_way(
     )
     with pytest.raises(InputError, match=r"model\.layers\.0"):
         client.submit(prune, options).result()
+
+
+def test_a_plan_fetches_the_config_alone(
+    hub: hubs.Hub, client: ProcessPoolExecutor, tmp_path: Path
+) -> None:
+    """What a collection would take is known before the weights are downloaded for it."""
+    hub.commit("models/someone/unseen", save_tiny("llama", tmp_path / "unseen", seed=3))
+    config = CollectConfig(model="someone/unseen", store=tmp_path / "store", seq_len=12)
+    planned = client.submit(plan, config).result()
+    assert planned.num_parameters > 0
+    assert hub.downloads("models/someone/unseen") == {"config.json"}
+    assert not config.store.exists()
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ from gradpipe.stages.model import (
     load_tokenizer,
     resolve_dtype,
     sequence_length,
+    with_expected_tensors,
 )
 from gradpipe.stages.plan import Plan, Workload, check_schedule, make_plan
 from gradpipe.stages.samples import DataConfig, Samples, draw_samples, load_text
@@ -157,8 +158,9 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
 
 
 def plan(config: CollectConfig) -> Plan:
-    """What stage one would take: no weight is read, nothing is written."""
-    checkpoint = _open(config)
+    """What stage one would take, from `config.json` alone: no weight is read, none is fetched."""
+    checkpoint = with_expected_tensors(Checkpoint.outline(config.model))
+    _check_windows(config, checkpoint)
     device = resolve_device(config.device)
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
@@ -175,7 +177,8 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     """Collect one share, and finish the store if it is all there is."""
     sources = (Path(config.model), Path(config.data.name))
     check_destination(config.store, sources)
-    checkpoint = _open(config)
+    checkpoint = Checkpoint.open(config.model)
+    _check_windows(config, checkpoint)
     device = resolve_device(config.device)
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
@@ -213,9 +216,8 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
             raise Interrupted(f"{error}: run the same command again to go on") from error
 
 
-def _open(config: CollectConfig) -> Checkpoint:
-    """The checkpoint; InputError if it is not for the task, or cannot have such windows."""
-    checkpoint = Checkpoint.open(config.model)
+def _check_windows(config: CollectConfig, checkpoint: Checkpoint) -> None:
+    """Raises InputError if the checkpoint is not for the task, or cannot have such windows."""
     if find_task(checkpoint, config.task) == CAUSAL_LM:
         sequence_length(config.seq_len, checkpoint)
     elif config.seq_len is not None:
@@ -223,7 +225,6 @@ def _open(config: CollectConfig) -> Checkpoint:
             f"--seq-len {config.seq_len}: {checkpoint.name} classifies images, which have no "
             "windows: leave it out"
         )
-    return checkpoint
 
 
 def _layers(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,6 +27,9 @@ SINGLE_NAME = "model.safetensors"
 NOT_COPIED = (  # weights in any format, and the model card, which an output writes anew
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
     *(".bin.index.json", "README.md"),
+)
+_FETCHED = (  # from the Hub: weights as safetensors alone, and small files
+    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"),
 )
 EMBEDDED_NAME = "embedded"  # the model that ships with the package
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "tiny-llama"
@@ -58,7 +61,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint directory whose files were all found and whose headers were all checked."""
+    """A checkpoint directory: opened, its files were all found and their headers checked."""
 
     name: str  # as the user gave it
     revision: str | None  # the Hub's commit, None for a local folder
@@ -74,21 +77,23 @@ class Checkpoint:
         Raises InputError if there is none, if its weights are only in pickle files, or if a
         shard is missing or truncated.
         """
-        folder, revision = _locate(name)
-        config = _read_json(folder / "config.json")
-        files = _weight_files(name, folder)
+        outline = cls.outline(name, fetched=_FETCHED)
+        files = _weight_files(name, outline.folder)
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            tensors.update(_read_header(folder / file))
-        _check_index(name, folder, tensors)
-        return cls(
-            name=name,
-            revision=revision,
-            folder=folder,
-            config=config,
-            files=files,
-            tensors=tensors,
-        )
+            tensors.update(_read_header(outline.folder / file))
+        _check_index(name, outline.folder, tensors)
+        return replace(outline, files=files, tensors=tensors)
+
+    @classmethod
+    def outline(cls, name: str, fetched: tuple[str, ...] = ("config.json",)) -> Self:
+        """What `config.json` alone tells: a checkpoint without files and tensors.
+
+        From the Hub only files of these names are `fetched`. Raises InputError if there is none.
+        """
+        folder, revision = _locate(name, fetched)
+        config = _read_json(folder / "config.json")
+        return cls(name=name, revision=revision, folder=folder, config=config, files=(), tensors={})
 
     @property
     def label(self) -> str:
@@ -137,8 +142,8 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data
 
 
-def _locate(name: str) -> tuple[Path, str | None]:
-    """Folder and Hub commit of a model."""
+def _locate(name: str, fetched: tuple[str, ...]) -> tuple[Path, str | None]:
+    """Folder and Hub commit of a model, of which at least the files `fetched` are there."""
     folder = EMBEDDED_MODEL if name == EMBEDDED_NAME else Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -146,14 +151,13 @@ def _locate(name: str) -> tuple[Path, str | None]:
         return folder, None
     if folder.exists():
         raise InputError(f"{name} is a file, expected a model directory or a Hub id")
-    return _download(name)
+    return _download(name, fetched)
 
 
-def _download(name: str) -> tuple[Path, str | None]:
-    """Fetch a model from the Hub (or its cache): safetensors and small files only."""
-    patterns = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"]
+def _download(name: str, fetched: tuple[str, ...]) -> tuple[Path, str | None]:
+    """Fetch a model's files of these names from the Hub, or its cache."""
     try:
-        folder = Path(snapshot_download(name, allow_patterns=patterns))
+        folder = Path(snapshot_download(name, allow_patterns=[*fetched]))
     except Exception as error:  # the Hub client raises from many families
         raise InputError(
             f"{name} is neither a model directory nor a Hub id that can be fetched: "

@@ -18,12 +18,16 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import (
+    WeightRenaming,
+    rename_source_key,
+    revert_weight_conversion,
+)
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from gradpipe.errors import InputError
-from gradpipe.stages.checkpoint import FLOAT_TYPES, Checkpoint, matrix_shape
+from gradpipe.stages.checkpoint import FLOAT_TYPES, Checkpoint, TensorInfo, matrix_shape
 from gradpipe.stages.experts import split_experts
 from gradpipe.stages.tasks import auto_class, noun
 from gradpipe.store.objects import digest
@@ -125,6 +129,31 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             model._init_weights(model.get_submodule(owner))  # noqa: SLF001 (from_pretrained's way)
         model.tie_weights()
     return _frozen(model)
+
+
+def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
+    """The checkpoint that `config.json` promises: tensors as transformers would save them.
+
+    They have names, types and shapes, and lie in no file.
+    """
+    with _loading(outline):
+        config = AutoConfig.from_pretrained(outline.folder, trust_remote_code=False)
+        with torch.device("meta"):
+            model: Any = auto_class(outline).from_config(config)
+        saved = revert_weight_conversion(model, model.state_dict())
+    types = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+    tensors = {
+        key: TensorInfo(
+            key=key,
+            file="",
+            dtype=types.get(tensor.dtype, ""),
+            shape=tuple(tensor.shape),
+            start=0,
+            stop=0,
+        )
+        for key, tensor in saved.items()
+    }
+    return replace(outline, tensors=tensors)
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:

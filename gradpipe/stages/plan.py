@@ -1,4 +1,4 @@
-"""What a collection will take, from the config and the file headers alone: no weight is read.
+"""What a collection will take, from `config.json` alone: no weight is read, none is fetched.
 
 The figures are estimates, on the safe side: weights and accumulators are exact, activations are
 those that autograd and the hooks keep of each linear map, and a few of each block's width.
