@@ -9,6 +9,7 @@ SOURCES := gradpipe tests $(sort $(patsubst %/,%,$(dir $(wildcard scripts/*.py b
 .PHONY: demo test lint clean
 
 demo: $(STAMP)
+	rm -rf demo-out
 	.venv/bin/pipe demo demo-out
 
 test: $(STAMP)

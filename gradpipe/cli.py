@@ -328,7 +328,7 @@ def main() -> None:
         app()
     except SystemExit as error:
         if error.code == _TYPER_INTERRUPTED:
-            _complain("interrupted: what was saved is kept; run the same command again to go on")
+            _complain("interrupted: run the same command again")
             sys.exit(75)
         raise
     except (GradpipeError, OSError) as error:

@@ -171,9 +171,9 @@ def test_a_file_that_vanishes(
     away.rename(weights)
     step = resident_batch
 
-    def vanishing(*arguments: Any) -> float:
+    def vanishing(*arguments: Any) -> None:
         (run.store / "zarr.json").unlink(missing_ok=True)
-        return step(*arguments)
+        step(*arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(share, "resident_batch", vanishing)

@@ -1,8 +1,10 @@
 """The plan of a collection: from the config alone, and the schedule that it chooses."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gradpipe import CollectConfig, DataConfig, collect, plan
@@ -42,6 +44,18 @@ def test_a_plan_needs_no_more_than_the_config(family: str, tmp_path: Path) -> No
     )
     assert planned.store_bytes == 4 * numbers
     assert planned.num_parameters >= sum(math.prod(layer.shape) for layer in store.spec.layers)
+
+
+def test_a_file_of_tokens_has_windows_of_its_own(tmp_path: Path) -> None:
+    """What a collection would take is counted for the windows that it would have."""
+    np.save(tmp_path / "ids.npy", np.zeros((8, 24), dtype=np.int32))
+    data = DataConfig(name=str(tmp_path / "ids.npy"))
+    run = config(tmp_path, data=data, seq_len=None)
+    assert (
+        plan(run).flops
+        == plan(replace(run, seq_len=24)).flops
+        < plan(replace(run, seq_len=64)).flops
+    )
 
 
 def test_resident_where_it_fits_with_a_margin(

@@ -133,10 +133,10 @@ def test_an_unfinished_shard_is_named(
     run = config(inputs, store, "1/2", checkpoint_every=2)
     calls = iter(range(99))
 
-    def interrupted(*arguments: Any) -> float:
+    def interrupted(*arguments: Any) -> None:
         if next(calls) == 3:
             raise Interrupted("stopped")
-        return resident_batch(*arguments)
+        resident_batch(*arguments)
 
     with monkeypatch.context() as patched:
         patched.setattr(share, "resident_batch", interrupted)

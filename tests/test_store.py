@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradpipe.errors import GradpipeError, InputError, StoreError
-from gradpipe.store import arrays, codec
+from gradpipe.store import arrays, codec, gradients
 from gradpipe.store.gradients import (
     Calibration,
     GradientStore,
@@ -159,6 +160,26 @@ def test_a_store_without_its_commit_record_is_unfinished(tmp_path: Path) -> None
         GradientStore.open(folder)
     with pytest.raises(InputError, match="no store"):
         GradientStore.open(tmp_path / "nothing")
+
+
+def test_a_store_is_incomplete_as_soon_as_it_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while its objects are removed, it does not pass for the whole that it was."""
+    write_store(tmp_path / "store")
+    assert is_complete(tmp_path / "store")
+    monkeypatch.setattr(gradients, "remove_strays", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        gradients.clear(tmp_path / "store")
+    assert not is_complete(tmp_path / "store")
+
+
+def test_a_statistic_that_was_not_collected_is_no_damage(tmp_path: Path) -> None:
+    """Asked for what it never held, a store says what it does hold."""
+    write_store(tmp_path / "store")
+    store = GradientStore.open(tmp_path / "store")
+    with pytest.raises(InputError, match=r"has no hessian, it has grad_l1, grad_l2, act_l2"):
+        store.read_norms(LAYER, "hessian")
 
 
 def test_every_changed_byte_is_found(tmp_path: Path) -> None:

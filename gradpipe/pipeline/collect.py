@@ -43,14 +43,14 @@ from gradpipe.stages.model import (
 from gradpipe.stages.plan import Plan, Workload, check_schedule, make_plan
 from gradpipe.stages.samples import DataConfig, Samples, draw_samples, load_text
 from gradpipe.stages.tasks import check_loss_of_labels, check_task, find_task
-from gradpipe.stages.tokens import is_tokens, token_length, token_samples
+from gradpipe.stages.tokens import is_tokens, token_samples, window_length
 from gradpipe.store.codec import ENCODINGS
 from gradpipe.store.gradients import (
     LOCK_NAME,
-    PARTIAL,
     Calibration,
     GradientStore,
     StoreWriter,
+    clear,
     is_begun,
     is_complete,
     is_ours,
@@ -58,7 +58,6 @@ from gradpipe.store.gradients import (
     tidy,
 )
 from gradpipe.store.lock import locked
-from gradpipe.store.objects import COMMIT_KEY, remove_strays
 from gradpipe.store.partial import Shard
 from gradpipe.store.schema import (
     CAUSAL_LM,
@@ -169,7 +168,7 @@ def plan(config: CollectConfig) -> Plan:
         check_loss_of_labels(model)
         seq_len = image_tokens(model, blocks)
     else:
-        seq_len = sequence_length(config.seq_len, checkpoint)
+        seq_len = window_length(config.data.name, config.seq_len, checkpoint)
     return make_plan(config.schedule, model, blocks, layers, _workload(config, seq_len), device)
 
 
@@ -269,21 +268,13 @@ def _begin(
         if config.overwrite or not is_begun(folder):
             if samples is None:
                 raise StoreError(f"store {folder} was removed meanwhile: run the command again")
-            _start_anew(folder, _spec(config, checkpoint, layers, samples[0]), samples[1])
+            clear(folder)
+            spec = _spec(config, checkpoint, layers, samples[0])
+            StoreWriter(folder, spec).begin(samples[1])
         spec, calibration = read_begun(folder)
         check_same(folder, _spec(config, checkpoint, layers, spec.samples), spec)
         held.enter_context(locked(share_lock(folder, shard), wait=False))
         return spec, calibration
-
-
-def _start_anew(folder: Path, spec: StoreSpec, calibration: Calibration) -> None:
-    """Begin a store, whose lock the caller holds, in place of what is there."""
-    for lock in (folder / PARTIAL).glob("*.lock"):
-        with locked(lock, wait=False):
-            pass  # or raise that another process is at work on what would be removed
-    (folder / COMMIT_KEY).unlink(missing_ok=True)  # first: without the rest it is not complete
-    remove_strays(folder, {LOCK_NAME})
-    StoreWriter(folder, spec).begin(calibration)
 
 
 def check_destination(folder: Path, sources: tuple[Path, ...]) -> None:
@@ -315,11 +306,10 @@ def _draw(
 
 def _draw_windows(config: CollectConfig, checkpoint: Checkpoint) -> Samples:
     name = config.data.name
+    seq_len = window_length(name, config.seq_len, checkpoint)
     if is_tokens(name):
-        seq_len = sequence_length(config.seq_len or token_length(name), checkpoint)
         samples = token_samples(name, config.num_samples, seq_len)
         return replace(samples, spec=replace(samples.spec, dataset=config.data.label))
-    seq_len = sequence_length(config.seq_len, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     text = load_text(config.data, "calibration")
     samples = draw_samples(name, text, tokenizer, config.num_samples, seq_len, config.seed)

@@ -17,6 +17,7 @@ from gradpipe.pipeline.prune import prune
 from gradpipe.pipeline.prune_config import RECIPES, PruneConfig
 from gradpipe.stages.checkpoint import EMBEDDED_NAME
 from gradpipe.stages.samples import DataConfig
+from gradpipe.store.gradients import is_begun, is_complete
 from gradpipe.store.schema import DEFAULT_STATISTICS, SECOND_MOMENTS
 
 SPARSITIES = (0.5, 0.6, 0.7)
@@ -47,15 +48,18 @@ class DemoResult:
     """Perplexities by row (method) and column (target), and where everything lies."""
 
     folder: Path
-    dense: float
+    dense: float  # perplexity of the unpruned model
     perplexities: dict[str, dict[str, float]]
 
 
 def demo(out: Path, console: Console = QUIET) -> DemoResult:
-    """Run the demo into `out`, which must not exist."""
-    if out.exists():
-        raise InputError(f"OUT {out} exists: give another name")
+    """Run the demo into `out`; the same call again finishes one that was interrupted.
+
+    Raises InputError if `out` exists and is not a demo's, GradpipeError if the disk fails.
+    """
     store = out / "store"
+    if out.exists() and not (is_begun(store) or is_complete(store)):
+        raise InputError(f"OUT {out} exists: give another name")
     collect(
         CollectConfig(
             model=EMBEDDED_NAME,
@@ -76,6 +80,7 @@ def demo(out: Path, console: Console = QUIET) -> DemoResult:
                 out=out / name.replace(" ", "-"),
                 sparsities=SPARSITIES,
                 patterns=PATTERNS,
+                overwrite=True,
                 **options,
             ),
             console,

@@ -19,12 +19,11 @@ from gradpipe.stages.model import (
     load_model,
     load_tokenizer,
     resolve_dtype,
-    sequence_length,
 )
 from gradpipe.stages.perplexity import perplexity
 from gradpipe.stages.samples import DataConfig, evaluation_windows, load_text
 from gradpipe.stages.tasks import check_task, find_task
-from gradpipe.stages.tokens import is_tokens, token_length, token_windows
+from gradpipe.stages.tokens import is_tokens, token_windows, window_length
 from gradpipe.stages.top1 import top1
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 
@@ -162,10 +161,9 @@ def _windows(
 ) -> tuple[npt.NDArray[np.int64], str | None]:
     """What to measure on, (windows, tokens), and the commit that it is from."""
     name = config.data.name
+    seq_len = window_length(name, config.seq_len, checkpoint)
     if is_tokens(name):
-        seq_len = sequence_length(config.seq_len or token_length(name), checkpoint)
         return token_windows(name, seq_len, config.max_windows), None
-    seq_len = sequence_length(config.seq_len, checkpoint)
     tokenizer = load_tokenizer(checkpoint)
     text = load_text(config.data, "evaluation")
     return evaluation_windows(name, text, tokenizer, seq_len, config.max_windows), text.revision

@@ -17,10 +17,10 @@ from gradpipe.store.gradients import (
     GradientStore,
     LayerStats,
     StoreWriter,
+    clear,
     is_complete,
 )
 from gradpipe.store.lock import locked
-from gradpipe.store.objects import remove_strays
 from gradpipe.store.schema import (
     ACTIVATION_STATISTICS,
     FORMAT_VERSION,
@@ -72,7 +72,7 @@ def import_gblm(config: ImportConfig) -> GradientStore:
     taken = () if activations is None else _taken(activations, layers)
     spec = _spec(config, checkpoint, layers, (*sums, *taken))
     with locked(config.store / LOCK_NAME, wait=False):
-        remove_strays(config.store, {LOCK_NAME})
+        clear(config.store)
         writer = StoreWriter(config.store, spec)
         writer.begin(None)
         for key, layer in sorted(layers.items(), key=lambda item: (item[1].block, item[0])):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from gradpipe.store.partial import Partial, Shard, Snapshot, add_stats
 from gradpipe.store.schema import StoreSpec
 
 
-def merge(stores: Sequence[Path], advance: Callable[[int], None] = lambda _: None) -> GradientStore:
+def merge(stores: Sequence[Path]) -> GradientStore:
     """Finish the first store from its own shards and those of the others, which stay as they are.
 
     Raises InputError if the stores are not of one collection, or if a shard is there twice;
@@ -43,12 +43,10 @@ def merge(stores: Sequence[Path], advance: Callable[[int], None] = lambda _: Non
         spec, _ = read_begun(target)
         for other in stores[1:]:
             check_same(target, spec, read_begun(other)[0])
-        return finalize(target, stores[1:], advance)
+        return finalize(target, stores[1:])
 
 
-def finalize(
-    folder: Path, others: Sequence[Path] = (), advance: Callable[[int], None] = lambda _: None
-) -> GradientStore:
+def finalize(folder: Path, others: Sequence[Path] = ()) -> GradientStore:
     """Add up the shards in `folder`, whose lock the caller holds, and commit the store.
 
     Shards may also lie in `others`, which are only read.
@@ -71,7 +69,6 @@ def finalize(
             total = add_stats(total, snapshots[layer.name].layer(layer, spec.statistics))
         assert total is not None  # there is at least one shard
         writer.write_layer(layer, total)
-        advance(1)
     writer.commit()
     return GradientStore.open(folder)
 

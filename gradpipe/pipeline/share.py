@@ -9,8 +9,8 @@ import ctypes
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def _run_resident(
             if stop_requested() and not finished:
                 raise Interrupted(f"stopped after {done} of {len(job.share)} samples")
     if job.is_alone:
-        _finish(job, ((x.spec, x) for x in sums))
+        _finish(job, sums)
 
 
 def _restore(job: Job, partial: Partial, sums: list[LayerAccumulator]) -> int:
@@ -145,13 +145,13 @@ def _save(job: Job, partial: Partial, sums: list[LayerAccumulator], done: int) -
     partial.keep_only(name)
 
 
-def _finish(job: Job, sums: Iterator[tuple[Any, LayerAccumulator]]) -> None:
+def _finish(job: Job, sums: Sequence[LayerAccumulator]) -> None:
     """Write the whole store from sums in memory."""
     with locked(job.store / LOCK_NAME, wait=True):
         writer = StoreWriter(job.store, job.spec)
         writer.begin(job.calibration)
-        for layer, accumulator in sums:
-            writer.write_layer(layer, accumulator.result())
+        for accumulator in sums:
+            writer.write_layer(accumulator.spec, accumulator.result())
         writer.commit()
 
 
@@ -221,12 +221,10 @@ def _scratch_folder(job: Job, partial: Partial) -> Path:
     return job.scratch / f"gradpipe-{name}"
 
 
-@contextmanager
-def _bar(job: Job, console: Console, total: int) -> Iterator[Callable[[int], None]]:
+def _bar(job: Job, console: Console, total: int) -> AbstractContextManager[Callable[[int], None]]:
     tokens = job.spec.samples.seq_len if job.plan.schedule == "resident" else 0
     unit = "samples" if tokens else "block-samples"
-    with progress_bar(console, "collecting", total, unit, tokens) as advance:
-        yield advance
+    return progress_bar(console, "collecting", total, unit, tokens)
 
 
 @dataclass(slots=True)

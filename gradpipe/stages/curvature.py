@@ -1,6 +1,6 @@
 """Second moments made fit to solve with: what it costs to change a layer's weights.
 
-    input   ‖(W − Ŵ) X‖², by H = Σ x xᵀ alone: the layer's own output must stay
+    input   ‖(W − Ŵ) Xᵀ‖², by H = Σ x xᵀ alone: the layer's own output must stay
     kfac    Σ ⟨dy, (W − Ŵ) x⟩² ≈ tr(S (W − Ŵ) H (W − Ŵ)ᵀ), with S = Σ dy dyᵀ: the loss must stay
             (Kronecker-factored Fisher information: Martens & Grosse, 2015; used to prune language
             models by van der Ouderaa et al., 2024)
@@ -68,11 +68,6 @@ class Curvature:
         if self.cov is None:
             return diagonal_1I
         return self.cov.diagonal()[:, None] * diagonal_1I
-
-    def cost(self, change_OI: Tensor) -> Tensor:
-        """The cost of a change: of each row, (O,), where rows do not interact, else one number."""
-        product_OI = change_OI * self.times(change_OI)
-        return product_OI.sum(dim=None if self.cov is not None else 1)
 
 
 def _damped(what: str, matrix_NN: Tensor, share: float, notes: list[str]) -> Tensor:

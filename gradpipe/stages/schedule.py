@@ -26,8 +26,8 @@ def resident_batch(
     layers: Sequence[Layer],
     accumulators: Sequence[LayerAccumulator],
     batch: Batch,
-) -> float:
-    """One batch forward and, if a statistic needs it, backward; returns the mean loss.
+) -> None:
+    """One batch forward and, if a statistic needs it, backward.
 
     The loss differentiated is the model's own loss of each sample, so that a sample
     weighs the same in any batch.
@@ -48,12 +48,11 @@ def resident_batch(
             torch.set_grad_enabled(backward),
         ):
             loss = batch.forward(model).loss
-            value = check_loss(loss, find_overflow)
+            check_loss(loss, find_overflow)
             if backward:
                 (loss * (num_samples * scale)).backward()
     finally:
         entry.remove()
-    return value
 
 
 def loss_scale(model: Any) -> float:
@@ -61,8 +60,8 @@ def loss_scale(model: Any) -> float:
     return _FLOAT16_SCALE if model.dtype is torch.float16 else 1.0
 
 
-def check_loss(loss: Tensor, find: Callable[[], str | None]) -> float:
-    """The loss as a number; GradpipeError if it is none, with the layer that `find` blames."""
+def check_loss(loss: Tensor, find: Callable[[], str | None]) -> None:
+    """Raises GradpipeError for a loss that is not finite, with the layer that `find` blames."""
     value = float(loss.detach())
     if not math.isfinite(value):
         layer = find()
@@ -71,7 +70,6 @@ def check_loss(loss: Tensor, find: Callable[[], str | None]) -> float:
             f"the model's loss is {value}{origin}: try --dtype bfloat16 or float32, "
             "or mend the checkpoint"
         )
-    return value
 
 
 def _require_grad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -94,7 +94,7 @@ class Streamed:
             outside = [x for x in layers if x.spec.block is None and None not in done]
             sums = [LayerAccumulator(x.spec, statistics, self._device) for x in outside]
             if sums or (backward and not self._next_gradient_exists(depth)):
-                self._run_head(outside, sums, lambda start: self._blame(start, layers), backward)
+                self._run_head(outside, sums, layers, backward=backward)
             if None not in done:
                 yield None, sums
         for index in reversed(range(depth)):
@@ -259,9 +259,11 @@ class Streamed:
         self,
         layers: Sequence[Layer],
         sums: Sequence[LayerAccumulator],
-        blame: Callable[[int], str | None],
-        backward: bool,  # noqa: FBT001 (the last of many)
+        inside: Sequence[Layer],
+        *,
+        backward: bool,
     ) -> None:
+        """Feed the layers outside the blocks; a loss that is not finite is blamed on `inside`."""
         depth = len(self._blocks.modules)
         scale = loss_scale(self._model)
         with self._loader.loaded("", excluded=self._blocks.path + "."):
@@ -278,7 +280,7 @@ class Streamed:
                     torch.set_grad_enabled(backward),
                 ):
                     loss = batch.forward(self._model).loss
-                    check_loss(loss, partial(blame, start))
+                    check_loss(loss, partial(self._blame, start, inside))
                     if backward:
                         (loss * (len(batch) * scale)).backward()
                         self._gradient(depth).write(start, _grad_of(leaf_BTH))

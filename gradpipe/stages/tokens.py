@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gradpipe.errors import InputError, one_line
+from gradpipe.stages.checkpoint import Checkpoint
+from gradpipe.stages.model import sequence_length
 from gradpipe.stages.samples import Samples
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import SampleSpec
@@ -19,10 +21,14 @@ def is_tokens(name: str) -> bool:
     return name.endswith(".npy") and Path(name).is_file()
 
 
-def token_length(name: str) -> int | None:
-    """Tokens of a window where the file has windows of its own, a row each."""
-    ids = _load(name)
-    return ids.shape[1] if ids.ndim == 2 else None
+def window_length(name: str, asked: int | None, checkpoint: Checkpoint) -> int:
+    """Tokens of a window of a dataset: `asked`, or the length of a file's own rows, or 2048.
+
+    Raises InputError as `sequence_length` does.
+    """
+    ids = _load(name) if is_tokens(name) else None
+    own = ids.shape[1] if ids is not None and ids.ndim == 2 else None
+    return sequence_length(asked or own, checkpoint)
 
 
 def token_windows(name: str, seq_len: int, most: int | None) -> npt.NDArray[np.int64]:

@@ -33,7 +33,7 @@ _ZSTD_MAGIC = 0xFD2FB528
 _NO_CHUNK = (1 << 64) - 1  # in a shard's index: never written
 
 
-def encode_array(array: Array, attributes: dict[str, Any] | None = None) -> dict[str, bytes]:
+def encode_array(array: Array) -> dict[str, bytes]:
     """The two objects of one array, keyed `zarr.json` and `c/0/0` (`c/0` in one dimension)."""
     chunk, shard = _layout(array.shape, array.itemsize)
     store = MemoryStore()
@@ -46,10 +46,9 @@ def encode_array(array: Array, attributes: dict[str, Any] | None = None) -> dict
         compressors=[ZstdCodec(level=1, checksum=True)],
         fill_value=0,
         config={"write_empty_chunks": True},
-        attributes=attributes,
     )
     zarr_array[...] = array
-    return contents(store)
+    return _contents(store)
 
 
 def decode_array(metadata: bytes, data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
@@ -83,7 +82,7 @@ def group_metadata(attributes: dict[str, Any]) -> bytes:
     """The `zarr.json` of a group with these attributes."""
     store = MemoryStore()
     zarr.create_group(store, attributes=attributes, zarr_format=3)
-    return contents(store)["zarr.json"]
+    return _contents(store)["zarr.json"]
 
 
 def consolidate(metadata: dict[str, bytes]) -> bytes:
@@ -93,10 +92,10 @@ def consolidate(metadata: dict[str, bytes]) -> bytes:
     with warnings.catch_warnings():  # consolidated metadata is a convention, not in the v3 spec
         warnings.simplefilter("ignore")
         zarr.consolidate_metadata(store, zarr_format=3)
-    return contents(store)["zarr.json"]
+    return _contents(store)["zarr.json"]
 
 
-def contents(store: MemoryStore) -> dict[str, bytes]:
+def _contents(store: MemoryStore) -> dict[str, bytes]:
     """The objects of a store in memory, metadata as compact JSON: small layers have little else."""
     objects = {key: buffer.to_bytes() for key, buffer in store._store_dict.items()}  # noqa: SLF001
     return {

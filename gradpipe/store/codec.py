@@ -96,7 +96,7 @@ def decode_layer(encoded: Mapping[str, Encoded]) -> dict[str, Sums]:
     for statistic, item in encoded.items():
         if item.spec.encoding == "log":
             base = None if item.spec.base is None else encoded[item.spec.base]
-            levels = decode_levels(item, base)
+            levels = _decode_levels(item, base)
             norms[statistic] = level_table().take(levels - LOWEST, mode="clip")
         elif item.spec.encoding == "correlation":
             norms[statistic] = _decode_correlation(item.parts)
@@ -183,7 +183,7 @@ def _decode_correlation(parts: Parts) -> Sums:
     return packed
 
 
-def decode_levels(item: Encoded, base: Encoded | None = None) -> Levels:
+def _decode_levels(item: Encoded, base: Encoded | None = None) -> Levels:
     """Offsets + codes, and the base's levels, (out, in); specials far outside ±`SPECIAL`."""
     packed, offsets = item.parts["codes"], item.parts["offsets"].astype(np.int32)
     rows, cols, escapes = split_offsets(offsets, len(packed), item.spec.num_escapes)
@@ -193,7 +193,7 @@ def decode_levels(item: Encoded, base: Encoded | None = None) -> Levels:
     check_escapes(int(np.count_nonzero(escaped)), item.spec)
     levels[escaped] = escapes
     levels += rows[:, None] + cols
-    return levels if base is None else levels + _finite(decode_levels(base))
+    return levels if base is None else levels + _finite(_decode_levels(base))
 
 
 def split_offsets(offsets: Any, num_rows: int, num_escapes: int) -> tuple[Any, Any, Any]:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from gradpipe.errors import InputError, StoreError, one_line
 from gradpipe.store import arrays, codec
+from gradpipe.store.lock import locked
 from gradpipe.store.nodes import ATTRIBUTE, read_array, read_attributes, write_array, write_group
 from gradpipe.store.objects import (
     COMMIT_KEY,
@@ -167,6 +168,18 @@ class StoreWriter:
         tidy(self.folder)
 
 
+def clear(folder: Path) -> None:
+    """Remove the store in `folder`, whose lock the caller holds, to begin another in its place.
+
+    Raises InputError if a process is still collecting one of its shards.
+    """
+    for lock in (folder / PARTIAL).glob("*.lock"):
+        with locked(lock, wait=False):
+            pass  # nobody holds it, and nobody can take it without the store's lock
+    (folder / COMMIT_KEY).unlink(missing_ok=True)  # first: without the rest it is not complete
+    remove_strays(folder, {LOCK_NAME})
+
+
 def tidy(folder: Path) -> None:
     """Remove from a complete store whatever its commit record does not name."""
     record = CommitRecord.from_bytes((folder / COMMIT_KEY).read_bytes())
@@ -201,9 +214,17 @@ class GradientStore:
         return self._objects.local_folder
 
     def read(self, layer: LayerSpec, statistics: Iterable[str]) -> dict[str, codec.Encoded]:
-        """Statistics of one layer as stored, with the bases that they are coded against."""
+        """Statistics of one layer as stored, with the bases that they are coded against.
+
+        Raises InputError if the store lacks one, StoreError if it is damaged.
+        """
         encoded: dict[str, codec.Encoded] = {}
         waiting = list(statistics)
+        if missing := [name for name in waiting if name not in self.spec.statistics]:
+            raise InputError(
+                f"store {self.url} has no {missing[0]}, it has "
+                f"{', '.join(self.spec.statistics)}: collect again with --statistics"
+            )
         while waiting:
             statistic = waiting.pop()
             if statistic not in encoded:
@@ -216,7 +237,7 @@ class GradientStore:
     def read_norms(self, layer: LayerSpec, statistic: str) -> codec.Sums:
         """One statistic of a layer as float32 norms: Σ|G|, √ΣG², ΣG, (out, in); √Σx², Σx, (in,).
 
-        Second moments are packed triangles.
+        Second moments are packed triangles. Raises as `read` does.
         """
         return codec.decode_layer(self.read(layer, [statistic]))[statistic]
 
