@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +46,6 @@ from gradpipe.store.schema import (
     ACTIVATION_STATISTICS,
     FORMAT_VERSION,
     LayerSpec,
-    ModelSpec,
     SampleSpec,
     StoreSpec,
 )
@@ -180,13 +179,7 @@ def _store_spec(checkpoint: Checkpoint, names: tuple[str, ...], encoding: str) -
         version=FORMAT_VERSION,
         gradpipe=version("gradpipe"),
         objective="causal-lm",
-        model=ModelSpec(
-            name=checkpoint.label,
-            revision=None,
-            architecture="LlamaForCausalLM",
-            dtype=str(checkpoint.config["dtype"]),
-            config_digest=checkpoint.config_digest,
-        ),
+        model=checkpoint.model_spec(str(checkpoint.config["dtype"])),
         samples=SampleSpec(
             dataset="random",
             revision=None,
@@ -204,14 +197,9 @@ def _store_spec(checkpoint: Checkpoint, names: tuple[str, ...], encoding: str) -
 
 
 def _layer_spec(checkpoint: Checkpoint, info: TensorInfo) -> LayerSpec:
-    return LayerSpec(
-        name=info.key.removesuffix(".weight"),
-        weight_key=info.key,
-        shape=info.shape,
-        block=int(info.key.split(".layers.")[1].split(".")[0]),
-        transposed=False,
-        digest=digest(checkpoint.read_bytes(info.key)),
-    )
+    block = int(info.key.split(".layers.")[1].split(".")[0])
+    spec = checkpoint.layer_spec(info.key, block)
+    return replace(spec, digest=digest(checkpoint.read_bytes(info.key)))
 
 
 def _random_sums(

@@ -73,10 +73,11 @@ def test_windows_come_from_documents_longer_than_a_window(root: Path) -> None:
     tokenizer = load_tokenizer(Checkpoint.open(str(root / "model")))
     documents = ["the fox", SENTENCE * 2, "the dog", SENTENCE]
     text = Text(documents=documents, revision=None, separator="\n\n", joined=False)
-    samples = draw_samples("toy", text, tokenizer, 20, 12, 0)
-    assert samples.spec.sampling == "document"
-    assert set(samples.sources[:, 0]) <= {1, 3}
-    for window, (document, start) in zip(samples.input_ids, samples.sources, strict=True):
+    spec, calibration = draw_samples("toy", text, tokenizer, 20, 12, 0)
+    windows, sources = calibration.arrays["input_ids"], calibration.arrays["sources"]
+    assert spec.sampling == "document"
+    assert set(sources[:, 0]) <= {1, 3}
+    for window, (document, start) in zip(windows, sources, strict=True):
         whole = tokenizer(documents[document])["input_ids"]
         assert whole[start : start + 12] == list(window)
 
@@ -85,9 +86,9 @@ def test_short_documents_are_joined(root: Path) -> None:
     """Where no document is long enough, windows come from the joined text, and it is said."""
     tokenizer = load_tokenizer(Checkpoint.open(str(root / "model")))
     text = Text(documents=["the fox runs"] * 30, revision=None, separator=" ", joined=False)
-    samples = draw_samples("toy", text, tokenizer, 4, 24, 0)
-    assert samples.spec.sampling == "joined"
-    assert (samples.sources[:, 0] == -1).all()
+    spec, calibration = draw_samples("toy", text, tokenizer, 4, 24, 0)
+    assert spec.sampling == "joined"
+    assert (calibration.arrays["sources"][:, 0] == -1).all()
     with pytest.raises(InputError, match="too short"):
         draw_samples("toy", text, tokenizer, 4, 10_000, 0)
 

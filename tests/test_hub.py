@@ -16,9 +16,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -36,8 +38,8 @@ from gradpipe import (
     prune,
 )
 from gradpipe.stages.checkpoint import Checkpoint
-from gradpipe.stages.samples import Samples, draw_samples, evaluation_windows, load_text
-from gradpipe.store.schema import StoreSpec
+from gradpipe.stages.samples import draw_samples, evaluation_windows, load_text
+from gradpipe.store.schema import SampleSpec, StoreSpec
 from tests import hub as hubs
 from tests.models import save_tiny, tiny_tokenizer
 
@@ -160,10 +162,19 @@ def client(hub: hubs.Hub, cache: Path) -> Iterator[ProcessPoolExecutor]:
 # What runs in the other process.
 
 
-def calibration(data: DataConfig, seq_len: int, seed: int) -> Samples:
+class Drawn(NamedTuple):
+    """Calibration windows, and where they are from."""
+
+    spec: SampleSpec
+    input_ids: npt.NDArray[np.int32]
+    sources: npt.NDArray[np.int64]
+
+
+def calibration(data: DataConfig, seq_len: int, seed: int) -> Drawn:
     """Draw six windows."""
     text = load_text(data, "calibration")
-    return draw_samples(data.name, text, tiny_tokenizer(), 6, seq_len, seed)
+    spec, drawn = draw_samples(data.name, text, tiny_tokenizer(), 6, seq_len, seed)
+    return Drawn(spec, **drawn.arrays)
 
 
 def evaluation(data: DataConfig, seq_len: int) -> Any:

@@ -60,7 +60,7 @@ class Allocation:
         self, layers: Mapping[str, LayerSpec], targets: Sequence[Target], scores: Scores
     ) -> list[dict[str, float]]:
         """Sparsities by weight key, whose weighted mean is each target's."""
-        sizes = {key: _size(layer) for key, layer in layers.items()}
+        sizes = {key: layer.num_weights for key, layer in layers.items()}
         sparsities = [float(target.budget.sparsity) for target in targets]
         if self.kind in {"global", "sensitivity"}:
             share = SENSITIVITY if self.kind == "sensitivity" else 1.0
@@ -89,7 +89,7 @@ class Allocation:
     ) -> Budgets:
         if target.pattern is not None:
             return _patterns(layers, target.pattern, wish)
-        sizes = {key: _size(layer) for key, layer in layers.items()}
+        sizes = {key: layer.num_weights for key, layer in layers.items()}
         steps = {key: self._step(layer) for key, layer in layers.items()}
         counts = rounded(wish, sizes, steps, int(target.budget.sparsity * sum(sizes.values())))
         return {key: Budget(Fraction(count, sizes[key])) for key, count in counts.items()}
@@ -123,10 +123,6 @@ def read_allocation(path: Path, layers: Mapping[str, LayerSpec]) -> dict[str, fl
             )
         wish[key] = float(value)
     return wish
-
-
-def _size(layer: LayerSpec) -> int:
-    return layer.shape[0] * layer.shape[1]
 
 
 def _block(layer: LayerSpec) -> str:
@@ -165,7 +161,7 @@ def _medians(layers: Mapping[str, LayerSpec], scores: Scores) -> dict[str, float
         keys[_block(layer)].append(key)
     medians = {}
     for block, inside in keys.items():
-        middle = (sum(_size(layers[key]) for key in inside) - 1) // 2
+        middle = (sum(layers[key].num_weights for key in inside) - 1) // 2
         [medians[block]] = Ranks(partial(_parts, scores, inside), [middle]).values
     return medians
 
@@ -181,8 +177,8 @@ def _patterns(
     sizes: dict[str, int] = defaultdict(int)
     pruned: dict[str, float] = defaultdict(float)
     for key, layer in layers.items():
-        sizes[_block(layer)] += _size(layer)
-        pruned[_block(layer)] += wish[key] * _size(layer)
+        sizes[_block(layer)] += layer.num_weights
+        pruned[_block(layer)] += wish[key] * layer.num_weights
     most = 1 - 1 / pattern.m
     shares = {block: pruned[block] / size for block, size in sizes.items()}
     shares = shifted(shares, sizes, float(pattern.sparsity), most)

@@ -33,6 +33,7 @@ from gradpipe.stages.model import (
     Layer,
     build_skeleton,
     check_tokens,
+    dtype_name,
     find_blocks,
     find_layers,
     load_tokenizer,
@@ -41,7 +42,7 @@ from gradpipe.stages.model import (
     with_expected_tensors,
 )
 from gradpipe.stages.plan import Plan, Workload, check_schedule, make_plan
-from gradpipe.stages.samples import DataConfig, Samples, draw_samples, load_text
+from gradpipe.stages.samples import DataConfig, draw_samples, load_text
 from gradpipe.stages.tasks import check_loss_of_labels, check_task, find_task
 from gradpipe.stages.tokens import is_tokens, token_samples, window_length
 from gradpipe.store.codec import ENCODINGS
@@ -65,7 +66,6 @@ from gradpipe.store.schema import (
     FORMAT_VERSION,
     IMAGE_CLASSIFICATION,
     STATISTICS,
-    ModelSpec,
     SampleSpec,
     StoreSpec,
 )
@@ -292,28 +292,34 @@ def check_destination(folder: Path, sources: tuple[Path, ...]) -> None:
 def _draw(
     config: CollectConfig, checkpoint: Checkpoint, model: Any, blocks: Blocks
 ) -> tuple[SampleSpec, Calibration]:
-    if find_task(checkpoint) == IMAGE_CLASSIFICATION:
-        check_loss_of_labels(model)
-        num_tokens = image_tokens(model, blocks)
-        processor = Processor(checkpoint, model)
-        images = load_images(config.data, "calibration", checkpoint, model)
-        label = config.data.label
-        return draw_images(images, processor, config.num_samples, num_tokens, config.seed, label)
-    windows = _draw_windows(config, checkpoint)
-    check_tokens(windows.input_ids, checkpoint, model)
-    return windows.spec, windows.calibration
+    draw = _draw_images if find_task(checkpoint) == IMAGE_CLASSIFICATION else _draw_windows
+    spec, calibration = draw(config, checkpoint, model, blocks)
+    return replace(spec, dataset=config.data.label), calibration
 
 
-def _draw_windows(config: CollectConfig, checkpoint: Checkpoint) -> Samples:
+def _draw_images(
+    config: CollectConfig, checkpoint: Checkpoint, model: Any, blocks: Blocks
+) -> tuple[SampleSpec, Calibration]:
+    check_loss_of_labels(model)
+    num_tokens = image_tokens(model, blocks)
+    processor = Processor(checkpoint, model)
+    images = load_images(config.data, "calibration", checkpoint, model)
+    return draw_images(images, processor, config.num_samples, num_tokens, config.seed)
+
+
+def _draw_windows(
+    config: CollectConfig, checkpoint: Checkpoint, model: Any, _: Blocks
+) -> tuple[SampleSpec, Calibration]:
     name = config.data.name
     seq_len = window_length(name, config.seq_len, checkpoint)
     if is_tokens(name):
-        samples = token_samples(name, config.num_samples, seq_len)
-        return replace(samples, spec=replace(samples.spec, dataset=config.data.label))
-    tokenizer = load_tokenizer(checkpoint)
-    text = load_text(config.data, "calibration")
-    samples = draw_samples(name, text, tokenizer, config.num_samples, seq_len, config.seed)
-    return replace(samples, spec=replace(samples.spec, dataset=config.data.label))
+        drawn = token_samples(name, config.num_samples, seq_len)
+    else:
+        tokenizer = load_tokenizer(checkpoint)
+        text = load_text(config.data, "calibration")
+        drawn = draw_samples(name, text, tokenizer, config.num_samples, seq_len, config.seed)
+    check_tokens(drawn[1].arrays["input_ids"], checkpoint, model)
+    return drawn
 
 
 def _workload(config: CollectConfig, seq_len: int) -> Workload:
@@ -335,18 +341,11 @@ def _spec(
     data = changed_options(config.data, leave_out={"name", "config"})
     options |= {"dataset": config.data.label, "dataset-config": config.data.config, **data}
     options |= {"statistics": ",".join(config.statistics)}
-    dtype = resolve_dtype(config.dtype, checkpoint)
     return StoreSpec(
         version=FORMAT_VERSION,
         gradpipe=version("gradpipe"),
         objective=task,
-        model=ModelSpec(
-            name=checkpoint.label,
-            revision=checkpoint.revision,
-            architecture=checkpoint.architecture,
-            dtype=str(dtype).removeprefix("torch."),
-            config_digest=checkpoint.config_digest,
-        ),
+        model=checkpoint.model_spec(dtype_name(resolve_dtype(config.dtype, checkpoint))),
         samples=samples,
         statistics=tuple(name for name in STATISTICS if name in config.statistics),
         encoding=config.encoding,

@@ -16,6 +16,7 @@ from gradpipe.stages.device import resolve_device
 from gradpipe.stages.images import Processor, load_images
 from gradpipe.stages.model import (
     check_tokens,
+    dtype_name,
     load_model,
     load_tokenizer,
     resolve_dtype,
@@ -119,7 +120,7 @@ def classify(config: EvalConfig, console: Console = QUIET) -> Accuracy:
         dataset=config.data.name,
         revision=images.revision,
         num_images=len(images.labels),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
     )
 
 
@@ -152,7 +153,7 @@ def evaluate_each(
             num_windows=len(windows),
             seq_len=windows.shape[1],
             num_tokens=windows.size,
-            dtype=str(model.dtype).removeprefix("torch."),
+            dtype=dtype_name(model.dtype),
         )
 
 

@@ -25,7 +25,6 @@ from gradpipe.store.schema import (
     ACTIVATION_STATISTICS,
     FORMAT_VERSION,
     LayerSpec,
-    ModelSpec,
     SampleSpec,
     StoreSpec,
 )
@@ -135,13 +134,7 @@ def _spec(
         version=FORMAT_VERSION,
         gradpipe=version("gradpipe"),
         objective=find_task(checkpoint),
-        model=ModelSpec(
-            name=checkpoint.label,
-            revision=checkpoint.revision,
-            architecture=checkpoint.architecture,
-            dtype="float16",
-            config_digest=checkpoint.config_digest,
-        ),
+        model=checkpoint.model_spec("float16"),
         samples=SampleSpec(
             dataset="GBLM-Pruner",
             revision=None,

@@ -35,7 +35,6 @@ from gradpipe.pipeline.prune_files import PruneJob, Written, score_of, write_fil
 from gradpipe.stages.checkpoint import (
     NOT_COPIED,
     Checkpoint,
-    TensorInfo,
     as_tensor,
     count_zeros,
     matrix_shape,
@@ -110,7 +109,8 @@ def _say(job: PruneJob, written: Written, console: Console) -> None:
         for target in job.targets:
             if target.pattern is not None:
                 console.print(
-                    f"{target.pattern} in every block: --mixed-patterns lets the allocation choose",
+                    f"{target.pattern} in every block, whatever the allocation: --mixed-patterns "
+                    "lets it choose",
                     highlight=False,
                 )
 
@@ -187,8 +187,8 @@ def _select_layers(
     blocks = {_list_of(x.name) for x in store.spec.layers if x.block is not None}
     for info in checkpoint.tensors.values():
         is_bare = info.key not in candidates and info.is_matrix and info.key.endswith(".weight")
-        if is_bare and _list_of(info.key) not in blocks:  # in a block it is no layer, but a router
-            candidates[info.key] = _bare_spec(info)
+        if is_bare and _list_of(info.key) not in blocks:  # an embedding or a head, not a router
+            candidates[info.key] = checkpoint.layer_spec(info.key, block=None)
     _check_patterns(config, [layer.name for layer in candidates.values()])
     layers = {key: layer for key, layer in candidates.items() if _is_selected(config, layer)}
     if not layers:
@@ -213,14 +213,6 @@ def _list_of(name: str) -> str | None:
     """The list of blocks that a name is in: `model.layers` for `model.layers.0.mlp.gate`."""
     found = re.match(r"(.+?)\.\d+\.", name)
     return found[1] if found else None
-
-
-def _bare_spec(info: TensorInfo) -> LayerSpec:
-    """A matrix that the store does not know: an embedding or a head."""
-    name = info.key.removesuffix(".weight")
-    return LayerSpec(
-        name=name, weight_key=info.key, shape=info.shape, block=None, transposed=False, digest=""
-    )
 
 
 def _is_selected(config: PruneConfig, layer: LayerSpec) -> bool:
@@ -300,7 +292,7 @@ def _read_back(
             requested=float(job.budget(target, key).sparsity),
             pattern=_pattern(job.budget(target, key)),
             zeros=count_zeros(as_tensor(data, checkpoint.tensors[key])),
-            size=layer.shape[0] * layer.shape[1],
+            size=layer.num_weights,
         )
 
 

@@ -196,7 +196,7 @@ class PruneConfig:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """What is read of the store."""
+        """Names of the statistics to read from the store."""
         score = self.shares_score()
         names = (*self.procedure().statistics, *(score.statistics if score else ()))
         return tuple(dict.fromkeys(names))

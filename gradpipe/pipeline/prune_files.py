@@ -15,14 +15,13 @@ from torch import Tensor
 
 from gradpipe.errors import GradpipeError, InputError, one_line
 from gradpipe.pipeline.allocation import Allocation, Budgets
-from gradpipe.stages.checkpoint import Checkpoint, TensorInfo, as_tensor, tensor_bytes
+from gradpipe.stages.checkpoint import Checkpoint, TensorInfo, as_tensor, rewrite, tensor_bytes
 from gradpipe.stages.prune import (
     Budget,
     Procedure,
     Target,
     norms_on,
     prune_layer,
-    rewrite,
     score_layer,
 )
 from gradpipe.stages.score import Score
@@ -68,7 +67,7 @@ class Written:
 
     digests: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> key -> xxh3
     mismatched: list[str] = field(default_factory=list)  # layers that are not the store's
-    notes: list[str] = field(default_factory=list)  # what had to be said of layers
+    notes: list[str] = field(default_factory=list)  # messages for the user about layers
 
     def to_bytes(self) -> bytes:
         """For another process to read."""
@@ -124,7 +123,7 @@ def _pruned(
 def _each_target(job: PruneJob, item: _Loaded, written: Written) -> Iterator[Tensor]:
     """One layer's weights for each target in turn."""
     key, procedure = item.info.key, job.procedure_of(item.info.key)
-    with _named(item.layer.name):
+    with _device_errors(item.layer.name):
         tensors = prune_layer(
             item.layer.name,
             item.weight.to(job.device),
@@ -140,7 +139,7 @@ def _each_target(job: PruneJob, item: _Loaded, written: Written) -> Iterator[Ten
 
 
 @contextmanager
-def _named(layer: str) -> Iterator[None]:
+def _device_errors(layer: str) -> Iterator[None]:
     """Say which layer it was that the device, or its solvers, could not do."""
     try:
         yield
@@ -160,7 +159,7 @@ def score_of(job: PruneJob, key: str, score: Score) -> Tensor:
     item = _load(job, job.checkpoint.tensors[key], score.statistics)
     weight = item.weight.to(job.device)
     weight_OI = weight.T if item.layer.transposed else weight
-    with _named(item.layer.name):
+    with _device_errors(item.layer.name):
         norms = norms_on(item.encoded, score.statistics, job.device)
         return score_layer(item.layer.name, weight_OI, norms, score)
 

@@ -175,7 +175,9 @@ def _run_streamed(
             name = _block_name(block)
             if job.is_alone:
                 objects = ObjectWriter(job.store)
-                for x in sorted(sums, key=lambda x: x.num_weights):  # the largest needs most room
+                for x in sorted(
+                    sums, key=lambda x: x.spec.num_weights
+                ):  # the largest needs most room
                     objects.record.objects.update(writer.write_layer(x.spec, x.result()).objects)
                     x.free()
                 objects.commit(f"{partial.prefix}/{name}.json")

@@ -16,7 +16,7 @@ from gradpipe.store.schema import SampleSpec
 def store_table(store: GradientStore) -> Table:
     """What a store holds, and of what."""
     spec, sizes = store.spec, store.sizes()
-    num_weights = sum(layer.shape[0] * layer.shape[1] for layer in spec.layers)
+    num_weights = sum(layer.num_weights for layer in spec.layers)
     table = Table(title=Text(printable(f"gradient store {store.url}")), show_header=False)
     rows = {
         "model": f"{spec.model.name} ({spec.model.architecture}, {spec.model.dtype})",

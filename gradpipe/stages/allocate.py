@@ -28,7 +28,7 @@ def owl(
 ) -> dict[Key, float]:
     """Sparsities by OWL: blocks with more outliers keep more; equal shares are uniform.
 
-    `outliers` is each block's share of scores above M times the block's mean. Raises nothing.
+    `outliers` is each block's share of scores above M times the block's mean.
     """
     return _spread(outliers, sizes, sparsity, 2 * OWL_LAMBDA)
 

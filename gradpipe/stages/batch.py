@@ -21,7 +21,7 @@ class Batch:
     """Samples, and their labels."""
 
     inputs: dict[str, Tensor]  # argument of the model -> (samples, …); `labels` is among them
-    use_cache: bool | None = None  # for models that have such a cache
+    use_cache: bool | None = None  # as given to the model; None: it takes no such argument
 
     @classmethod
     def of_tokens(cls, ids_BT: Tensor) -> Self:

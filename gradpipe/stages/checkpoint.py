@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face model directories, read tensor by tensor without building a model.
+"""Checkpoints: Hugging Face model directories, read and rewritten without building a model.
 
 A safetensors file is an 8-byte length, a JSON header and the tensors' bytes; `Checkpoint` knows
 where each tensor lies, and reads just those bytes. Weights in pickle files are refused: loading
@@ -8,18 +8,22 @@ one runs whatever code is in it.
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gradpipe.errors import InputError, one_line
+from gradpipe.errors import GradpipeError, InputError, one_line
 from gradpipe.store.objects import digest
+from gradpipe.store.schema import LayerSpec, ModelSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -30,6 +34,7 @@ NOT_COPIED = (  # weights in any format, and the model card, which an output wri
 _FETCHED = (  # from the Hub: weights as safetensors alone, and small files
     *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"),
 )
+_COPY_BYTES = 16 << 20
 EMBEDDED_NAME = "embedded"  # the model that ships with the package
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "tiny-llama"
 
@@ -96,7 +101,7 @@ class Checkpoint:
 
     @property
     def label(self) -> str:
-        """What a shared artefact may call it: the Hub id, or the local folder's own name."""
+        """The name that stores record: the Hub id, or the last part of a local path."""
         is_path = self.revision is None and self.name != EMBEDDED_NAME
         return Path(self.name).resolve().name if is_path else self.name
 
@@ -110,6 +115,27 @@ class Checkpoint:
     def config_digest(self) -> str:
         """xxh3-128 of `config.json`."""
         return digest((self.folder / "config.json").read_bytes())
+
+    def model_spec(self, dtype: str) -> ModelSpec:
+        """What a store says of this checkpoint; `dtype` is what the model computed in."""
+        return ModelSpec(
+            name=self.label,
+            revision=self.revision,
+            architecture=self.architecture,
+            dtype=dtype,
+            config_digest=self.config_digest,
+        )
+
+    def layer_spec(self, key: str, block: int | None, *, transposed: bool = False) -> LayerSpec:
+        """What a store says of the layer behind a tensor, less the digest of its bytes."""
+        return LayerSpec(
+            name=key.removesuffix(".weight"),
+            weight_key=key,
+            shape=matrix_shape(self.tensors[key], transposed=transposed),
+            block=block,
+            transposed=transposed,
+            digest="",
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -249,3 +275,40 @@ def matrix_shape(info: TensorInfo, *, transposed: bool) -> tuple[int, ...]:
 def count_zeros(tensor: Tensor) -> int:
     """How many of a float tensor's values are zero."""
     return int((tensor == 0).count_nonzero())  # counting floats directly takes ten times as long
+
+
+def rewrite(
+    source: Path, outputs: Sequence[Path], replaced: Iterable[tuple[TensorInfo, Iterable[Tensor]]]
+) -> None:
+    """Copy a safetensors file to each output, with some tensors replaced, and make it durable.
+
+    `replaced` comes in file order: each tensor's place and one new value for each output.
+    """
+    with ExitStack() as stack:
+        reader = stack.enter_context(source.open("rb"))
+        writers = [stack.enter_context(path.open("wb")) for path in outputs]
+        for info, tensors in replaced:
+            _copy(reader, writers, info.start - reader.tell())
+            _write(writers, tensors)
+            reader.seek(info.stop)
+        _copy(reader, writers, source.stat().st_size - reader.tell())
+        for writer in writers:
+            writer.flush()
+            os.fsync(writer.fileno())
+
+
+def _write(writers: Sequence[BinaryIO], tensors: Iterable[Tensor]) -> None:
+    """One tensor to each writer; none outlives its turn."""
+    for writer, tensor in zip(writers, tensors, strict=True):
+        writer.write(tensor_bytes(tensor))
+
+
+def _copy(reader: BinaryIO, writers: Sequence[BinaryIO], num_bytes: int) -> None:
+    """Copy the next bytes to every writer."""
+    while num_bytes:
+        data = reader.read(min(num_bytes, _COPY_BYTES))
+        if not data:
+            raise GradpipeError(f"{reader.name} became shorter while it was copied")
+        for writer in writers:
+            writer.write(data)
+        num_bytes -= len(data)

@@ -31,7 +31,7 @@ class Curvature:
 
     hessian: Tensor  # (I, I)
     cov: Tensor | None  # (O, O); None: the identity
-    notes: list[str] = field(default_factory=list)  # what had to be said about damping
+    notes: list[str] = field(default_factory=list)  # messages for the user about damping
 
     @classmethod
     def of(cls, name: str, hessian_II: Tensor, cov_OO: Tensor | None) -> Self:

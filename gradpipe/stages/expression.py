@@ -15,7 +15,7 @@ import ast
 import math
 import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 import torch
@@ -65,6 +65,7 @@ class Expression:
 
     text: str
     names: frozenset[str]
+    tree: ast.expr = field(compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -80,12 +81,12 @@ class Expression:
             ) from error
         if "W" not in names:
             raise InputError(f"--score {text!r}: it does not depend on the weights, W")
-        return cls(text, names)
+        return cls(text, names, tree)
 
     @property
     def spans_rows(self) -> bool:
         """True if a weight's value depends on other rows: by `ri`, on its column's sum."""
-        return "ri" in {x.id for x in ast.walk(ast.parse(self.text.strip())) if type(x) is ast.Name}
+        return "ri" in {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}
 
     def statistics(self, grad_norm: str) -> tuple[str, ...]:
         """What must be read to compute it."""
@@ -94,7 +95,7 @@ class Expression:
 
     def evaluate(self, values: Mapping[str, Callable[[], Tensor]]) -> Tensor:
         """The formula over values that are asked for as they are needed; float32, (O, I)."""
-        result, _ = _walk(ast.parse(self.text.strip(), mode="eval").body, values)
+        result, _ = _walk(self.tree, values)
         return result.float()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,12 +92,6 @@ def match_layers(keys: set[str], checkpoint: Checkpoint) -> dict[str, LayerSpec]
                 f"{key}: {checkpoint.name} has {len(found)} tensors *{tail}, expected one: "
                 "give the model that the file was computed from"
             )
-        layers[key] = LayerSpec(
-            name=found[0].removesuffix(".weight"),
-            weight_key=found[0],
-            shape=checkpoint.tensors[found[0]].shape,
-            block=int(match["block"]),
-            transposed=False,  # the reference knows LLaMA alone
-            digest=digest(checkpoint.read_bytes(found[0])),
-        )
+        spec = checkpoint.layer_spec(found[0], int(match["block"]))  # LLaMA's: never transposed
+        layers[key] = replace(spec, digest=digest(checkpoint.read_bytes(found[0])))
     return layers

@@ -104,11 +104,11 @@ def load_images(data: DataConfig, use: Use, checkpoint: Checkpoint, model: Any) 
 
 
 def draw_images(
-    images: Images, processor: Processor, num_samples: int, num_tokens: int, seed: int, label: str
+    images: Images, processor: Processor, num_samples: int, num_tokens: int, seed: int
 ) -> tuple[SampleSpec, Calibration]:
     """`num_samples` different images, drawn with `random.Random(seed)`.
 
-    `num_tokens` is what the blocks see of an image, `label` what the store calls the data set.
+    `num_tokens` is what the blocks see of an image.
     Raises InputError if there are fewer.
     """
     count = len(images.labels)
@@ -127,7 +127,7 @@ def draw_images(
         }
     )
     spec = SampleSpec(
-        dataset=label,
+        dataset=images.name,
         revision=images.revision,
         sampling="images",
         seed=seed,
@@ -148,7 +148,7 @@ class _Classes:
     count: int
 
     def labels(self, names: Sequence[str]) -> list[int] | None:
-        """The model's label of each class of a data set; None if there is no telling.
+        """The model's label of each class of a data set; None if the classes cannot be matched.
 
         By name, or in the order given where no name is the model's and there are as many.
         """
@@ -158,7 +158,7 @@ class _Classes:
         return list(range(self.count)) if not any(known) and len(names) == self.count else None
 
     def mismatch(self, dataset: str, names: Sequence[str]) -> InputError:
-        """Why there is no telling."""
+        """The error, with both lists of classes."""
         return InputError(
             f"dataset {dataset} has {len(names)} classes ({_some(names)}), {self.model} has "
             f"{self.count} ({_some([*self.ids])}): expected the same names, or as many"

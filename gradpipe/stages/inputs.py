@@ -66,7 +66,7 @@ def image_tokens(model: Any, blocks: Blocks) -> int:
     on_meta = copy.deepcopy(model).to("meta")
     seen: list[tuple[Tensor, str]] = []
     _record(on_meta, f"{blocks.path}.0", seen)
-    with suppress(Exception), torch.no_grad():  # as above
+    with suppress(Exception), torch.no_grad():  # what has run until then is known
         on_meta(**_attempts(model)[0])
     if not seen or seen[0][0].ndim != 3:
         raise InputError(f"blocks {blocks.path} of {type(model).__name__} do not work on tokens")

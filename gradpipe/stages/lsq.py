@@ -62,7 +62,7 @@ def _dot(a_OI: Tensor, b_OI: Tensor, curvature: Curvature) -> Tensor:
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """A / b, 0 where a row has nothing left to gain."""
+    """The quotient, or 0 where a row has nothing left to gain."""
     return torch.where(b > 0, a / b.clamp_min(torch.finfo(b.dtype).tiny), 0.0)
 
 

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from gradpipe.errors import InputError
-from gradpipe.stages.checkpoint import FLOAT_TYPES, Checkpoint, TensorInfo, matrix_shape
+from gradpipe.stages.checkpoint import FLOAT_TYPES, Checkpoint, TensorInfo
 from gradpipe.stages.experts import split_experts
 from gradpipe.stages.tasks import auto_class, noun
 from gradpipe.store.objects import digest
@@ -76,7 +76,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     try:
         with _silence():
             return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    except Exception as error:  # so has each tokenizer, in two languages
+    except Exception as error:  # tokenizers raise from many families, in Python and in Rust
         raise InputError(
             f"{checkpoint.name}: cannot load its tokenizer, such as tokenizer.json: "
             f"{_first_line(error)}"
@@ -106,6 +106,11 @@ def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
     if not kinds:
         raise InputError(f"{checkpoint.name} holds no float weights: give --dtype")
     return kinds[0]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
@@ -181,7 +186,7 @@ def _frozen(model: Any) -> Any:
 
 @contextmanager
 def _loading(checkpoint: Checkpoint) -> Iterator[None]:
-    """Turn what transformers cannot build into the user's line."""
+    """Raise InputError for what transformers cannot build."""
     try:
         with _silence():
             yield
@@ -269,7 +274,8 @@ def find_layers(
         inside = name.startswith(prefix)
         if inside or name in included:
             block = int(name.removeprefix(prefix).split(".")[0]) if inside else None
-            spec = _layer_spec(keys[f"{name}.weight"], module, block, checkpoint)
+            transposed = isinstance(module, Conv1D)
+            spec = checkpoint.layer_spec(keys[f"{name}.weight"], block, transposed=transposed)
             if with_digests:
                 data = checkpoint.read_bytes(spec.weight_key)
                 spec = replace(spec, digest=digest(data))
@@ -300,20 +306,6 @@ def _matches(pattern: str, outside: dict[str, str], checkpoint: Checkpoint) -> l
 def is_linear(module: nn.Module) -> bool:
     """True for the modules whose `weight` is one matrix applied to the last dimension."""
     return isinstance(module, nn.Linear | Conv1D)
-
-
-def _layer_spec(
-    key: str, module: nn.Module, block: int | None, checkpoint: Checkpoint
-) -> LayerSpec:
-    transposed = isinstance(module, Conv1D)
-    return LayerSpec(
-        name=key.removesuffix(".weight"),
-        weight_key=key,
-        shape=matrix_shape(checkpoint.tensors[key], transposed=transposed),
-        block=block,
-        transposed=transposed,
-        digest="",
-    )
 
 
 def weight_keys(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:

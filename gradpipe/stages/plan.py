@@ -18,7 +18,7 @@ from torch import nn
 
 from gradpipe.errors import InputError
 from gradpipe.stages.model import Blocks, Layer
-from gradpipe.store.schema import SECOND_MOMENTS, LayerSpec
+from gradpipe.store.schema import SECOND_MOMENTS, LayerSpec, needs_backward
 
 SCHEDULES = ("auto", "resident", "streamed")
 _MARGIN = 1.2  # how much more than the estimate must be free
@@ -100,7 +100,7 @@ def make_plan(
     free = free_bytes(device)
     schedule, reason = _choose(asked, resident, free)
     all_tokens = work.num_samples * work.seq_len
-    backward = any(name.startswith("grad") for name in work.statistics)
+    backward = needs_backward(work.statistics)
     passes = (8 if schedule == "streamed" else 6) if backward else 2
     read = total if schedule == "resident" else 2 * total
     depth = len(blocks.modules)
@@ -111,7 +111,7 @@ def make_plan(
         resident_bytes=resident,
         streamed_bytes=streamed,
         free_bytes=free,
-        host_bytes=3 * max(4 * x.spec.shape[0] * x.spec.shape[1] for x in layers),
+        host_bytes=3 * max(4 * x.spec.num_weights for x in layers),
         scratch_bytes=(depth + 3) * all_tokens * hidden * size if schedule == "streamed" else 0,
         store_bytes=sum(_stored_bytes(x.spec, work) for x in layers),
         read_bytes=read * size,

@@ -1,25 +1,16 @@
-"""One layer of stage two: decode its statistics, score it once, mask it for every target.
-
-And the file that it goes to: `rewrite` copies a safetensors file byte for byte, but for the
-tensors that it is given.
-"""
+"""One layer of stage two: decode its statistics, score it once, mask it for every target."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from gradpipe.errors import GradpipeError
-from gradpipe.stages.checkpoint import TensorInfo, tensor_bytes
 from gradpipe.stages.curvature import Curvature
 from gradpipe.stages.decode import decode_norms
 from gradpipe.stages.lsq import Eigenbasis, alps_mask, least_squares
@@ -27,8 +18,6 @@ from gradpipe.stages.mask import Group, Pattern, exact_sparsity, pattern_mask, u
 from gradpipe.stages.score import Norms, Score, find_score
 from gradpipe.stages.sparsegpt import obs_update, sparsegpt
 from gradpipe.store.codec import Encoded
-
-_COPY_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +132,8 @@ def prune_layer(
 ) -> Iterator[Tensor]:
     """The pruned weight for each budget in turn, on the CPU, as the checkpoint keeps it.
 
-    `notes` takes what had to be said. Raises GradpipeError if a score is not a number, or if a
-    second moment is singular whatever the damping.
+    `notes` takes messages for the user, such as that damping was raised. Raises GradpipeError if a
+    score is not a number, or if a second moment is singular whatever the damping.
     """
     if not _is_finite(weight):
         raise GradpipeError(f"layer {name}: its weights hold NaN or infinite values")
@@ -210,40 +199,3 @@ def _updater(
         factor_II = curvature.inverse_factor()
         return lambda mask_OI: obs_update(weight_OI, mask_OI, factor_II)
     return lambda mask_OI: least_squares(weight_OI, mask_OI, curvature)
-
-
-def rewrite(
-    source: Path, outputs: Sequence[Path], replaced: Iterable[tuple[TensorInfo, Iterable[Tensor]]]
-) -> None:
-    """Copy a safetensors file to each output, with some tensors replaced, and make it durable.
-
-    `replaced` comes in file order: each tensor's place and one new value for each output.
-    """
-    with ExitStack() as stack:
-        reader = stack.enter_context(source.open("rb"))
-        writers = [stack.enter_context(path.open("wb")) for path in outputs]
-        for info, tensors in replaced:
-            _copy(reader, writers, info.start - reader.tell())
-            _write(writers, tensors)
-            reader.seek(info.stop)
-        _copy(reader, writers, source.stat().st_size - reader.tell())
-        for writer in writers:
-            writer.flush()
-            os.fsync(writer.fileno())
-
-
-def _write(writers: Sequence[BinaryIO], tensors: Iterable[Tensor]) -> None:
-    """One tensor to each writer; none outlives its turn."""
-    for writer, tensor in zip(writers, tensors, strict=True):
-        writer.write(tensor_bytes(tensor))
-
-
-def _copy(reader: BinaryIO, writers: Sequence[BinaryIO], num_bytes: int) -> None:
-    """Copy the next bytes to every writer."""
-    while num_bytes:
-        data = reader.read(min(num_bytes, _COPY_BYTES))
-        if not data:
-            raise GradpipeError(f"{reader.name} became shorter while it was copied")
-        for writer in writers:
-            writer.write(data)
-        num_bytes -= len(data)

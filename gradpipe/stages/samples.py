@@ -25,7 +25,6 @@ import pyarrow.parquet
 from gradpipe.errors import InputError, one_line
 from gradpipe.stages.embedded import DOCUMENT_SEPARATOR, stdlib_documents
 from gradpipe.store.gradients import Calibration
-from gradpipe.store.objects import digest
 from gradpipe.store.schema import SampleSpec
 
 Use = Literal["calibration", "evaluation"]
@@ -39,7 +38,7 @@ _C4_EVALUATION = (1100, 256)  # documents joined, windows kept: the literature's
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
-    """Where text comes from."""
+    """Where samples come from: text, tokens or labelled images."""
 
     name: str = "c4"  # a preset, a file or folder, or a Hub id
     config: str | None = None  # Hub only: the dataset's configuration
@@ -49,7 +48,7 @@ class DataConfig:
 
     @property
     def label(self) -> str:
-        """What a shared artefact may call it: a local file or folder by its own name alone."""
+        """The name that stores record: the preset, the Hub id, or the last part of a local path."""
         return Path(self.name).resolve().name if Path(self.name).exists() else self.name
 
     def __post_init__(self) -> None:
@@ -78,20 +77,6 @@ class Text:
     max_windows: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Samples:
-    """Calibration windows."""
-
-    spec: SampleSpec
-    input_ids: npt.NDArray[np.int32]  # (samples, tokens)
-    sources: npt.NDArray[np.int64]  # (samples, 2): document (-1 if joined), first token in it
-
-    @property
-    def calibration(self) -> Calibration:
-        """As a store keeps them."""
-        return Calibration(arrays={"input_ids": self.input_ids, "sources": self.sources})
-
-
 def load_text(data: DataConfig, use: Use) -> Text:
     """The text behind `data`; InputError if there is none, or it has no such column."""
     if data.name == "stdlib":
@@ -115,12 +100,12 @@ def draw_samples(
     num_samples: int,
     seq_len: int,
     seed: int,
-) -> Samples:
-    """`num_samples` windows of `seq_len` tokens: a random document longer than that, and a random
-    place in it; from the joined text where that is the preset's way or no document is long enough.
+) -> tuple[SampleSpec, Calibration]:
+    """Draw `num_samples` windows of `seq_len` tokens, each at a random place of a random document.
 
-    Raises InputError if there is not enough text.
-    """  # noqa: D205
+    Documents that are too short are passed over. Where all of them are, or where that is the
+    preset's way, windows come from the joined text. Raises InputError if that is too short.
+    """
     generator = random.Random(seed)
     drawn = None
     if not text.joined:
@@ -129,7 +114,12 @@ def draw_samples(
     if drawn is None:
         generator.seed(seed)
         drawn = _draw_from_joined(name, text, tokenizer, num_samples, seq_len, generator)
-    input_ids = np.array([ids for ids, _ in drawn], dtype=np.int32)
+    calibration = Calibration(
+        arrays={
+            "input_ids": np.array([ids for ids, _ in drawn], dtype=np.int32),
+            "sources": np.array([source for _, source in drawn], dtype=np.int64),
+        }
+    )
     spec = SampleSpec(
         dataset=name,
         revision=text.revision,
@@ -137,10 +127,9 @@ def draw_samples(
         seed=seed,
         num_samples=num_samples,
         seq_len=seq_len,
-        digest=digest(input_ids.tobytes()),
+        digest=calibration.digest,
     )
-    sources = np.array([source for _, source in drawn], dtype=np.int64)
-    return Samples(spec=spec, input_ids=input_ids, sources=sources)
+    return spec, calibration
 
 
 def evaluation_windows(
@@ -160,7 +149,7 @@ def evaluation_windows(
     return np.array(ids[: count * seq_len], dtype=np.int64).reshape(count, seq_len)
 
 
-_Drawn = list[tuple[list[int], tuple[int, int]]]
+_Drawn = list[tuple[list[int], tuple[int, int]]]  # tokens; document (-1 if joined), first token
 
 
 def _draw_from_documents(
@@ -249,7 +238,7 @@ def _load_file(hub_id: str, file: str, revision: str) -> Any:
     try:
         path = huggingface_hub.hf_hub_download(hub_id, file, repo_type="dataset", revision=revision)
         return datasets.load_dataset(kind, data_files=path, split="train")
-    except Exception as error:  # Hub client and datasets raise from many families
+    except Exception as error:  # the Hub's client and datasets raise from many families
         raise _unknown_dataset(hub_id, error) from error
 
 
@@ -270,7 +259,7 @@ def load_rows(data: DataConfig, use: Use) -> tuple[Any, str]:
         builder = datasets.load_dataset_builder(data.name, data.config, revision=revision)
         builder.download_and_prepare()
         rows = builder.as_dataset(split=split)
-    except Exception as error:  # as above
+    except Exception as error:  # the Hub's client and datasets raise from many families
         raise _unknown_dataset(data.name, error) from error
     if revision not in {None, builder.hash}:  # without the Hub, `datasets` takes the last cached
         raise InputError(
@@ -286,7 +275,7 @@ def _commit(name: str, revision: str | None) -> str | None:
         return revision
     try:
         return huggingface_hub.dataset_info(name, revision=revision).sha
-    except Exception as error:  # as above
+    except Exception as error:  # the Hub's client and datasets raise from many families
         raise _unknown_dataset(name, error) from error
 
 

@@ -84,7 +84,7 @@ class Score:
 
     @property
     def statistics(self) -> tuple[str, ...]:
-        """What it reads."""
+        """Names of the statistics that it reads from the store."""
         return self.expression.statistics(self.grad_norm)
 
     def of(self, weight_OI: Tensor, norms: Norms) -> Tensor:

@@ -39,13 +39,13 @@ class ActivationFile:
     def write(self, start: int, values_BTH: Tensor) -> None:
         """Write the values of consecutive samples, the first being `start`; in order."""
         raw = values_BTH.detach().cpu().contiguous().flatten().view(torch.uint8)
-        with _named(self._part), self._part.open("wb" if start == 0 else "r+b") as file:
+        with _disk_errors(self._part), self._part.open("wb" if start == 0 else "r+b") as file:
             file.seek(start * self._sample_bytes)
             file.write(raw.numpy().data)
 
     def publish(self) -> None:
         """Make the file whole and durable."""
-        with _named(self._part):
+        with _disk_errors(self._part):
             with self._part.open("r+b") as file:
                 os.fsync(file.fileno())
             self._part.replace(self.path)
@@ -53,7 +53,7 @@ class ActivationFile:
     def read(self, start: int, count: int) -> Tensor:
         """The values of `count` samples, (count, tokens, hidden), on the CPU."""
         data = bytearray(count * self._sample_bytes)
-        with _named(self.path), self.path.open("rb") as file:
+        with _disk_errors(self.path), self.path.open("rb") as file:
             file.seek(start * self._sample_bytes)
             if file.readinto(data) != len(data):
                 raise OSError("it became shorter")
@@ -66,7 +66,7 @@ class ActivationFile:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def _disk_errors(path: Path) -> Iterator[None]:
     """Say which file a failure of the disk is about, and what to do."""
     try:
         yield

@@ -18,7 +18,7 @@ from torch import Tensor
 from gradpipe.errors import GradpipeError
 from gradpipe.store.codec import triangle_rows
 from gradpipe.store.gradients import LayerStats
-from gradpipe.store.schema import GRADIENT_STATISTICS, SECOND_MOMENTS, LayerSpec
+from gradpipe.store.schema import GRADIENT_STATISTICS, SECOND_MOMENTS, LayerSpec, needs_backward
 
 _TILE_BYTES = 2 << 20  # a tile of G stays in the CPU's cache while it is folded into the sums
 
@@ -39,12 +39,7 @@ class LayerAccumulator:
     @property
     def needs_gradients(self) -> bool:
         """True if any statistic needs a backward pass."""
-        return any(name in GRADIENT_STATISTICS or name == "grad_cov" for name in self.sums)
-
-    @property
-    def num_weights(self) -> int:
-        """How many weights the layer has."""
-        return self.spec.shape[0] * self.spec.shape[1]
+        return needs_backward(self.sums)
 
     def add_inputs(self, xs_TI: Sequence[Tensor]) -> None:
         """Count a batch, and add each sample's inputs to the activation sums."""

@@ -33,6 +33,7 @@ from gradpipe.stages.schedule import check_loss, loss_scale
 from gradpipe.stages.scratch import ActivationFile
 from gradpipe.stages.statistics import LayerAccumulator
 from gradpipe.stages.weights import WeightLoader
+from gradpipe.store.schema import needs_backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Streamed:
         """
         self._scratch.mkdir(parents=True, exist_ok=True)
         self._capture(done)
-        backward = any(name.startswith("grad") for name in statistics)
+        backward = needs_backward(statistics)
         self._forward(advance)
         depth = len(self._blocks.modules)
         if backward or any(x.spec.block is None for x in layers):

@@ -11,8 +11,7 @@ import numpy.typing as npt
 from gradpipe.errors import InputError, one_line
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.model import sequence_length
-from gradpipe.stages.samples import Samples
-from gradpipe.store.objects import digest
+from gradpipe.store.gradients import Calibration
 from gradpipe.store.schema import SampleSpec
 
 
@@ -53,7 +52,7 @@ def token_windows(name: str, seq_len: int, most: int | None) -> npt.NDArray[np.i
     return ids[:most].astype(np.int64)
 
 
-def token_samples(name: str, num_samples: int, seq_len: int) -> Samples:
+def token_samples(name: str, num_samples: int, seq_len: int) -> tuple[SampleSpec, Calibration]:
     """Calibration samples from a file; InputError if it has fewer."""
     windows = token_windows(name, seq_len, num_samples)
     if len(windows) < num_samples:
@@ -61,8 +60,13 @@ def token_samples(name: str, num_samples: int, seq_len: int) -> Samples:
             f"dataset {name} has {len(windows)} windows of {seq_len} tokens, "
             f"--num-samples is {num_samples}: ask for fewer"
         )
-    input_ids = windows.astype(np.int32)
     starts = np.arange(num_samples, dtype=np.int64) * seq_len
+    calibration = Calibration(
+        arrays={
+            "input_ids": windows.astype(np.int32),
+            "sources": np.stack([np.full(num_samples, -1, dtype=np.int64), starts], axis=1),
+        }
+    )
     spec = SampleSpec(
         dataset=name,
         revision=None,
@@ -70,10 +74,9 @@ def token_samples(name: str, num_samples: int, seq_len: int) -> Samples:
         seed=0,
         num_samples=num_samples,
         seq_len=seq_len,
-        digest=digest(input_ids.tobytes()),
+        digest=calibration.digest,
     )
-    sources = np.stack([np.full(num_samples, -1, dtype=np.int64), starts], axis=1)
-    return Samples(spec=spec, input_ids=input_ids, sources=sources)
+    return spec, calibration
 
 
 def _load(name: str) -> npt.NDArray[np.integer[Any]]:

@@ -228,8 +228,7 @@ class GradientStore:
         while waiting:
             statistic = waiting.pop()
             if statistic not in encoded:
-                shared = layer.hessian_of if statistic == "hessian" else None
-                encoded[statistic] = item = self._read_statistic(layer, statistic, shared)
+                encoded[statistic] = item = self._read_statistic(layer, statistic)
                 waiting.extend([item.spec.base] if item.spec.base else [])
         codec.check_bases(encoded)
         return encoded
@@ -258,8 +257,7 @@ class GradientStore:
         if not self.spec.samples.digest:
             return False  # imported: its tokens were not counted
         statistic = self.spec.statistics[0]
-        shared = layer.hessian_of if statistic == "hessian" else None
-        return self._statistic_spec(f"layers/{shared or layer.name}/{statistic}").num_tokens == 0
+        return self._statistic_spec(_key(layer, statistic)).num_tokens == 0
 
     def verify(self) -> None:
         """Read every object; raise StoreError naming the first that is not as it was written."""
@@ -287,10 +285,8 @@ class GradientStore:
             sizes[statistic if statistic in sizes else "other"] += size
         return sizes
 
-    def _read_statistic(
-        self, layer: LayerSpec, statistic: str, kept_by: str | None
-    ) -> codec.Encoded:
-        key = f"layers/{kept_by or layer.name}/{statistic}"
+    def _read_statistic(self, layer: LayerSpec, statistic: str) -> codec.Encoded:
+        key = _key(layer, statistic)
         spec = self._statistic_spec(key)
         types = codec.part_types(spec, layer, statistic)
         parts = {name: read_array(self._objects, f"{key}/{name}", *types[name]) for name in types}
@@ -298,3 +294,7 @@ class GradientStore:
 
     def _statistic_spec(self, key: str) -> StatisticSpec:
         return StatisticSpec.from_json(read_attributes(self._objects, key))
+
+
+def _key(layer: LayerSpec, statistic: str) -> str:
+    return f"layers/{layer.keeper(statistic)}/{statistic}"

@@ -222,7 +222,8 @@ class ObjectReader:
     def read(self, key: str, limit: int) -> bytes:
         """The bytes under `key`; StoreError if they are missing or not those committed.
 
-        So it is if they are more than `limit`, which the record, untrusted, cannot raise.
+        Also raises StoreError if they are more than `limit`: the record is not trusted to say how
+        much memory is taken.
         """
         size, _ = self._entry(key)
         if size > limit:
@@ -279,7 +280,7 @@ class ObjectReader:
                 f"store {self.url}: object {key} is missing: restore it from a copy, "
                 "or remove the store and collect again"
             ) from error
-        except Exception as error:  # as above
+        except Exception as error:  # every fsspec backend raises from families of its own
             raise GradpipeError(
                 f"store {self.url}: cannot read {key}: {one_line(error)}"
             ) from error

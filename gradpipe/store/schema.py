@@ -11,6 +11,7 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -29,6 +30,11 @@ DEFAULT_STATISTICS = ("grad_l1", "grad_l2", "act_l2")
 STATISTICS = GRADIENT_STATISTICS + ACTIVATION_STATISTICS + SECOND_MOMENTS
 
 _NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
+
+
+def needs_backward(statistics: Iterable[str]) -> bool:
+    """True if any of them is of gradients."""
+    return not {*GRADIENT_STATISTICS, "grad_cov"}.isdisjoint(statistics)
 
 
 class JsonSpec:
@@ -107,13 +113,22 @@ class LayerSpec(JsonSpec):
             return (width * (width + 1) // 2,)
         return self.shape if statistic in GRADIENT_STATISTICS else self.shape[1:]
 
+    @property
+    def num_weights(self) -> int:
+        """Out x in."""
+        return math.prod(self.shape)
+
+    def keeper(self, statistic: str) -> str:
+        """Name of the layer that a statistic is kept under: this one, or its Hessian's owner."""
+        return (self.hessian_of if statistic == "hessian" else None) or self.name
+
     def width(self, statistic: str) -> int:
         """How many rows a second moment has: `in` for `hessian`, `out` for `grad_cov`."""
         return self.shape[1] if statistic == "hessian" else self.shape[0]
 
     def own(self, statistics: tuple[str, ...]) -> tuple[str, ...]:
         """The statistics that are kept under this layer's name: all but a shared Hessian."""
-        return tuple(x for x in statistics if x != "hessian" or self.hessian_of is None)
+        return tuple(x for x in statistics if self.keeper(x) == self.name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

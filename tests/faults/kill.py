@@ -58,7 +58,7 @@ SECONDS_TO_HANG = 60.0
 # the inner: while an inner one runs, its phase is the phase.
 PHASES: Mapping[str, tuple[Any, str]] = {
     "tokenising": (gradpipe.pipeline.collect, "_draw"),
-    "beginning": (gradpipe.pipeline.collect, "_start_anew"),
+    "beginning": (gradpipe.store.gradients.StoreWriter, "begin"),
     "loading": (gradpipe.pipeline.share, "load_model"),
     "accumulating": (gradpipe.pipeline.share, "resident_batch"),
     "snapshotting": (gradpipe.pipeline.share, "_save"),
