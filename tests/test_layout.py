@@ -17,7 +17,7 @@ COLLECT_SIDE = frozenset(
     [
         *("samples", "model", "hooks", "statistics", "schedule", "embedded"),
         *("perplexity", "plan", "scratch", "streamed", "weights", "inputs", "tokens", "experts"),
-        *("batch", "images", "tasks", "top1"),
+        *("batch", "images", "tasks", "top1", "tensor_names"),
     ]
 )
 PRUNE_SIDE = frozenset(

@@ -38,8 +38,8 @@ from gradpipe import (
 )
 from gradpipe.pipeline import share
 from gradpipe.stages.checkpoint import Checkpoint
-from gradpipe.stages.model import weight_keys
 from gradpipe.stages.streamed import Streamed
+from gradpipe.stages.tensor_names import weight_keys
 from gradpipe.store.arrays import encode_array
 from gradpipe.store.objects import CommitRecord, digest
 from gradpipe.store.schema import SECOND_MOMENTS, STATISTICS, SampleSpec

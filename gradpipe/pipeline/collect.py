@@ -6,9 +6,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-import torch
 from rich.console import Console
 
 from gradpipe.errors import InputError, Interrupted, StoreError
@@ -22,15 +20,14 @@ from gradpipe.pipeline.command import (
 from gradpipe.pipeline.merge import finalize, is_last
 from gradpipe.pipeline.output import holds
 from gradpipe.pipeline.progress import QUIET
-from gradpipe.pipeline.share import Job, run_share, share_lock
+from gradpipe.pipeline.share import Job, run_share
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.experts import fused_weights
 from gradpipe.stages.images import Processor, draw_images, load_images
 from gradpipe.stages.inputs import image_tokens, share_hessians
 from gradpipe.stages.model import (
-    Blocks,
-    Layer,
+    Skeleton,
     build_skeleton,
     check_tokens,
     dtype_name,
@@ -59,7 +56,7 @@ from gradpipe.store.gradients import (
     tidy,
 )
 from gradpipe.store.lock import locked
-from gradpipe.store.partial import Shard
+from gradpipe.store.partial import Partial, Shard
 from gradpipe.store.schema import (
     CAUSAL_LM,
     DEFAULT_STATISTICS,
@@ -159,17 +156,14 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
 def plan(config: CollectConfig) -> Plan:
     """What stage one would take, from `config.json` alone: no weight is read, none is fetched."""
     checkpoint = with_expected_tensors(Checkpoint.outline(config.model))
-    _check_windows(config, checkpoint)
     device = resolve_device(config.device)
-    model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
-    blocks = find_blocks(model, config.blocks)
-    layers = _layers(config, model, blocks, checkpoint, with_digests=False)
+    skeleton = _skeleton(config, checkpoint, with_digests=False)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
-        check_loss_of_labels(model)
-        seq_len = image_tokens(model, blocks)
+        check_loss_of_labels(skeleton.model)
+        seq_len = image_tokens(skeleton.model, skeleton.blocks)
     else:
         seq_len = window_length(config.data.name, config.seq_len, checkpoint)
-    return make_plan(config.schedule, model, blocks, layers, _workload(config, seq_len), device)
+    return make_plan(config.schedule, skeleton, _workload(config, seq_len), device)
 
 
 def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
@@ -177,31 +171,25 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     sources = (Path(config.model), Path(config.data.name))
     check_destination(config.store, sources)
     checkpoint = Checkpoint.open(config.model)
-    _check_windows(config, checkpoint)
     device = resolve_device(config.device)
-    model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
-    blocks = find_blocks(model, config.blocks)
-    layers = _layers(config, model, blocks, checkpoint, with_digests=True)
-    if fused := fused_weights(model):
+    skeleton = _skeleton(config, checkpoint, with_digests=True)
+    if fused := fused_weights(skeleton.model):
         console.print(
             f"{len(fused)} tensors hold several experts each, as {fused[0]} does: they are no "
             "layers, and stay dense",
             highlight=False,
         )
     with ExitStack() as held:
-        begun = _begin(config, shard, checkpoint, model, blocks, layers, held)
+        begun = _begin(config, shard, skeleton, held)
         if begun is None:
             return
         spec, calibration = begun
         work = _workload(config, spec.samples.seq_len)
         job = Job(
-            checkpoint=checkpoint,
-            model=model,
-            blocks=blocks,
-            layers=layers,
+            skeleton=skeleton,
             spec=spec,
             calibration=calibration,
-            plan=make_plan(config.schedule, model, blocks, layers, work, device),
+            plan=make_plan(config.schedule, skeleton, work, device),
             device=device,
             store=config.store,
             shard=shard,
@@ -226,26 +214,19 @@ def _check_windows(config: CollectConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _layers(
-    config: CollectConfig,
-    model: torch.nn.Module,
-    blocks: Blocks,
-    checkpoint: Checkpoint,
-    *,
-    with_digests: bool,
-) -> tuple[Layer, ...]:
+def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_digests: bool) -> Skeleton:
+    """The model taken apart; InputError if it cannot be, or is not for what is asked."""
+    _check_windows(config, checkpoint)
+    model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
+    blocks = find_blocks(model, config.blocks)
     layers = find_layers(model, blocks, checkpoint, config.include, with_digests=with_digests)
-    return share_hessians(model, layers) if "hessian" in config.statistics else layers
+    if "hessian" in config.statistics:
+        layers = share_hessians(model, layers)
+    return Skeleton(checkpoint=checkpoint, model=model, blocks=blocks, layers=layers)
 
 
 def _begin(
-    config: CollectConfig,
-    shard: Shard,
-    checkpoint: Checkpoint,
-    model: torch.nn.Module,
-    blocks: Blocks,
-    layers: tuple[Layer, ...],
-    held: ExitStack,
+    config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack
 ) -> tuple[StoreSpec, Calibration] | None:
     """Fix the samples, or find them fixed; None if the same command has finished before.
 
@@ -254,14 +235,14 @@ def _begin(
     folder, samples = config.store, None
     if is_complete(folder) and not config.overwrite:
         store = GradientStore.open(folder)
-        if _spec(config, checkpoint, layers, store.spec.samples) != store.spec:
+        if _spec(config, skeleton, store.spec.samples) != store.spec:
             raise InputError(
                 f"store {folder} exists and is complete: give another name or --overwrite"
             )
         tidy(folder)
         return None
     if config.overwrite or not is_begun(folder):
-        samples = _draw(config, checkpoint, model, blocks)
+        samples = _draw(config, skeleton)
     with locked(folder / LOCK_NAME, wait=True):
         if is_complete(folder) and not config.overwrite:
             return None  # another process was faster
@@ -269,11 +250,11 @@ def _begin(
             if samples is None:
                 raise StoreError(f"store {folder} was removed meanwhile: run the command again")
             clear(folder)
-            spec = _spec(config, checkpoint, layers, samples[0])
+            spec = _spec(config, skeleton, samples[0])
             StoreWriter(folder, spec).begin(samples[1])
         spec, calibration = read_begun(folder)
-        check_same(folder, _spec(config, checkpoint, layers, spec.samples), spec)
-        held.enter_context(locked(share_lock(folder, shard), wait=False))
+        check_same(folder, _spec(config, skeleton, spec.samples), spec)
+        held.enter_context(locked(Partial(folder, shard).lock, wait=False))
         return spec, calibration
 
 
@@ -289,28 +270,23 @@ def check_destination(folder: Path, sources: tuple[Path, ...]) -> None:
         raise InputError(f"store {folder} holds files of another kind: give another name")
 
 
-def _draw(
-    config: CollectConfig, checkpoint: Checkpoint, model: Any, blocks: Blocks
-) -> tuple[SampleSpec, Calibration]:
-    draw = _draw_images if find_task(checkpoint) == IMAGE_CLASSIFICATION else _draw_windows
-    spec, calibration = draw(config, checkpoint, model, blocks)
+def _draw(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
+    is_of_images = find_task(skeleton.checkpoint) == IMAGE_CLASSIFICATION
+    spec, calibration = (_draw_images if is_of_images else _draw_windows)(config, skeleton)
     return replace(spec, dataset=config.data.label), calibration
 
 
-def _draw_images(
-    config: CollectConfig, checkpoint: Checkpoint, model: Any, blocks: Blocks
-) -> tuple[SampleSpec, Calibration]:
+def _draw_images(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
+    model, checkpoint = skeleton.model, skeleton.checkpoint
     check_loss_of_labels(model)
-    num_tokens = image_tokens(model, blocks)
+    num_tokens = image_tokens(model, skeleton.blocks)
     processor = Processor(checkpoint, model)
     images = load_images(config.data, "calibration", checkpoint, model)
     return draw_images(images, processor, config.num_samples, num_tokens, config.seed)
 
 
-def _draw_windows(
-    config: CollectConfig, checkpoint: Checkpoint, model: Any, _: Blocks
-) -> tuple[SampleSpec, Calibration]:
-    name = config.data.name
+def _draw_windows(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
+    name, checkpoint = config.data.name, skeleton.checkpoint
     seq_len = window_length(name, config.seq_len, checkpoint)
     if is_tokens(name):
         drawn = token_samples(name, config.num_samples, seq_len)
@@ -318,7 +294,7 @@ def _draw_windows(
         tokenizer = load_tokenizer(checkpoint)
         text = load_text(config.data, "calibration")
         drawn = draw_samples(name, text, tokenizer, config.num_samples, seq_len, config.seed)
-    check_tokens(drawn[1].arrays["input_ids"], checkpoint, model)
+    check_tokens(drawn[1].arrays["input_ids"], checkpoint, skeleton.model)
     return drawn
 
 
@@ -332,9 +308,8 @@ def _workload(config: CollectConfig, seq_len: int) -> Workload:
     )
 
 
-def _spec(
-    config: CollectConfig, checkpoint: Checkpoint, layers: tuple[Layer, ...], samples: SampleSpec
-) -> StoreSpec:
+def _spec(config: CollectConfig, skeleton: Skeleton, samples: SampleSpec) -> StoreSpec:
+    checkpoint = skeleton.checkpoint
     task = find_task(checkpoint)
     options = {"task": None if task == CAUSAL_LM else task}
     options |= changed_options(config, leave_out=_NOT_RESULTS)
@@ -345,10 +320,10 @@ def _spec(
         version=FORMAT_VERSION,
         gradpipe=version("gradpipe"),
         objective=task,
-        model=checkpoint.model_spec(dtype_name(resolve_dtype(config.dtype, checkpoint))),
+        model=checkpoint.model_spec(dtype_name(skeleton.model.dtype)),
         samples=samples,
         statistics=tuple(name for name in STATISTICS if name in config.statistics),
         encoding=config.encoding,
-        layers=tuple(layer.spec for layer in layers),
+        layers=tuple(layer.spec for layer in skeleton.layers),
         command=recorded_command("collect-grads", (checkpoint.label, "STORE"), options),
     )

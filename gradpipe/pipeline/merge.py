@@ -10,7 +10,6 @@ from gradpipe.errors import InputError, StoreError
 from gradpipe.pipeline.command import check_same
 from gradpipe.store.gradients import (
     LOCK_NAME,
-    PARTIAL,
     GradientStore,
     LayerStats,
     StoreWriter,
@@ -20,7 +19,7 @@ from gradpipe.store.gradients import (
     tidy,
 )
 from gradpipe.store.lock import locked
-from gradpipe.store.partial import Partial, Shard, Snapshot, add_stats
+from gradpipe.store.partial import Partial, Shard, Snapshot, add_stats, begun_shards
 from gradpipe.store.schema import StoreSpec
 
 
@@ -80,7 +79,7 @@ def is_last(folder: Path) -> bool:
 
 def _homes(folders: Sequence[Path], spec: StoreSpec) -> dict[Shard, Path | None]:
     """Where each shard lies finished, None if nowhere; InputError if counts are mixed, or twice."""
-    found = {shard for folder in folders for shard in _begun_shards(folder)}
+    found = set[Shard]().union(*map(begun_shards, folders))
     counts = sorted({shard.count for shard in found})
     if len(counts) > 1:
         raise InputError(
@@ -97,11 +96,6 @@ def _homes(folders: Sequence[Path], spec: StoreSpec) -> dict[Shard, Path | None]
             )
         homes[shard] = finished[0] if finished else None
     return homes
-
-
-def _begun_shards(folder: Path) -> list[Shard]:
-    names = [path.name for path in (folder / PARTIAL).iterdir() if path.is_dir()]
-    return [Shard.parse(name.replace("-of-", "/")) for name in names if "-of-" in name]
 
 
 def _is_finished(folder: Path, spec: StoreSpec, shard: Shard) -> bool:

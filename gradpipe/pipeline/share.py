@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,17 +21,15 @@ from gradpipe.errors import Interrupted, StoreError
 from gradpipe.pipeline.interrupt import stop_requests
 from gradpipe.pipeline.progress import progress_bar
 from gradpipe.stages.batch import Batch, calibration_batch
-from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.experts import split_experts
-from gradpipe.stages.model import Blocks, Layer, attach, load_model
+from gradpipe.stages.model import Blocks, Skeleton, attach, load_model
 from gradpipe.stages.plan import Plan
 from gradpipe.stages.schedule import resident_batch
 from gradpipe.stages.statistics import LayerAccumulator
 from gradpipe.stages.streamed import Streamed
-from gradpipe.stages.weights import WeightLoader
-from gradpipe.store.gradients import LOCK_NAME, PARTIAL, Calibration, StoreWriter
+from gradpipe.store.gradients import LOCK_NAME, Calibration, StoreWriter
 from gradpipe.store.lock import locked
-from gradpipe.store.objects import CommitRecord, ObjectWriter, digest
+from gradpipe.store.objects import CommitRecord, digest
 from gradpipe.store.partial import Partial, Shard
 from gradpipe.store.schema import StoreSpec
 
@@ -45,10 +42,7 @@ _FIRST_SNAPSHOT = 60.0  # seconds: before that, starting over costs less
 class Job:
     """A worker's part of a collection that has begun."""
 
-    checkpoint: Checkpoint
-    model: Any  # a skeleton
-    blocks: Blocks
-    layers: tuple[Layer, ...]
+    skeleton: Skeleton
     spec: StoreSpec
     calibration: Calibration
     plan: Plan
@@ -74,11 +68,6 @@ class Job:
         return calibration_batch(self.calibration, self.spec.samples, self.share)
 
 
-def share_lock(store: Path, shard: Shard) -> Path:
-    """The lock of whoever collects this shard; it is taken under the store's own."""
-    return store / PARTIAL / f"{shard.name}.lock"
-
-
 def run_share(job: Job, console: Console) -> None:
     """Collect the share, whose lock the caller holds; alone, finish the store.
 
@@ -94,14 +83,15 @@ def run_share(job: Job, console: Console) -> None:
 def _run_resident(
     job: Job, partial: Partial, console: Console, stop_requested: Callable[[], bool]
 ) -> None:
-    sums = [LayerAccumulator(x.spec, job.spec.statistics, job.device) for x in job.layers]
+    sums = [LayerAccumulator(x.spec, job.spec.statistics, job.device) for x in job.skeleton.layers]
     done = _restore(job, partial, sums)
     if done == len(job.share) and not job.is_alone:
         return
-    model = load_model(job.checkpoint, job.model.dtype, job.device)
-    split_experts(model, job.checkpoint)
-    blocks = Blocks(path=job.blocks.path, modules=tuple(model.get_submodule(job.blocks.path)))
-    layers = attach(job.layers, model)
+    checkpoint, path = job.skeleton.checkpoint, job.skeleton.blocks.path
+    model = load_model(checkpoint, job.skeleton.model.dtype, job.device)
+    split_experts(model, checkpoint)
+    blocks = Blocks(path=path, modules=tuple(model.get_submodule(path)))
+    layers = attach(job.skeleton.layers, model)
     timer = _SnapshotTimer(every=job.checkpoint_every)
     with _bar(job, console, len(job.share)) as advance:
         advance(done)
@@ -158,29 +148,21 @@ def _finish(job: Job, sums: Sequence[LayerAccumulator]) -> None:
 def _run_streamed(
     job: Job, partial: Partial, console: Console, stop_requested: Callable[[], bool]
 ) -> None:
-    loader = WeightLoader(job.model, job.checkpoint, job.device)
     scratch = _scratch_folder(job, partial)
     done = _done_blocks(job, partial)
-    samples = job.samples()
-    run = Streamed(job.model, job.blocks, loader, samples, job.batch_size, scratch, job.device)
+    run = Streamed(job.skeleton, job.samples(), job.batch_size, scratch, job.device)
     writer = StoreWriter(job.store, job.spec)
-    with _bar(job, console, 2 * len(job.share) * len(job.blocks.modules)) as advance:
+    with _bar(job, console, 2 * len(job.share) * len(job.skeleton.blocks.modules)) as advance:
 
         def step(count: int) -> None:
             advance(count)
             if stop_requested():
                 raise Interrupted("stopped; every finished block is saved")
 
-        for block, sums in run.run(job.layers, job.spec.statistics, frozenset(done), step):
+        for block, sums in run.run(job.spec.statistics, frozenset(done), step):
             name = _block_name(block)
             if job.is_alone:
-                objects = ObjectWriter(job.store)
-                for x in sorted(
-                    sums, key=lambda x: x.spec.num_weights
-                ):  # the largest needs most room
-                    objects.record.objects.update(writer.write_layer(x.spec, x.result()).objects)
-                    x.free()
-                objects.commit(f"{partial.prefix}/{name}.json")
+                partial.commit(name, _write_block(writer, sums))
             else:
                 partial.write(name, job.share, ((x.spec, x.result()) for x in sums))
             _trim_heap()
@@ -188,10 +170,18 @@ def _run_streamed(
         with locked(job.store / LOCK_NAME, wait=True):
             writer.begin(job.calibration)
             for name in partial.names():
-                data = (partial.folder / f"{name}.json").read_bytes()
-                writer.adopt(CommitRecord.from_bytes(data))
+                writer.adopt(partial.record(name))
             writer.commit()
     shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write_block(writer: StoreWriter, sums: Sequence[LayerAccumulator]) -> CommitRecord:
+    """Write a block's statistics, freeing its sums; returns what was written."""
+    record = CommitRecord()
+    for x in sorted(sums, key=lambda x: x.spec.num_weights):  # encoding the largest needs most room
+        record.objects.update(writer.write_layer(x.spec, x.result()).objects)
+        x.free()
+    return record
 
 
 def _trim_heap() -> None:
@@ -204,7 +194,7 @@ def _trim_heap() -> None:
 def _done_blocks(job: Job, partial: Partial) -> set[int | None]:
     """Blocks whose statistics are committed and sound; all else, but for scratch, is deleted."""
     names = set(partial.names())
-    blocks: list[int | None] = [None, *range(len(job.blocks.modules))]
+    blocks: list[int | None] = [None, *range(len(job.skeleton.blocks.modules))]
     begun = {block for block in blocks if _block_name(block) in names}
     done = {block for block in begun if partial.is_sound(_block_name(block))}
     partial.keep_only(*map(_block_name, done), _SCRATCH)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gradpipe.errors import InputError
-from gradpipe.stages.model import Blocks, Layer
+from gradpipe.stages.model import Layer, Skeleton
 from gradpipe.store.schema import SECOND_MOMENTS, LayerSpec, needs_backward
 
 SCHEDULES = ("auto", "resident", "streamed")
@@ -66,15 +66,9 @@ class Workload:
     encoding: str
 
 
-def make_plan(
-    asked: str,
-    model: Any,
-    blocks: Blocks,
-    layers: Sequence[Layer],
-    work: Workload,
-    device: torch.device,
-) -> Plan:
-    """Plan for a skeleton; `auto` is resident where that fits with margin."""
+def make_plan(asked: str, skeleton: Skeleton, work: Workload, device: torch.device) -> Plan:
+    """Plan a collection; `auto` is resident where that fits with margin."""
+    model, blocks, layers = skeleton.model, skeleton.blocks, skeleton.layers
     size = model.dtype.itemsize
     total = sum(p.numel() for p in model.parameters())
     inside = sum(p.numel() for block in blocks.modules for p in block.parameters())

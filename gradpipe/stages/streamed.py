@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from gradpipe.errors import GradpipeError
 from gradpipe.stages.batch import Batch
 from gradpipe.stages.hooks import LayerHooks, first_overflow
-from gradpipe.stages.model import Blocks, Layer
+from gradpipe.stages.model import Layer, Skeleton
 from gradpipe.stages.schedule import check_loss, loss_scale
 from gradpipe.stages.scratch import ActivationFile
 from gradpipe.stages.statistics import LayerAccumulator
@@ -53,18 +53,17 @@ class Streamed:
 
     def __init__(
         self,
-        model: Any,
-        blocks: Blocks,
-        loader: WeightLoader,
+        skeleton: Skeleton,
         samples: Batch,
         batch_size: int,
         scratch: Path,
         device: torch.device,
     ) -> None:
-        """`model` is a skeleton; `scratch` may hold what an earlier, killed run left."""
-        self._model = model
-        self._blocks = blocks
-        self._loader = loader
+        """`scratch` may hold what an earlier, killed run left."""
+        self._model = skeleton.model
+        self._blocks = skeleton.blocks
+        self._layers = skeleton.layers
+        self._loader = WeightLoader(skeleton.model, skeleton.checkpoint, device)
         self._samples = samples
         self._starts = range(0, len(samples), batch_size)
         self._batch_size = batch_size
@@ -75,7 +74,6 @@ class Streamed:
 
     def run(
         self,
-        layers: Sequence[Layer],
         statistics: tuple[str, ...],
         done: frozenset[int | None],
         advance: Callable[[int], None],
@@ -91,17 +89,17 @@ class Streamed:
         backward = needs_backward(statistics)
         self._forward(advance)
         depth = len(self._blocks.modules)
-        if backward or any(x.spec.block is None for x in layers):
-            outside = [x for x in layers if x.spec.block is None and None not in done]
+        if backward or any(x.spec.block is None for x in self._layers):
+            outside = [x for x in self._layers if x.spec.block is None and None not in done]
             sums = [LayerAccumulator(x.spec, statistics, self._device) for x in outside]
             if sums or (backward and not self._next_gradient_exists(depth)):
-                self._run_head(outside, sums, layers, backward=backward)
+                self._run_head(outside, sums, backward=backward)
             if None not in done:
                 yield None, sums
         for index in reversed(range(depth)):
             if index in done and (not backward or self._next_gradient_exists(index)):
                 continue
-            inside = [x for x in layers if x.spec.block == index and index not in done]
+            inside = [x for x in self._layers if x.spec.block == index and index not in done]
             sums = [LayerAccumulator(x.spec, statistics, self._device) for x in inside]
             self._run_block(index, inside, sums, advance, backward=backward)
             if index not in done:
@@ -260,11 +258,9 @@ class Streamed:
         self,
         layers: Sequence[Layer],
         sums: Sequence[LayerAccumulator],
-        inside: Sequence[Layer],
         *,
         backward: bool,
     ) -> None:
-        """Feed the layers outside the blocks; a loss that is not finite is blamed on `inside`."""
         depth = len(self._blocks.modules)
         scale = loss_scale(self._model)
         with self._loader.loaded("", excluded=self._blocks.path + "."):
@@ -281,18 +277,18 @@ class Streamed:
                     torch.set_grad_enabled(backward),
                 ):
                     loss = batch.forward(self._model).loss
-                    check_loss(loss, partial(self._blame, start, inside))
+                    check_loss(loss, partial(self._blame, start))
                     if backward:
                         (loss * (len(batch) * scale)).backward()
                         self._gradient(depth).write(start, _grad_of(leaf_BTH))
         if backward:
             self._gradient(depth).publish()
 
-    def _blame(self, start: int, layers: Sequence[Layer]) -> str | None:
+    def _blame(self, start: int) -> str | None:
         """The first layer whose output for a micro-batch is not finite, by its saved inputs."""
         self._restore_blocks()
         for index in range(len(self._blocks.modules)):
-            inside = [x for x in layers if x.spec.block == index]
+            inside = [x for x in self._layers if x.spec.block == index]
             count = min(self._batch_size, len(self._samples) - start)
             x_BTH = self._inputs(index).read(start, count).to(self._device)
             with self._loader.loaded(f"{self._blocks.path}.{index}."):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gradpipe.stages.checkpoint import Checkpoint
-from gradpipe.stages.model import weight_keys
+from gradpipe.stages.tensor_names import weight_keys
 
 
 class WeightLoader:

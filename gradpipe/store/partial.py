@@ -21,7 +21,7 @@ import numpy as np
 from gradpipe.errors import InputError, StoreError
 from gradpipe.store.gradients import PARTIAL, LayerStats
 from gradpipe.store.nodes import read_array, read_attributes, write_array, write_group
-from gradpipe.store.objects import ObjectReader, ObjectWriter
+from gradpipe.store.objects import CommitRecord, ObjectReader, ObjectWriter
 from gradpipe.store.schema import JsonSpec, LayerSpec
 
 
@@ -94,6 +94,21 @@ class Partial:
         write_group(objects, f"{self.prefix}/{name}", spec.to_json())
         objects.commit(f"{self.prefix}/{name}.json")
 
+    @property
+    def lock(self) -> Path:
+        """The lock of whoever collects this shard; it is taken under the store's own."""
+        return self.folder.with_name(f"{self.folder.name}.lock")
+
+    def commit(self, name: str, record: CommitRecord) -> None:
+        """Commit objects that were written elsewhere in the store as a snapshot of this name."""
+        objects = ObjectWriter(self.store)
+        objects.record = record
+        objects.commit(f"{self.prefix}/{name}.json")
+
+    def record(self, name: str) -> CommitRecord:
+        """The objects of a committed snapshot; StoreError if the record is damaged."""
+        return CommitRecord.from_bytes((self.folder / f"{name}.json").read_bytes())
+
     def names(self) -> list[str]:
         """Names of the committed snapshots, in order."""
         return sorted(path.stem for path in self.folder.glob("*.json"))
@@ -152,6 +167,12 @@ class Snapshot:
             num_samples=counts.num_samples,
             num_tokens=counts.num_tokens,
         )
+
+
+def begun_shards(store: Path) -> set[Shard]:
+    """The shards of which a store holds a folder, finished or not."""
+    names = [path.name for path in (store / PARTIAL).iterdir() if path.is_dir()]
+    return {Shard.parse(name.replace("-of-", "/")) for name in names if "-of-" in name}
 
 
 def add_stats(total: LayerStats | None, more: LayerStats) -> LayerStats:
