@@ -7,16 +7,15 @@ that is not pruned is copied byte for byte. All targets share one load and one s
 from __future__ import annotations
 
 import json
-import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from torch import Tensor
 
-from gradpipe.errors import GradpipeError, InputError
+from gradpipe.errors import GradpipeError
 from gradpipe.pipeline.allocation import Budgets
 from gradpipe.pipeline.command import changed_options, recorded_command
 from gradpipe.pipeline.output import (
@@ -32,23 +31,20 @@ from gradpipe.pipeline.output import (
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.pipeline.prune_config import PruneConfig
 from gradpipe.pipeline.prune_files import PruneJob, Written, score_of, write_file
+from gradpipe.pipeline.select_layers import select_layers
 from gradpipe.stages.checkpoint import (
     NOT_COPIED,
     Checkpoint,
     as_tensor,
     count_zeros,
-    matrix_shape,
 )
 from gradpipe.stages.device import resolve_device
-from gradpipe.stages.mask import check_pattern
 from gradpipe.stages.prune import Budget, Target
 from gradpipe.stages.score import METHODS
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.objects import digest
 from gradpipe.store.partial import Shard
 from gradpipe.store.schema import LayerSpec
-
-_PLAIN = ("none", "input", "uniform")  # values of options that ask for nothing
 
 
 def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, ...]:
@@ -61,7 +57,7 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     """
     checkpoint = Checkpoint.open(config.model)
     store = GradientStore.open(config.store)
-    layers = _select_layers(config, checkpoint, store)
+    layers = select_layers(config, checkpoint, store)
     job = PruneJob(
         checkpoint=checkpoint,
         store=store,
@@ -88,7 +84,7 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     with staging_folder(config.out) as staging:
         with progress_bar(console, "pruning", len(job.layers), "layers") as advance:
             for file in checkpoint.files:
-                written.add(write_file(job, file, staging, advance).to_bytes())
+                written.add(write_file(job, file, staging, advance))
         results = _finish(config, job, staging, written)
         publish(staging, config.out)
     _say(job, written, console)
@@ -140,7 +136,7 @@ def _prune_shard(
     config: PruneConfig, job: PruneJob, shard: Shard, console: Console
 ) -> tuple[PruneResult, ...]:
     """Rewrite this shard's files; publish if that completes them."""
-    identity = repr([_report(config, job, target, Written()) for target in job.targets]).encode()
+    identity = repr([_identity(config, job, target) for target in job.targets]).encode()
     with SharedStaging(config.out, shard, identity) as staging:
         job = replace(job, budgets=_budgets(config, job, console))
         with progress_bar(console, "pruning", len(job.layers), "layers") as advance:
@@ -153,7 +149,7 @@ def _prune_shard(
                 return ()
             written = Written()
             for data in records:
-                written.add(data)
+                written.add(Written.from_bytes(data))
             results = _finish(config, job, staging.folder, written)
             staging.publish()
         _say(job, written, console)
@@ -177,83 +173,6 @@ def _identity(config: PruneConfig, job: PruneJob, target: Target) -> dict[str, o
     """What all shards of one command agree on, as `pruning.json` has it."""
     report = _report(config, job, target, Written())
     return {key: report[key] for key in ("model", "revision", "store", "command")}
-
-
-def _select_layers(
-    config: PruneConfig, checkpoint: Checkpoint, store: GradientStore
-) -> dict[str, LayerSpec]:
-    """The layers to prune, by weight key, each checked against checkpoint, store and pattern."""
-    candidates = {layer.weight_key: layer for layer in store.spec.layers}
-    blocks = {_list_of(x.name) for x in store.spec.layers if x.block is not None}
-    for info in checkpoint.tensors.values():
-        is_bare = info.key not in candidates and info.is_matrix and info.key.endswith(".weight")
-        if is_bare and _list_of(info.key) not in blocks:  # an embedding or a head, not a router
-            candidates[info.key] = checkpoint.layer_spec(info.key, block=None)
-    _check_patterns(config, [layer.name for layer in candidates.values()])
-    layers = {key: layer for key, layer in candidates.items() if _is_selected(config, layer)}
-    if not layers:
-        raise InputError("no layer is left to prune: check --include and --exclude")
-    for layer in layers.values():
-        _check_layer(config, checkpoint, store, layer)
-    return layers
-
-
-def _check_patterns(config: PruneConfig, names: Sequence[str]) -> None:
-    """A regex that matches nothing is a slip of the pen, and would prune what was to stay."""
-    for flag, patterns in (("include", config.include), ("exclude", config.exclude)):
-        for pattern in patterns:
-            if not any(re.search(pattern, name) for name in names):
-                raise InputError(
-                    f"--{flag} {pattern}: matches no layer of {config.model}, which has such as "
-                    f"{names[0]}"
-                )
-
-
-def _list_of(name: str) -> str | None:
-    """The list of blocks that a name is in: `model.layers` for `model.layers.0.mlp.gate`."""
-    found = re.match(r"(.+?)\.\d+\.", name)
-    return found[1] if found else None
-
-
-def _is_selected(config: PruneConfig, layer: LayerSpec) -> bool:
-    if any(re.search(pattern, layer.name) for pattern in config.exclude):
-        return False
-    if config.include:
-        return any(re.search(pattern, layer.name) for pattern in config.include)
-    return layer.block is not None
-
-
-def _check_layer(
-    config: PruneConfig, checkpoint: Checkpoint, store: GradientStore, layer: LayerSpec
-) -> None:
-    info = checkpoint.tensors.get(layer.weight_key)
-    if info is None:
-        raise InputError(
-            f"store {store.url} is of another model ({store.spec.model.name}): "
-            f"{config.model} has no {layer.weight_key}"
-        )
-    shape = matrix_shape(info, transposed=layer.transposed)
-    if shape != layer.shape:
-        raise InputError(
-            f"store {store.url} is of another model ({store.spec.model.name}): layer {layer.name} "
-            f"is {layer.shape} there, {shape} in {config.model}"
-        )
-    if not info.is_matrix:
-        raise InputError(
-            f"layer {layer.name} is of type {info.dtype}: expected F16, BF16, F32 or F64 weights"
-        )
-    for statistic in config.statistics:
-        known = statistic in store.spec.statistics
-        if not known or store.spec.layer(layer.name) is None:
-            include = "" if store.spec.layer(layer.name) else f" --include {layer.name}"
-            wanted = ",".join(dict.fromkeys((*store.spec.statistics, statistic)))
-            raise InputError(
-                f"store {store.url} lacks {statistic} of layer {layer.name}, which {_wish(config)} "
-                f"needs: collect again with --statistics {wanted}{include}"
-            )
-    for target in config.targets():
-        if target.pattern is not None:
-            check_pattern(target.pattern, layer.name, layer.shape[1])
 
 
 def _finish(
@@ -298,17 +217,6 @@ def _read_back(
 
 def _pattern(budget: Budget) -> str | None:
     return None if budget.pattern is None else str(budget.pattern)
-
-
-def _wish(config: PruneConfig) -> str:
-    """What asked for a statistic, as the user named it."""
-    extras = {
-        "update": config.update,
-        "curvature": config.curvature,
-        "allocation": config.allocation,
-    }
-    named = [f"--{flag} {value}" for flag, value in extras.items() if value not in _PLAIN]
-    return " with ".join([config.score or config.method, *named])
 
 
 def _report(

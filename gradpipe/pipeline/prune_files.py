@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,13 +73,17 @@ class Written:
         """For another process to read."""
         return json.dumps(asdict(self)).encode()
 
-    def add(self, data: bytes) -> None:
-        """Add what another process wrote."""
-        document = json.loads(data)
-        for label, digests in document["digests"].items():
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Self:
+        """What another process wrote."""
+        return cls(**json.loads(data))
+
+    def add(self, more: Written) -> None:
+        """Add what was written of another file."""
+        for label, digests in more.digests.items():
             self.digests.setdefault(label, {}).update(digests)
-        self.mismatched.extend(document["mismatched"])
-        self.notes.extend(document["notes"])
+        self.mismatched.extend(more.mismatched)
+        self.notes.extend(more.notes)
 
 
 def write_file(job: PruneJob, file: str, staging: Path, advance: Callable[[int], None]) -> Written:
