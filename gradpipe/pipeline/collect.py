@@ -12,13 +12,11 @@ from rich.console import Console
 from gradpipe.errors import InputError, Interrupted, StoreError
 from gradpipe.pipeline.command import (
     changed_options,
-    check_local,
     check_regexes,
-    check_same,
     recorded_command,
 )
-from gradpipe.pipeline.merge import finalize, is_last
-from gradpipe.pipeline.output import holds
+from gradpipe.pipeline.destination import check_store
+from gradpipe.pipeline.merge import check_same, finalize, is_last
 from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.share import Job, run_share
 from gradpipe.stages.checkpoint import Checkpoint
@@ -51,7 +49,6 @@ from gradpipe.store.gradients import (
     clear,
     is_begun,
     is_complete,
-    is_ours,
     read_begun,
     tidy,
 )
@@ -169,7 +166,7 @@ def plan(config: CollectConfig) -> Plan:
 def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     """Collect one share, and finish the store if it is all there is."""
     sources = (Path(config.model), Path(config.data.name))
-    check_destination(config.store, sources)
+    check_store(config.store, sources)
     checkpoint = Checkpoint.open(config.model)
     device = resolve_device(config.device)
     skeleton = _skeleton(config, checkpoint, with_digests=True)
@@ -256,18 +253,6 @@ def _begin(
         check_same(folder, _spec(config, skeleton, spec.samples), spec)
         held.enter_context(locked(Partial(folder, shard).lock, wait=False))
         return spec, calibration
-
-
-def check_destination(folder: Path, sources: tuple[Path, ...]) -> None:
-    """Raises InputError unless `folder` is free, or a store, and holds no source."""
-    check_local("store", folder)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"store {folder} is a file, expected a folder to create")
-    for source in sources:
-        if folder.exists() and source.exists() and holds(folder, source):
-            raise InputError(f"store {folder} holds {source}, which is read: give another name")
-    if not is_ours(folder) and not is_complete(folder):
-        raise InputError(f"store {folder} holds files of another kind: give another name")
 
 
 def _draw(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:

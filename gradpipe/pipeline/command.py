@@ -8,11 +8,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
-from pathlib import Path
 from typing import Any
 
 from gradpipe.errors import InputError
-from gradpipe.store.schema import StoreSpec
 
 
 def check_regexes(flag: str, patterns: tuple[str, ...]) -> None:
@@ -22,15 +20,6 @@ def check_regexes(flag: str, patterns: tuple[str, ...]) -> None:
             re.compile(pattern)
         except re.error as error:
             raise InputError(f"{flag} {pattern!r}: not a regular expression: {error}") from error
-
-
-def check_local(what: str, path: Path) -> None:
-    """Refuse a URL where a local folder is to be created, and a folder inside a file."""
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has turned :// into :/
-        raise InputError(f"{what} {path} is a URL, expected a local folder: copy it to a URL after")
-    for parent in path.absolute().parents:
-        if parent.exists() and not parent.is_dir():
-            raise InputError(f"{what} {path}: {parent} is a file, expected a folder: give another")
 
 
 def recorded_command(verb: str, arguments: tuple[str, ...], options: dict[str, Any]) -> str:
@@ -54,15 +43,3 @@ def changed_options(config: Any, leave_out: set[str]) -> dict[str, Any]:
         for f in dataclasses.fields(config)
         if f.name not in leave_out and getattr(config, f.name) != f.default
     }
-
-
-def check_same(store: Path, spec: StoreSpec, other: StoreSpec) -> None:
-    """Refuse to go on with a collection of other settings; samples are the store's own."""
-    for f in dataclasses.fields(StoreSpec):
-        mine, theirs = getattr(spec, f.name), getattr(other, f.name)
-        if mine != theirs and f.name != "samples":
-            shown = "" if f.name == "layers" else f" ({theirs!s:.200} there, {mine!s:.200} now)"
-            raise InputError(
-                f"store {store} was begun with another {f.name}{shown}: "
-                "give the same command, another store or --overwrite"
-            )

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.collect import check_destination
+from gradpipe.pipeline.destination import check_store
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.gblm_files import match_layers, read_gblm_file
 from gradpipe.stages.tasks import find_task
@@ -58,7 +58,7 @@ def import_gblm(config: ImportConfig) -> GradientStore:
     activations = None if config.activations is None else GradientStore.open(config.activations)
     taken_from = None if activations is None else activations.local_folder
     sources = (config.l1, config.l2, Path(config.model), taken_from)
-    check_destination(config.store, tuple(source for source in sources if source is not None))
+    check_store(config.store, tuple(source for source in sources if source is not None))
     if is_complete(config.store) and not config.overwrite:
         raise InputError(
             f"store {config.store} exists and is complete: give another name or --overwrite"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from gradpipe.errors import InputError, StoreError
-from gradpipe.pipeline.command import check_same
 from gradpipe.store.gradients import (
     LOCK_NAME,
     GradientStore,
@@ -43,6 +43,18 @@ def merge(stores: Sequence[Path]) -> GradientStore:
         for other in stores[1:]:
             check_same(target, spec, read_begun(other)[0])
         return finalize(target, stores[1:])
+
+
+def check_same(store: Path, spec: StoreSpec, other: StoreSpec) -> None:
+    """Refuse to go on with a collection of other settings; samples are the store's own."""
+    for f in dataclasses.fields(StoreSpec):
+        mine, theirs = getattr(spec, f.name), getattr(other, f.name)
+        if mine != theirs and f.name != "samples":
+            shown = "" if f.name == "layers" else f" ({theirs!s:.200} there, {mine!s:.200} now)"
+            raise InputError(
+                f"store {store} was begun with another {f.name}{shown}: "
+                "give the same command, another store or --overwrite"
+            )
 
 
 def finalize(folder: Path, others: Sequence[Path] = ()) -> GradientStore:

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from gradpipe.errors import GradpipeError, InputError
-from gradpipe.pipeline.command import check_local
+from gradpipe.pipeline.destination import REPORT
 from gradpipe.store.lock import locked
 from gradpipe.store.objects import fsync, write_durably
 from gradpipe.store.partial import Shard
-
-REPORT = "pruning.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,29 +51,6 @@ class PruneResult:
     def achieved(self) -> float:
         """Sparsity found in the written files, over all pruned layers."""
         return sum(x.zeros for x in self.layers) / sum(x.size for x in self.layers)
-
-
-def check_out(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
-    """Raises InputError if `out` exists and `overwrite` is not given, or if it holds a source."""
-    check_local("OUT", out)
-    for source in sources:
-        if holds(out, source) or holds(source, out):
-            raise InputError(
-                f"OUT {out} and {source}, which is read, are in one another: give another OUT"
-            )
-    if out.exists() and not overwrite:
-        raise InputError(f"OUT {out} exists: give another name or --overwrite")
-    if out.exists() and not out.is_dir():
-        raise InputError(f"OUT {out} is a file, expected a folder to create or replace")
-    if out.exists() and not _is_ours(out):
-        raise InputError(f"OUT {out} holds files that no pruning wrote: give another name")
-
-
-def _is_ours(out: Path) -> bool:
-    """True for a folder that is empty, a pruned checkpoint, or one of several of them."""
-    if (out / REPORT).is_file():
-        return True
-    return all((path / REPORT).is_file() for path in out.iterdir())
 
 
 @contextmanager
@@ -225,11 +200,6 @@ Made with gradpipe {report["gradpipe"]}:
 
 Sparsity of each layer: `pruning.json`. The weights are dense tensors with zeros in them.
 """
-
-
-def holds(outer: Path, inner: Path) -> bool:
-    """Whether `inner` is `outer`, or lies in it, links followed."""
-    return inner.resolve().is_relative_to(outer.resolve())
 
 
 def _remove(folder: Path) -> None:

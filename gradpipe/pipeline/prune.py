@@ -18,12 +18,11 @@ from torch import Tensor
 from gradpipe.errors import GradpipeError
 from gradpipe.pipeline.allocation import Budgets
 from gradpipe.pipeline.command import changed_options, recorded_command
+from gradpipe.pipeline.destination import REPORT, check_out
 from gradpipe.pipeline.output import (
-    REPORT,
     LayerResult,
     PruneResult,
     SharedStaging,
-    check_out,
     publish,
     staging_folder,
     write_report,
