@@ -366,11 +366,7 @@ def _data(
 
 def _shard(text: str | None) -> Shard | None:
     """The shard asked for, or the task of the Slurm array that this runs in."""
-    task = (os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_ARRAY_TASK_COUNT"))
-    if text is None and task[0] and task[1]:
-        first = int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
-        text = f"{int(task[0]) - first}/{task[1]}"
-    return None if text is None else Shard.parse(text)
+    return Shard.of_slurm(os.environ) if text is None else Shard.parse(text)
 
 
 def _check_json(path: Path | None) -> None:

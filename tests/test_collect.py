@@ -131,7 +131,12 @@ class _Twice(nn.Module):
 
 def _accumulator() -> LayerAccumulator:
     spec = LayerSpec(
-        name="layers.0.0", weight_key="w", shape=(4, 4), block=0, transposed=False, digest=""
+        name="layers.0.0",
+        weight_key="layers.0.0.weight",
+        shape=(4, 4),
+        block=0,
+        transposed=False,
+        digest="",
     )
     return LayerAccumulator(spec, ("grad_l1",), torch.device("cpu"))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import random
 import signal
 import struct
@@ -403,6 +404,41 @@ def test_the_index_of_a_shard_is_not_trusted(change: Callable[[Any], None]) -> N
         decode_array(metadata, data[:-52] + index.tobytes() + data[-4:], SHARDED, "float32")
 
 
+def test_codes_count_for_what_they_become() -> None:
+    """Half a byte becomes a float32: 512 MiB of zeros, stored in kilobytes, are refused."""
+    shape = (16384, 32768)
+    zeros = encode_array(np.zeros((128, 32768), dtype=np.uint8))
+    document = json.loads(zeros["zarr.json"]) | {"shape": list(shape)}
+    inner = {"name": "regular", "configuration": {"chunk_shape": list(shape)}}
+    document["chunk_grid"] = inner
+    many = encode_array(np.zeros((256, 32768), dtype=np.uint8))
+    document["codecs"] = json.loads(many["zarr.json"])["codecs"]
+    frame = zeros["c/0/0"]
+    index = b"".join(struct.pack("<QQ", i * len(frame), len(frame)) for i in range(128))
+    with pytest.raises(StoreError, match="refused"):
+        decode_array(json.dumps(document).encode(), frame * 128 + index + bytes(4), shape, "uint8")
+
+
+@pytest.mark.parametrize("key", ["commit.json", "zarr.json", f"{VALUES}/c/0"])
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_only_files_inside_the_store_are_read(
+    tmp_path: Path, objects: Objects, key: str, kind: str
+) -> None:
+    """A named pipe would be waited on for ever, and a link could lead anywhere."""
+    store = put(tmp_path / "store", objects)
+    data = (store / key).read_bytes()
+    (store / key).unlink()
+    if kind == "pipe":
+        os.mkfifo(store / key)
+    elif kind == "folder":
+        (store / key).mkdir()
+    else:
+        (tmp_path / "elsewhere").write_bytes(data)
+        (store / key).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="not a file inside the store"):
+        GradientStore.open(store).validate()
+
+
 def test_a_shard_cannot_say_the_same_thing_a_thousand_times() -> None:
     """Chunks that share their bytes would be a bomb: what is stored bounds what it decodes to."""
     shape = (4096, 1 << 20)  # 16 GiB
@@ -425,7 +461,7 @@ def test_a_record_cannot_name_what_is_not_in_the_store(
     """A key that could lead elsewhere is refused before anything is looked for."""
     record = record_of(objects, **{key: (1, "0" * 32)})
     store = put(tmp_path / "store", objects, record)
-    with contained(tmp_path), pytest.raises(StoreError, match="no key of a store"):
+    with contained(tmp_path), pytest.raises(StoreError, match="no object's key"):
         GradientStore.open(store)
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from gradpipe import (
     collect_shard,
     merge,
 )
+from gradpipe.pipeline import merge as merging
 from gradpipe.pipeline import share
 from gradpipe.stages.schedule import resident_batch
 from gradpipe.store.objects import CommitRecord
@@ -179,11 +181,63 @@ def test_a_doubled_shard_is_named(thirds: Sequence[Path], tmp_path: Path) -> Non
 def test_shards_of_different_counts_are_refused(
     inputs: Path, thirds: Sequence[Path], tmp_path: Path
 ) -> None:
-    """A half and two thirds are no whole."""
+    """A half and two thirds are no whole, in one folder or in two."""
     first, second = gathered(thirds, tmp_path, "01", "2")
-    collect_shard(config(inputs, first, "0/2"))
+    for shard in ("0/2", None):
+        run = config(inputs, first, shard)
+        with pytest.raises(InputError, match=r"was begun as 3 shards"):
+            collect(run) if shard is None else collect_shard(run)
+    half = tmp_path / "half"
+    collect_shard(config(inputs, half, "0/2"))
     with pytest.raises(InputError, match=r"shards of 2 and of 3"):
-        merge([first, second])
+        merge([first, second, half])
+
+
+def test_shards_of_different_samples_are_refused(
+    inputs: Path, thirds: Sequence[Path], tmp_path: Path
+) -> None:
+    """Two jobs that drew from different texts measured different things."""
+    (first,) = gathered(thirds, tmp_path, "01")
+    text = write_text(tmp_path / "text.txt", repeats=30)
+    run = config(inputs, tmp_path / "other", "2/3", data=DataConfig(name=str(text)))
+    collect_shard(run)
+    with pytest.raises(InputError, match="different samples"):
+        merge([first, tmp_path / "other"])
+
+
+def test_shards_survive_the_loss_of_the_samples_record(
+    inputs: Path, thirds: Sequence[Path], tmp_path: Path
+) -> None:
+    """A record that vanished is no reason to throw finished shards away."""
+    (first,) = gathered(thirds, tmp_path, "01")
+    record = first / "partial" / "calibration.json"
+    data = record.read_bytes()
+    record.unlink()
+    with pytest.raises(StoreError, match="has vanished"):
+        collect_shard(config(inputs, first, "2/3"))
+    record.write_bytes(data)
+    collect_shard(config(inputs, first, "2/3"))
+    merge([first])
+
+
+def test_two_merges_do_not_get_in_each_others_way(
+    thirds: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that waited is told that the store is complete, and not to start anew."""
+    (store,) = gathered(thirds, tmp_path, "012")
+    real = merging.locked
+
+    @contextmanager
+    def waited(path: Path, *, wait: bool) -> Iterator[None]:
+        monkeypatch.setattr(merging, "locked", real)
+        merge([store])  # the other one, while this one waits
+        with real(path, wait=wait):
+            yield
+
+    monkeypatch.setattr(merging, "locked", waited)
+    with pytest.raises(InputError, match="is complete"):
+        merge([store])
+    GradientStore.open(store).validate()
 
 
 def test_stores_of_different_settings_are_refused(

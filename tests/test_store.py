@@ -174,6 +174,53 @@ def test_a_store_is_incomplete_as_soon_as_it_is_cleared(
     assert not is_complete(tmp_path / "store")
 
 
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    """A model card, or a clone's `.git`, is not a store's to remove, nor read by anyone."""
+    folder = write_store(tmp_path / "store")
+    (folder / ".git").mkdir()
+    for name in ("README.md", ".git/HEAD"):
+        (folder / name).write_text("mine")
+    (folder / "layers" / "stray").write_text("left by a kill")
+    gradients.tidy(folder)
+    assert not (folder / "layers" / "stray").exists()
+    GradientStore.open(folder).validate()
+    gradients.clear(folder)
+    assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*")) == [
+        *(".git", ".git/HEAD", "README.md")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "free"),
+    [
+        ([], True),
+        ([".lock"], True),
+        ([".lock", ".zarr.json.tmp"], True),
+        ([".lock", "thesis.txt"], False),
+        (["zarr.json"], False),
+        (["thesis.txt"], False),
+    ],
+)
+def test_only_what_a_killed_run_leaves_is_free(
+    tmp_path: Path, names: list[str], *, free: bool
+) -> None:
+    """A folder is begun in if it is empty, or holds nothing but a killed run's first files."""
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    assert gradients.is_free(tmp_path) == free
+
+
+def test_a_store_is_not_committed_without_a_layer(tmp_path: Path) -> None:
+    """What was not written cannot be declared complete."""
+    writer = StoreWriter(tmp_path, spec())
+    writer.begin(None)
+    with pytest.raises(
+        GradpipeError, match=r"grad_l1 of model\.layers\.0\.mlp\.up_proj has vanished"
+    ):
+        writer.commit()
+    assert not is_complete(tmp_path)
+
+
 def test_a_statistic_that_was_not_collected_is_no_damage(tmp_path: Path) -> None:
     """Asked for what it never held, a store says what it does hold."""
     write_store(tmp_path / "store")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from gradpipe.errors import InputError, Interrupted, StoreError
@@ -18,7 +19,7 @@ from gradpipe.pipeline.command import (
 from gradpipe.pipeline.destination import check_store
 from gradpipe.pipeline.merge import check_same, finalize, is_last
 from gradpipe.pipeline.progress import QUIET
-from gradpipe.pipeline.share import Job, run_share
+from gradpipe.pipeline.share import Job, begun_schedule, run_share
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.experts import fused_weights
@@ -43,6 +44,7 @@ from gradpipe.stages.tokens import is_tokens, token_samples, window_length
 from gradpipe.store.codec import ENCODINGS
 from gradpipe.store.gradients import (
     LOCK_NAME,
+    PARTIAL,
     Calibration,
     GradientStore,
     StoreWriter,
@@ -53,7 +55,7 @@ from gradpipe.store.gradients import (
     tidy,
 )
 from gradpipe.store.lock import locked
-from gradpipe.store.partial import Partial, Shard
+from gradpipe.store.partial import Partial, Shard, begun_shards
 from gradpipe.store.schema import (
     CAUSAL_LM,
     DEFAULT_STATISTICS,
@@ -153,14 +155,14 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
 def plan(config: CollectConfig) -> Plan:
     """What stage one would take, from `config.json` alone: no weight is read, none is fetched."""
     checkpoint = with_expected_tensors(Checkpoint.outline(config.model))
-    device = resolve_device(config.device)
+    device, shard = resolve_device(config.device), config.shard or Shard(0, 1)
     skeleton = _skeleton(config, checkpoint, with_digests=False)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
         check_loss_of_labels(skeleton.model)
         seq_len = image_tokens(skeleton.model, skeleton.blocks)
     else:
         seq_len = window_length(config.data.name, config.seq_len, checkpoint)
-    return make_plan(config.schedule, skeleton, _workload(config, seq_len), device)
+    return _plan(config, shard, skeleton, _workload(config, shard, seq_len), device)
 
 
 def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
@@ -181,12 +183,12 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
         if begun is None:
             return
         spec, calibration = begun
-        work = _workload(config, spec.samples.seq_len)
+        work = _workload(config, shard, spec.samples.seq_len)
         job = Job(
             skeleton=skeleton,
             spec=spec,
             calibration=calibration,
-            plan=make_plan(config.schedule, skeleton, work, device),
+            plan=_plan(config, shard, skeleton, work, device),
             device=device,
             store=config.store,
             shard=shard,
@@ -197,7 +199,17 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
         try:
             run_share(job, console)
         except Interrupted as error:
-            raise Interrupted(f"{error}: run the same command again to go on") from error
+            again = ", without --overwrite," if config.overwrite else ""
+            raise Interrupted(f"{error}: run the same command again{again} to go on") from error
+
+
+def _plan(
+    config: CollectConfig, shard: Shard, skeleton: Skeleton, work: Workload, device: torch.device
+) -> Plan:
+    """As `make_plan`, but `auto` goes on as was begun: another schedule would start anew."""
+    begun = begun_schedule(config.store, shard) if config.schedule == "auto" else None
+    planned = make_plan(begun or config.schedule, skeleton, work, device)
+    return planned if begun is None else replace(planned, reason="as it was begun")
 
 
 def _check_windows(config: CollectConfig, checkpoint: Checkpoint) -> None:
@@ -244,15 +256,35 @@ def _begin(
         if is_complete(folder) and not config.overwrite:
             return None  # another process was faster
         if config.overwrite or not is_begun(folder):
+            if not config.overwrite and begun_shards(folder):
+                raise StoreError(
+                    f"store {folder} holds shards, but the record of its samples has vanished: "
+                    "restore partial/calibration.json, or start anew with --overwrite"
+                )
             if samples is None:
                 raise StoreError(f"store {folder} was removed meanwhile: run the command again")
             clear(folder)
             spec = _spec(config, skeleton, samples[0])
             StoreWriter(folder, spec).begin(samples[1])
+        _check_count(folder, shard)
         spec, calibration = read_begun(folder)
         check_same(folder, _spec(config, skeleton, spec.samples), spec)
         held.enter_context(locked(Partial(folder, shard).lock, wait=False))
         return spec, calibration
+
+
+def _check_count(folder: Path, shard: Shard) -> None:
+    """Raises InputError if shards of another number have been begun: they do not add up."""
+    other = sorted(x.count for x in begun_shards(folder) if x.count != shard.count)
+    for lock in (folder / PARTIAL).glob("*-of-*.lock"):
+        if not lock.stem.endswith(f"-of-{shard.count}"):
+            with locked(lock, wait=False):
+                pass  # or raise that it is at work
+    if other:
+        raise InputError(
+            f"store {folder} was begun as {other[0]} shards, not {shard.count}: go on with "
+            "that many, give another store or --overwrite"
+        )
 
 
 def _draw(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
@@ -283,9 +315,9 @@ def _draw_windows(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec
     return drawn
 
 
-def _workload(config: CollectConfig, seq_len: int) -> Workload:
+def _workload(config: CollectConfig, shard: Shard, seq_len: int) -> Workload:
     return Workload(
-        num_samples=config.num_samples,
+        num_samples=len(shard.share(config.num_samples)),
         seq_len=seq_len,
         batch_size=config.batch_size,
         statistics=config.statistics,

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from gradpipe.errors import InputError
-from gradpipe.store.gradients import is_complete, is_ours
+from gradpipe.store.gradients import is_complete, is_free
 
 REPORT = "pruning.json"  # what every pruned checkpoint holds
 
@@ -19,7 +19,7 @@ def check_store(folder: Path, sources: tuple[Path, ...]) -> None:
     for source in sources:
         if folder.exists() and source.exists() and holds(folder, source):
             raise InputError(f"store {folder} holds {source}, which is read: give another name")
-    if not is_ours(folder) and not is_complete(folder):
+    if not is_free(folder) and not is_complete(folder):
         raise InputError(f"store {folder} holds files of another kind: give another name")
 
 
@@ -35,11 +35,11 @@ def check_out(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
         raise InputError(f"OUT {out} exists: give another name or --overwrite")
     if out.exists() and not out.is_dir():
         raise InputError(f"OUT {out} is a file, expected a folder to create or replace")
-    if out.exists() and not _is_ours(out):
+    if out.exists() and not _is_free(out):
         raise InputError(f"OUT {out} holds files that no pruning wrote: give another name")
 
 
-def _is_ours(out: Path) -> bool:
+def _is_free(out: Path) -> bool:
     """True for a folder that is empty, a pruned checkpoint, or one of several of them."""
     if (out / REPORT).is_file():
         return True

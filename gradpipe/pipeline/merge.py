@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from gradpipe.errors import InputError, StoreError
 from gradpipe.store.gradients import (
     LOCK_NAME,
+    Calibration,
     GradientStore,
     LayerStats,
     StoreWriter,
@@ -30,19 +31,30 @@ def merge(stores: Sequence[Path]) -> GradientStore:
     StoreError if one is missing or unfinished.
     """
     target = stores[0]
-    if is_complete(target):
-        tidy(target)  # an earlier merge may have been killed over it
-        raise InputError(f"store {target} is complete: there is nothing to merge into it")
+    _check_unfinished(target)
     for store in stores:
         if not is_begun(store):
             raise InputError(
                 f"{store} is no unfinished store: expected one that collect-grads --shard wrote"
             )
     with locked(target / LOCK_NAME, wait=True):
+        _check_unfinished(target)  # another merge may have been faster
         spec, _ = read_begun(target)
         for other in stores[1:]:
-            check_same(target, spec, read_begun(other)[0])
+            theirs, _ = read_begun(other)
+            check_same(target, spec, theirs)
+            if theirs.samples != spec.samples:
+                raise InputError(
+                    f"stores {target} and {other} were begun with different samples: collect all "
+                    "shards from the same data"
+                )
         return finalize(target, stores[1:])
+
+
+def _check_unfinished(store: Path) -> None:
+    if is_complete(store):
+        tidy(store)  # an earlier merge may have been killed over it
+        raise InputError(f"store {store} is complete: there is nothing to merge into it")
 
 
 def check_same(store: Path, spec: StoreSpec, other: StoreSpec) -> None:
@@ -71,6 +83,15 @@ def finalize(folder: Path, others: Sequence[Path] = ()) -> GradientStore:
         raise StoreError(
             f"store {folder} lacks shard {names}: run collect-grads --shard for it, then merge"
         )
+    with ExitStack() as held:
+        for shard in homes:  # one that is run again is waited for: it may be reading its sums
+            held.enter_context(locked(Partial(folder, shard).lock, wait=True))
+        return _add_up(folder, spec, calibration, homes)
+
+
+def _add_up(
+    folder: Path, spec: StoreSpec, calibration: Calibration, homes: Mapping[Shard, Path | None]
+) -> GradientStore:
     writer = StoreWriter(folder, spec)
     writer.begin(calibration)
     sums = [_layer_index(home, spec, shard) for shard, home in homes.items() if home is not None]

@@ -35,6 +35,7 @@ from gradpipe.store.schema import StoreSpec
 
 _SNAPSHOT_SHARE = 0.04  # of the time, at most, goes into snapshots
 _SCRATCH = "scratch"
+_SAMPLES = "samples-"  # and how many, in the name of a resident snapshot
 _FIRST_SNAPSHOT = 60.0  # seconds: before that, starting over costs less
 
 
@@ -85,8 +86,21 @@ def _run_resident(
 ) -> None:
     sums = [LayerAccumulator(x.spec, job.spec.statistics, job.device) for x in job.skeleton.layers]
     done = _restore(job, partial, sums)
-    if done == len(job.share) and not job.is_alone:
-        return
+    if done < len(job.share):
+        _accumulate(job, partial, sums, done, console, stop_requested)
+    if job.is_alone:
+        _finish(job, partial, sums, stop_requested)
+
+
+def _accumulate(
+    job: Job,
+    partial: Partial,
+    sums: list[LayerAccumulator],
+    done: int,
+    console: Console,
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Run the model over what is left of the share; a shard's sums are saved at the end."""
     checkpoint, path = job.skeleton.checkpoint, job.skeleton.blocks.path
     model = load_model(checkpoint, job.skeleton.model.dtype, job.device)
     split_experts(model, checkpoint)
@@ -107,8 +121,6 @@ def _run_resident(
                     _save(job, partial, sums, done)
             if stop_requested() and not finished:
                 raise Interrupted(f"stopped after {done} of {len(job.share)} samples")
-    if job.is_alone:
-        _finish(job, sums)
 
 
 def _restore(job: Job, partial: Partial, sums: list[LayerAccumulator]) -> int:
@@ -130,19 +142,35 @@ def _restore(job: Job, partial: Partial, sums: list[LayerAccumulator]) -> int:
 
 def _save(job: Job, partial: Partial, sums: list[LayerAccumulator], done: int) -> None:
     """Write a snapshot, then delete the one before."""
-    name = f"samples-{done:08d}"
+    name = f"{_SAMPLES}{done:08d}"
     partial.write(name, job.share[:done], ((x.spec, x.result()) for x in sums))
     partial.keep_only(name)
 
 
-def _finish(job: Job, sums: Sequence[LayerAccumulator]) -> None:
-    """Write the whole store from sums in memory."""
+def _finish(
+    job: Job,
+    partial: Partial,
+    sums: list[LayerAccumulator],
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Write the whole store from sums in memory; asked to stop, save those instead."""
     with locked(job.store / LOCK_NAME, wait=True):
         writer = StoreWriter(job.store, job.spec)
         writer.begin(job.calibration)
         for accumulator in sums:
+            if stop_requested():
+                _save(job, partial, sums, len(job.share))
+                raise Interrupted("stopped while the store was written; all samples are saved")
             writer.write_layer(accumulator.spec, accumulator.result())
         writer.commit()
+
+
+def begun_schedule(store: Path, shard: Shard) -> str | None:
+    """The schedule under which a worker has begun this shard, None if there is nothing of it."""
+    partial = Partial(store, shard)
+    if any(name.startswith(_SAMPLES) for name in partial.names()):
+        return "resident"
+    return "streamed" if partial.names() or (partial.folder / _SCRATCH).exists() else None
 
 
 def _run_streamed(
@@ -150,8 +178,29 @@ def _run_streamed(
 ) -> None:
     scratch = _scratch_folder(job, partial)
     done = _done_blocks(job, partial)
-    run = Streamed(job.skeleton, job.samples(), job.batch_size, scratch, job.device)
     writer = StoreWriter(job.store, job.spec)
+    if not done >= {layer.spec.block for layer in job.skeleton.layers}:
+        _stream(job, partial, writer, scratch, done, console, stop_requested)
+    shutil.rmtree(scratch, ignore_errors=True)
+    if job.is_alone:
+        with locked(job.store / LOCK_NAME, wait=True):
+            writer.begin(job.calibration)
+            for name in partial.names():
+                writer.adopt(partial.record(name))
+            writer.commit()
+
+
+def _stream(
+    job: Job,
+    partial: Partial,
+    writer: StoreWriter,
+    scratch: Path,
+    done: set[int | None],
+    console: Console,
+    stop_requested: Callable[[], bool],
+) -> None:
+    """Collect the blocks that are not done, and commit each of them."""
+    run = Streamed(job.skeleton, job.samples(), job.batch_size, scratch, job.device)
     with _bar(job, console, 2 * len(job.share) * len(job.skeleton.blocks.modules)) as advance:
 
         def step(count: int) -> None:
@@ -166,13 +215,6 @@ def _run_streamed(
             else:
                 partial.write(name, job.share, ((x.spec, x.result()) for x in sums))
             _trim_heap()
-    if job.is_alone:
-        with locked(job.store / LOCK_NAME, wait=True):
-            writer.begin(job.calibration)
-            for name in partial.names():
-                writer.adopt(partial.record(name))
-            writer.commit()
-    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write_block(writer: StoreWriter, sums: Sequence[LayerAccumulator]) -> CommitRecord:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +96,7 @@ def make_plan(asked: str, skeleton: Skeleton, work: Workload, device: torch.devi
     all_tokens = work.num_samples * work.seq_len
     backward = needs_backward(work.statistics)
     passes = (8 if schedule == "streamed" else 6) if backward else 2
-    read = total if schedule == "resident" else 2 * total
+    read = 2 * total if schedule == "resident" else 3 * total  # once for the digests
     depth = len(blocks.modules)
     return Plan(
         schedule=schedule,
@@ -117,12 +117,27 @@ def free_bytes(device: torch.device) -> int:
     """Free memory of the device: of the GPU, or what this machine, or its container, has left."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = re.search(r"MemAvailable:\s+(\d+) kB", _text("/proc/meminfo"))
+    available = re.search(r"MemAvailable:\s+(\d+) kB", _text(Path("/proc/meminfo")))
     free = int(available[1]) * 1024 if available else 1 << 62
-    limit, used = _text("/sys/fs/cgroup/memory.max"), _text("/sys/fs/cgroup/memory.current")
-    if limit.strip().isdecimal() and used.strip().isdecimal():
-        free = min(free, int(limit) - int(used))
-    return free
+    return min([free, *_control_groups()])
+
+
+def _control_groups() -> Iterator[int]:
+    """What is left below each limit that this process, or a group that it is in, has."""
+    root = Path("/sys/fs/cgroup")
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        number, controllers, path = line.split(":", 2)
+        if number == "0":
+            base, names = root, ("memory.max", "memory.current")
+        elif controllers == "memory":
+            base, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        group = base / path.lstrip("/")
+        for folder in (group, *group.parents):
+            limit, used = (_text(folder / name).strip() for name in names)
+            if folder.is_relative_to(base) and limit.isdecimal() and used.isdecimal():
+                yield max(int(limit) - int(used), 0)
 
 
 def _choose(asked: str, resident: int, free: int) -> tuple[str, str]:
@@ -143,8 +158,7 @@ def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
-def _text(path: str) -> str:
-    file = Path(path)
+def _text(file: Path) -> str:
     return file.read_text() if file.is_file() else ""
 
 

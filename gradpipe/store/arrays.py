@@ -29,6 +29,7 @@ DTYPES = ("uint8", "int16", "int32", "int64", "float16", "float32")
 _CHUNK_BYTES = 4 << 20  # 1-6 MB decode fastest and still allow partial reads
 _UNPROVEN_BYTES = 1 << 30  # what an array may decode to, however few bytes it is stored in;
 _MOST_COMPRESSED = 1000  # beyond that, at most so many times as many: statistics are noise
+_BYTES_A_CODE = 8  # a byte of codes becomes two float32 norms
 _ZSTD_MAGIC = 0xFD2FB528
 _NO_CHUNK = (1 << 64) - 1  # in a shard's index: never written
 
@@ -61,8 +62,9 @@ def decode_array(metadata: bytes, data: bytes, shape: tuple[int, ...], dtype: st
     frames = [view] if num_chunks == 1 else _inner_chunks(view, num_chunks)
     if odd := [frame for frame in frames if _content_size(frame) != chunk_bytes]:
         raise StoreError(f"a chunk decodes to {_content_size(odd[0])} bytes, not {chunk_bytes}")
-    if num_chunks * chunk_bytes > max(_UNPROVEN_BYTES, _MOST_COMPRESSED * len(data)):
-        raise StoreError(f"{len(data)} bytes would decode to {num_chunks * chunk_bytes}: refused")
+    decoded = num_chunks * chunk_bytes * (_BYTES_A_CODE if dtype == "uint8" else 1)
+    if decoded > max(_UNPROVEN_BYTES, _MOST_COMPRESSED * len(data)):
+        raise StoreError(f"{len(data)} bytes would decode to {decoded}: refused")
     raw = np.empty((num_chunks, chunk_bytes), dtype=np.uint8)
     try:
         for frame, place in zip(frames, raw, strict=True):
@@ -161,11 +163,11 @@ def _check_metadata(document: dict[str, Any], shape: tuple[int, ...], dtype: str
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "codecs": codecs,
-        "fill_value": 0,
+        "fill_value": 0.0 if dtype.startswith("float") else 0,
         "storage_transformers": [],
     }
     for name, value in expected.items():
-        if got[name] != value:
+        if json.dumps(got[name], sort_keys=True) != json.dumps(value, sort_keys=True):  # 3 ≠ 3.0
             raise StoreError(f"array metadata: {name} is {str(got[name])[:200]}, expected {value}")
 
 

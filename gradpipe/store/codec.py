@@ -21,9 +21,9 @@ whose levels are added.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -96,8 +96,7 @@ def decode_layer(encoded: Mapping[str, Encoded]) -> dict[str, Sums]:
     for statistic, item in encoded.items():
         if item.spec.encoding == "log":
             base = None if item.spec.base is None else encoded[item.spec.base]
-            levels = _decode_levels(item, base)
-            norms[statistic] = level_table().take(levels - LOWEST, mode="clip")
+            norms[statistic] = _decode_log(item, base)
         elif item.spec.encoding == "correlation":
             norms[statistic] = _decode_correlation(item.parts)
         elif item.spec.encoding == "float16":
@@ -105,6 +104,22 @@ def decode_layer(encoded: Mapping[str, Encoded]) -> dict[str, Sums]:
         else:
             norms[statistic] = norm_of(statistic, item.parts["values"])
     return norms
+
+
+def is_sound(statistic: str, item: Encoded) -> bool:
+    """True if a statistic's values are finite, as only logarithms need not be.
+
+    Raises StoreError if codes do not go with their escapes.
+    """
+    if item.spec.encoding == "log":
+        for _ in _level_rows(item):  # looked at some at a time: norms take eight times their room
+            pass
+        return True
+    squares_are_sound = item.spec.encoding == "float16" or statistic not in SQUARED
+    return all(
+        bool(np.isfinite(part).all()) and (squares_are_sound or float(part.min()) >= 0)
+        for part in item.parts.values()
+    )
 
 
 def norm_of(statistic: str, sums: Sums) -> Sums:
@@ -183,17 +198,34 @@ def _decode_correlation(parts: Parts) -> Sums:
     return packed
 
 
-def _decode_levels(item: Encoded, base: Encoded | None = None) -> Levels:
-    """Offsets + codes, and the base's levels, (out, in); specials far outside ±`SPECIAL`."""
+def _decode_log(item: Encoded, base: Encoded | None) -> Sums:
+    """2^(level / 16) of offsets + codes, and of the base's levels, (out, in)."""
+    table, parts = level_table(), []
+    bases = repeat(None) if base is None else _level_rows(base)
+    for levels_RI, base_RI in zip(_level_rows(item), bases, strict=base is not None):
+        places = levels_RI - LOWEST
+        if base_RI is not None:
+            places += _finite(base_RI)
+        parts.append(table.take(places, mode="clip"))
+    return np.concatenate(parts)
+
+
+def _level_rows(item: Encoded) -> Iterator[Levels]:
+    """Offsets + codes, some rows at a time; specials far outside ±`SPECIAL`."""
     packed, offsets = item.parts["codes"], item.parts["offsets"].astype(np.int32)
     rows, cols, escapes = split_offsets(offsets, len(packed), item.spec.num_escapes)
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
-    levels = codes[:, : len(cols)].astype(np.int32)
-    escaped = levels == ESCAPE
-    check_escapes(int(np.count_nonzero(escaped)), item.spec)
-    levels[escaped] = escapes
-    levels += rows[:, None] + cols
-    return levels if base is None else levels + _finite(_decode_levels(base))
+    used = 0
+    for part in _row_chunks((len(packed), len(cols))):
+        codes = np.stack([packed[part] & 15, packed[part] >> 4], axis=-1)
+        levels = codes.reshape(len(codes), -1)[:, : len(cols)].astype(np.int32)
+        escaped = levels == ESCAPE
+        first, used = used, used + int(np.count_nonzero(escaped))
+        if used > len(escapes):
+            break
+        levels[escaped] = escapes[first:used]
+        levels += rows[part, None] + cols
+        yield levels
+    check_escapes(used, item.spec)
 
 
 def split_offsets(offsets: Any, num_rows: int, num_escapes: int) -> tuple[Any, Any, Any]:

@@ -21,7 +21,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from gradpipe.errors import InputError, StoreError, one_line
+from gradpipe.errors import GradpipeError, InputError, StoreError, one_line
 from gradpipe.store import arrays, codec
 from gradpipe.store.lock import locked
 from gradpipe.store.nodes import ATTRIBUTE, read_array, read_attributes, write_array, write_group
@@ -38,6 +38,7 @@ from gradpipe.store.schema import LayerSpec, StatisticSpec, StoreSpec
 LOCK_NAME = ".lock"
 PARTIAL = "partial"
 _BEGUN_KEY = f"{PARTIAL}/calibration.json"
+_OWN = ("calibration", "layers", PARTIAL, COMMIT_KEY, "zarr.json")  # all that a store is made of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +73,11 @@ def is_begun(folder: Path) -> bool:
     return not is_complete(folder) and (folder / _BEGUN_KEY).is_file()
 
 
-def is_ours(folder: Path) -> bool:
+def is_free(folder: Path) -> bool:
     """True if the folder is free for a store: empty, or left by a run that was killed."""
-    if not folder.exists():
+    if not folder.exists() or is_begun(folder):
         return True
-    names = {path.name for path in folder.iterdir()}
-    if not names or LOCK_NAME in names or is_begun(folder):
+    if {path.name for path in folder.iterdir()} <= {LOCK_NAME, ".zarr.json.tmp"}:
         return True
     if is_complete(folder) or not (folder / "zarr.json").is_file():
         return False
@@ -160,7 +160,17 @@ class StoreWriter:
         return objects.record
 
     def commit(self) -> None:
-        """Consolidate the metadata, declare the store complete, and remove all else from it."""
+        """Consolidate the metadata, declare the store complete, and tidy it.
+
+        Raises GradpipeError if a layer's statistic was not written, or its record has vanished.
+        """
+        for layer in self.spec.layers:
+            for statistic in layer.own(self.spec.statistics):
+                if f"layers/{layer.name}/{statistic}/zarr.json" not in self._objects.record.objects:
+                    raise GradpipeError(
+                        f"store {self.folder}: {statistic} of {layer.name} has vanished: run the "
+                        "same command again"
+                    )
         keys = [key for key in self._objects.record.objects if key.endswith("zarr.json")]
         metadata = {key: (self.folder / key).read_bytes() for key in keys}
         self._objects.write("zarr.json", arrays.consolidate(metadata))
@@ -176,14 +186,15 @@ def clear(folder: Path) -> None:
     for lock in (folder / PARTIAL).glob("*.lock"):
         with locked(lock, wait=False):
             pass  # nobody holds it, and nobody can take it without the store's lock
-    (folder / COMMIT_KEY).unlink(missing_ok=True)  # first: without the rest it is not complete
-    remove_strays(folder, {LOCK_NAME})
+    for key in (COMMIT_KEY, _BEGUN_KEY):  # first: without the rest it is neither
+        (folder / key).unlink(missing_ok=True)
+    remove_strays(folder, _OWN, keep=())
 
 
 def tidy(folder: Path) -> None:
-    """Remove from a complete store whatever its commit record does not name."""
+    """Remove what a complete store's commit record does not name; files of others stay."""
     record = CommitRecord.from_bytes((folder / COMMIT_KEY).read_bytes())
-    remove_strays(folder, {*record.objects, COMMIT_KEY})
+    remove_strays(folder, (*_OWN, LOCK_NAME), keep={*record.objects, COMMIT_KEY})
 
 
 class GradientStore:
@@ -268,11 +279,12 @@ class GradientStore:
         """Verify, then decode everything; StoreError names the first that is not as it must be."""
         self.verify()
         for layer in self.spec.layers:
-            for statistic, norms in codec.decode_layer(
-                self.read(layer, layer.own(self.spec.statistics))
-            ).items():
-                if np.isnan(norms).any():
-                    raise StoreError(f"store {self.url}: {statistic} of {layer.name} holds NaN")
+            encoded = self.read(layer, layer.own(self.spec.statistics))
+            for statistic, item in encoded.items():
+                if not codec.is_sound(statistic, item):
+                    raise StoreError(
+                        f"store {self.url}: {statistic} of {layer.name} holds NaN, infinity or a negative square"
+                    )
         if self.spec.samples.digest:
             self.calibration()
 

@@ -28,8 +28,8 @@ COMMIT_KEY = "commit.json"
 _MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
 _BLOCK_BYTES = 1 << 23  # read at a time where nothing is kept
 _FSYNC_THREADS = 16
-_STEP = r"(?!\.{1,2}(?:/|$))[A-Za-z0-9_.\-]+"  # neither . nor .., which could leave the store
-_KEY = re.compile(rf"{_STEP}(?:/{_STEP})*")
+_STEP = r"(?!\.{1,2}[/\"])[A-Za-z0-9_.\-]{1,255}"  # neither . nor .., which could leave the store
+_ENTRY = re.compile(rf'"({_STEP}(?:/{_STEP})*)":\[(\d{{1,18}}),"([0-9a-f]{{32}})"\]'.encode())
 _TEMPORARY = ".{}.tmp"  # one writer per object, so that a name is enough, and a restart reuses it
 
 
@@ -53,33 +53,18 @@ class CommitRecord:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
-        """The record in `data`; StoreError unless it is, to the byte, what `to_bytes` writes."""
-        try:
-            objects = json.loads(data)["objects"]
-            record = cls({str(k): (int(size), str(hexes)) for k, (size, hexes) in objects.items()})
-        except (
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-            OverflowError,
-        ) as error:
-            raise StoreError(
-                f"object {COMMIT_KEY} is damaged ({type(error).__name__}): restore it from a copy, "
-                "or remove the store and collect again"
-            ) from error
+        """The record in `data`; StoreError unless it is, to the byte, what `to_bytes` writes.
+
+        Entries are looked for, not parsed as JSON, so that no document can take more memory than
+        its entries do; what is no entry changes the bytes.
+        """
+        found = ((x[1].decode(), int(x[2]), x[3].decode()) for x in _ENTRY.finditer(data))
+        record = cls({key: (size, hexes) for key, size, hexes in found})
         if record.to_bytes() != data:
             raise StoreError(
-                f"object {COMMIT_KEY} is damaged (its digest differs): restore it from a copy, "
-                "or remove the store and collect again"
+                f"object {COMMIT_KEY} is damaged, or holds what is no object's key, size and "
+                "digest: restore it from a copy, or remove the store and collect again"
             )
-        for key, (size, _) in record.objects.items():
-            if not _KEY.fullmatch(key) or size < 0:
-                raise StoreError(
-                    f"object {COMMIT_KEY} names {key[:80]!r}, which is no key of a store, "
-                    "or gives it a size below 0"
-                )
         return record
 
 
@@ -155,17 +140,20 @@ def _write_error(path: Path, error: OSError) -> GradpipeError:
     )
 
 
-def remove_strays(folder: Path, keep: Iterable[str]) -> None:
-    """Delete every file below `folder` but those with these keys, and folders left empty."""
+def remove_strays(folder: Path, among: Iterable[str], keep: Iterable[str]) -> None:
+    """Delete the files and folders of `folder` named in `among`, but for objects to `keep`."""
     kept = set(keep)
-    for parent, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            path = Path(parent, name)
-            if path.relative_to(folder).as_posix() not in kept:
-                path.unlink(missing_ok=True)  # another process may be tidying too
-        if Path(parent) != folder:
+    for top in among:
+        for parent, _, names in os.walk(folder / top, topdown=False):
+            for name in names:
+                path = Path(parent, name)
+                if path.relative_to(folder).as_posix() not in kept:
+                    path.unlink(missing_ok=True)  # another process may be tidying too
             with suppress(OSError):  # it is not empty, or gone already
                 Path(parent).rmdir()
+        for path in (folder / top, folder / _TEMPORARY.format(top)):
+            if top not in kept and not path.is_dir():
+                path.unlink(missing_ok=True)
 
 
 class ObjectReader:
@@ -262,6 +250,16 @@ class ObjectReader:
                 "restore it from a copy, or remove the store and collect again"
             )
 
+    def _check_file(self, folder: Path, key: str) -> None:
+        """Refuse what a stranger's folder may hold in an object's place: pipes, links out of it."""
+        path = folder / key
+        is_odd = path.exists() and not path.is_file()
+        if is_odd or not path.resolve().is_relative_to(folder.resolve()):
+            raise StoreError(
+                f"store {self.url}: object {key} is not a file inside the store: restore it from a "
+                "copy; a store of links is to be copied with the links followed"
+            )
+
     def _read_file(self, key: str, limit: int) -> bytes:
         """At most `limit + 1` bytes of the file behind `key`."""
         with self._opened(key) as file:
@@ -272,6 +270,8 @@ class ObjectReader:
     @contextmanager
     def _opened(self, key: str) -> Iterator[BinaryIO]:
         """The file behind `key`, and what its backend may raise told in our words."""
+        if self.local_folder is not None:
+            self._check_file(self.local_folder, key)
         try:
             with self._files.open(f"{self._root}/{key}", "rb", cache_type="none") as file:
                 yield file

@@ -11,7 +11,7 @@ why nothing here is encoded. State is keyed by sample, never by process or step.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -39,6 +39,24 @@ class Shard:
         if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise InputError(f"--shard {text}: expected I/N with 0 ≤ I < N, such as 0/8")
         return cls(int(index), int(count))
+
+    @classmethod
+    def of_slurm(cls, environ: Mapping[str, str]) -> Self | None:
+        """The shard that a task of a Slurm array is, None outside one.
+
+        Raises InputError if the array's numbers do not follow each other.
+        """
+        task, count = (environ.get(f"SLURM_ARRAY_TASK_{x}") for x in ("ID", "COUNT"))
+        if not (task and count):
+            return None
+        first = environ.get("SLURM_ARRAY_TASK_MIN") or "0"
+        try:
+            return cls.parse(f"{int(task) - int(first)}/{int(count)}")
+        except (ValueError, InputError) as error:
+            raise InputError(
+                f"SLURM_ARRAY_TASK_ID {task}, _COUNT {count}, _MIN {first}: expected numbers that "
+                "follow each other: give --shard I/N"
+            ) from error
 
     @property
     def name(self) -> str:
@@ -171,8 +189,8 @@ class Snapshot:
 
 def begun_shards(store: Path) -> set[Shard]:
     """The shards of which a store holds a folder, finished or not."""
-    names = [path.name for path in (store / PARTIAL).iterdir() if path.is_dir()]
-    return {Shard.parse(name.replace("-of-", "/")) for name in names if "-of-" in name}
+    names = [path.name for path in (store / PARTIAL).glob("*-of-*") if path.is_dir()]
+    return {Shard.parse(name.replace("-of-", "/")) for name in names}
 
 
 def add_stats(total: LayerStats | None, more: LayerStats) -> LayerStats:

@@ -29,6 +29,7 @@ SECOND_MOMENTS = ("hessian", "grad_cov")  # (in, in) and (out, out), as packed t
 DEFAULT_STATISTICS = ("grad_l1", "grad_l2", "act_l2")
 STATISTICS = GRADIENT_STATISTICS + ACTIVATION_STATISTICS + SECOND_MOMENTS
 
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 _NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 
 
@@ -100,6 +101,8 @@ class LayerSpec(JsonSpec):
             raise StoreError(
                 f"layer name {self.name[:80]!r} is not allowed: letters, digits, '_', '-' and '.'"
             )
+        if self.weight_key.removesuffix(".weight") != self.name:
+            raise StoreError(f"layer {self.name} is of another tensor: {self.weight_key[:80]!r}")
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise StoreError(f"layer {self.name}: expected a shape (out, in), got {self.shape}")
 
@@ -213,18 +216,21 @@ class StoreSpec(JsonSpec):
         is_of_images = self.objective == IMAGE_CLASSIFICATION
         if self.samples.digest and is_of_images != (self.samples.image_shape is not None):
             raise StoreError(f"objective {self.objective:.40} does not go with the store's samples")
-        unknown = set(self.statistics) - set(STATISTICS)
-        if unknown or not self.statistics or len(set(self.statistics)) < len(self.statistics):
+        known = tuple(name for name in STATISTICS if name in self.statistics)
+        if not known or self.statistics != known:
             raise StoreError(
-                f"store holds unknown statistics {sorted(unknown)}, expected {STATISTICS}"
+                f"store holds the statistics {self.statistics!s:.200}, expected some of "
+                f"{STATISTICS}, in this order"
             )
         if not self.layers or len({layer.name for layer in self.layers}) != len(self.layers):
             raise StoreError("store names no layers, or one twice")
         by_name = {layer.name: layer for layer in self.layers}
         for layer in self.layers:
+            if not _DIGEST.fullmatch(layer.digest):
+                raise StoreError(f"layer {layer.name}: {layer.digest[:40]!r} is no digest")
             owner = by_name.get(layer.hessian_of or "")
-            if layer.hessian_of and (
-                owner is None or owner.hessian_of or owner.shape[1] != layer.shape[1]
+            if layer.hessian_of is not None and (
+                owner is None or owner.hessian_of is not None or owner.shape[1] != layer.shape[1]
             ):
                 raise StoreError(
                     f"layer {layer.name} cannot share the Hessian of {layer.hessian_of[:80]!r}"
