@@ -10,9 +10,20 @@ from typing import Any
 
 import pytest
 
-from gradpipe import CollectConfig, DataConfig, GradpipeError, InputError, StoreError, collect
+from gradpipe import (
+    CollectConfig,
+    DataConfig,
+    GradpipeError,
+    InputError,
+    Interrupted,
+    StoreError,
+    collect,
+)
 from gradpipe.pipeline import share
+from gradpipe.stages import plan as planning
+from gradpipe.stages.schedule import resident_batch
 from gradpipe.stages.streamed import Streamed
+from gradpipe.store.gradients import StoreWriter
 from gradpipe.store.partial import Partial, Shard
 from tests.forked import Processes, processes
 from tests.models import save_tiny, tiny_model, tiny_tokenizer
@@ -253,6 +264,79 @@ def test_a_nan_stops_with_the_layer_s_name(inputs: Path, tmp_path: Path, schedul
     with pytest.raises(GradpipeError, match=r"layer model\.layers\.1\.mlp\.up_proj"):
         collect(run)
     assert not (run.store / "commit.json").exists()
+
+
+def test_stopped_while_the_store_is_written_all_samples_are_saved(
+    inputs: Path, tmp_path: Path, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding a large model takes minutes; a signal in them costs no pass over the samples."""
+    run = config(inputs, tmp_path / "store")
+    write_layer = StoreWriter.write_layer
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write_layer(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(StoreWriter, "write_layer", signalled)
+        with pytest.raises(Interrupted, match="all samples are saved: run the same command again"):
+            collect(run)
+    assert len(snapshots(run.store)) == 1
+    count = crash_after(monkeypatch, *STEPS["resident"], calls=99)
+    assert collect(run).digest == digest
+    assert count() == 0
+
+
+def test_auto_goes_on_as_it_was_begun(
+    inputs: Path, tmp_path: Path, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less free memory than the first time is no reason to throw a snapshot away."""
+    run = config(inputs, tmp_path / "store", schedule="auto", checkpoint_every=2)
+    interrupt(monkeypatch, run, 3, STEPS["resident"])
+    monkeypatch.setattr(planning, "free_bytes", lambda _: 0)
+    count = crash_after(monkeypatch, *STEPS["resident"], calls=99)
+    assert collect(run).digest == digest
+    assert count() == 1
+    assert collect(replace(run, store=tmp_path / "other")).digest == digest
+    assert count() == 1  # which is streamed
+
+
+def test_a_run_that_overwrites_goes_on_without_the_option(
+    inputs: Path, tmp_path: Path, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--overwrite` again would start anew, so the advice is to leave it out."""
+    run = config(inputs, tmp_path / "store", checkpoint_every=2)
+    step = resident_batch
+
+    def signalled(*arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        step(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(share, "resident_batch", signalled)
+        with pytest.raises(Interrupted, match="run the same command again, without --overwrite"):
+            collect(replace(run, overwrite=True))
+    assert snapshots(run.store)
+    assert collect(run).digest == digest
+
+
+def test_a_block_that_vanishes_is_not_left_out(
+    inputs: Path, tmp_path: Path, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A streamed store is never declared complete without a layer; run again, it has it."""
+    run = config(inputs, tmp_path / "store", schedule="streamed")
+    interrupt(monkeypatch, run, 1, STEPS["streamed"])
+    stream = share._stream  # noqa: SLF001
+
+    def vanishing(*arguments: Any) -> None:
+        stream(*arguments)
+        (run.store / "partial" / "0-of-1" / "block-0001.json").unlink()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(share, "_stream", vanishing)
+        with pytest.raises(GradpipeError, match=r"layers\.1\..* has vanished"):
+            collect(run)
+    assert collect(run).digest == digest
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from gradpipe import (
 from gradpipe.pipeline import merge as merging
 from gradpipe.pipeline import share
 from gradpipe.stages.schedule import resident_batch
+from gradpipe.store.lock import locked
 from gradpipe.store.objects import CommitRecord
 from tests.forked import Processes, processes
 from tests.models import save_tiny
@@ -225,7 +226,7 @@ def test_two_merges_do_not_get_in_each_others_way(
 ) -> None:
     """The one that waited is told that the store is complete, and not to start anew."""
     (store,) = gathered(thirds, tmp_path, "012")
-    real = merging.locked
+    real = locked
 
     @contextmanager
     def waited(path: Path, *, wait: bool) -> Iterator[None]:

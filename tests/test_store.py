@@ -214,9 +214,7 @@ def test_a_store_is_not_committed_without_a_layer(tmp_path: Path) -> None:
     """What was not written cannot be declared complete."""
     writer = StoreWriter(tmp_path, spec())
     writer.begin(None)
-    with pytest.raises(
-        GradpipeError, match=r"grad_l1 of model\.layers\.0\.mlp\.up_proj has vanished"
-    ):
+    with pytest.raises(GradpipeError, match=r"grad_l1 of .*up_proj has vanished"):
         writer.commit()
     assert not is_complete(tmp_path)
 

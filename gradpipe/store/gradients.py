@@ -283,7 +283,7 @@ class GradientStore:
             for statistic, item in encoded.items():
                 if not codec.is_sound(statistic, item):
                     raise StoreError(
-                        f"store {self.url}: {statistic} of {layer.name} holds NaN, infinity or a negative square"
+                        f"store {self.url}: {statistic} of {layer.name} is not finite, or negative"
                     )
         if self.spec.samples.digest:
             self.calibration()
