@@ -5,46 +5,8 @@ store. Stage two, `prune`, sparsifies the checkpoint from the store, at as many 
 asked, and never runs the model.
 """
 
-from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
-from gradpipe.pipeline.collect import CollectConfig, collect, collect_shard, plan
-from gradpipe.pipeline.demo import DemoResult, demo
-from gradpipe.pipeline.evaluate import Accuracy, EvalConfig, Metrics, classify, evaluate
-from gradpipe.pipeline.import_gblm import ImportConfig, import_gblm
-from gradpipe.pipeline.merge import merge
-from gradpipe.pipeline.output import LayerResult, PruneResult
-from gradpipe.pipeline.prune import prune
-from gradpipe.pipeline.prune_config import PruneConfig
-from gradpipe.stages.samples import DataConfig
-from gradpipe.store.gradients import GradientStore
-from gradpipe.store.partial import Shard
+import lazy_loader
 
-open_store = GradientStore.open
-
-__all__ = [
-    "Accuracy",
-    "CollectConfig",
-    "DataConfig",
-    "DemoResult",
-    "EvalConfig",
-    "GradientStore",
-    "GradpipeError",
-    "ImportConfig",
-    "InputError",
-    "Interrupted",
-    "LayerResult",
-    "Metrics",
-    "PruneConfig",
-    "PruneResult",
-    "Shard",
-    "StoreError",
-    "classify",
-    "collect",
-    "collect_shard",
-    "demo",
-    "evaluate",
-    "import_gblm",
-    "merge",
-    "open_store",
-    "plan",
-    "prune",
-]
+# What `__init__.pyi` imports, brought when it is first asked for: `pipe` answers signals, and
+# `import gradpipe` returns, before torch and transformers are loaded.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

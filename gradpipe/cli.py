@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -320,7 +319,6 @@ def store_import_gblm(
 def main() -> None:
     """Run `pipe`, and turn what went wrong into one line and an exit code."""
     codes: dict[type[Exception], int] = {InputError: 2, StoreError: 3, Interrupted: 75}
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: clean up, then go
     if not sys.stderr.isatty():  # what the Hub's clients draw, they draw anywhere
         datasets.disable_progress_bars()
         disable_hub_bars()

@@ -71,7 +71,7 @@ def processes(logs: Path) -> Iterator[Processes]:
 def _serve() -> None:
     import torch  # noqa: PLC0415 (the server alone needs it)
 
-    import gradpipe.cli  # noqa: PLC0415
+    from gradpipe.__main__ import main  # noqa: PLC0415
 
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -80,7 +80,7 @@ def _serve() -> None:
             _, status = os.waitpid(request["wait"], 0)
             answer = os.waitstatus_to_exitcode(status)
         else:
-            answer = os.fork() or _run(gradpipe.cli.main, request)
+            answer = os.fork() or _run(main, request)
         sys.stdout.write(f"{answer}\n")
         sys.stdout.flush()
 

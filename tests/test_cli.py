@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gradpipe import GradientStore, cli
+from gradpipe import GradientStore, ImportConfig, StoreError, cli, import_gblm
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.model import load_tokenizer
 from tests.models import VOCAB_SIZE, random_ids, save_tiny, tiny_model
@@ -303,6 +303,26 @@ def _scores(name: str, grad_norm: str) -> Tensor:
     sums = {s: norm**2 if s.endswith("l2") else norm for s, norm in norms.items()}
     weight = weights("model")[layer.weight_key]
     return reference_score("gblm", weight, sums, SAMPLES, ALPHA, grad_norm)
+
+
+def test_an_import_that_cannot_be_finished_removes_nothing(pipe: Pipe) -> None:
+    """Activations are verified before the store that is to be replaced loses its record."""
+    pipe(COLLECT)
+    _gblm_files()
+    command = "store import-gblm model imported --l1 l1.pth --activations store"
+    pipe(command)
+    part = next(Path("store").rglob("act_l2/values/c/0"))
+    part.write_bytes(part.read_bytes()[:-1])
+    config = ImportConfig(
+        model="model",
+        store=Path("imported"),
+        l1=Path("l1.pth"),
+        activations="store",
+        overwrite=True,
+    )
+    with pytest.raises(StoreError, match="is damaged"):
+        import_gblm(config)
+    pipe("store verify imported")
 
 
 @pytest.mark.parametrize("grad_norm", ["l1", "l2"])

@@ -198,7 +198,7 @@ def test_a_shard_that_is_run_again_finishes_its_files(workplace: Path, tmp_path:
     """A file that a killed shard left without its record is written anew."""
     prune(config(workplace, tmp_path / "whole"))
     prune(config(workplace, tmp_path / "out", shard=Shard(0, 2)))
-    record = next((tmp_path / ".out.partial" / ".shards").glob("*.safetensors.json"))
+    record = next((tmp_path / ".out.shards").glob("*.safetensors.json"))
     record.unlink()
     prune(config(workplace, tmp_path / "out", shard=Shard(1, 2)))
     assert not (tmp_path / "out").exists()

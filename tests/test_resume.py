@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -372,6 +374,23 @@ def test_signals_save_and_say_how_to_go_on(inputs: Path, tmp_path: Path, pipes: 
     assert 0 < done[0] < done[1] < 300
     whole = config(inputs, tmp_path / "whole", num_samples=300, batch_size=10)
     assert collect(replace(whole, store=store)).digest == collect(whole).digest
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_libraries_load_is_one_line(number: signal.Signals) -> None:
+    """Nothing has begun by then, and the command says no more than that it was stopped."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "gradpipe", "store", "info", "nowhere"],
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        while "libtorch" not in maps.read_text():
+            time.sleep(0.005)
+        process.send_signal(number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert stderr == "pipe: interrupted: run the same command again\n"
 
 
 def test_a_second_sigint_quits_at_once(inputs: Path, tmp_path: Path, pipes: Processes) -> None:

@@ -229,10 +229,10 @@ def test_two_merges_do_not_get_in_each_others_way(
     real = locked
 
     @contextmanager
-    def waited(path: Path, *, wait: bool) -> Iterator[None]:
+    def waited(path: Path, *, of: Path, wait: bool) -> Iterator[None]:
         monkeypatch.setattr(merging, "locked", real)
         merge([store])  # the other one, while this one waits
-        with real(path, wait=wait):
+        with real(path, of=of, wait=wait):
             yield
 
     monkeypatch.setattr(merging, "locked", waited)

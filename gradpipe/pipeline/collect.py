@@ -146,7 +146,7 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
         raise InputError("--shard: expected I/N, the job's number among N")
     _run(config, config.shard, console)
     if config.finalize and not is_complete(config.store):
-        with locked(config.store / LOCK_NAME, wait=True):
+        with locked(config.store / LOCK_NAME, of=config.store, wait=True):
             if not is_complete(config.store) and is_last(config.store):
                 finalize(config.store)
     return GradientStore.open(config.store) if is_complete(config.store) else None
@@ -252,7 +252,7 @@ def _begin(
         return None
     if config.overwrite or not is_begun(folder):
         samples = _draw(config, skeleton)
-    with locked(folder / LOCK_NAME, wait=True):
+    with locked(folder / LOCK_NAME, of=folder, wait=True):
         if is_complete(folder) and not config.overwrite:
             return None  # another process was faster
         if config.overwrite or not is_begun(folder):
@@ -269,7 +269,7 @@ def _begin(
         _check_count(folder, shard)
         spec, calibration = read_begun(folder)
         check_same(folder, _spec(config, skeleton, spec.samples), spec)
-        held.enter_context(locked(Partial(folder, shard).lock, wait=False))
+        held.enter_context(locked(Partial(folder, shard).lock, of=folder, wait=False))
         return spec, calibration
 
 
@@ -278,7 +278,7 @@ def _check_count(folder: Path, shard: Shard) -> None:
     other = sorted(x.count for x in begun_shards(folder) if x.count != shard.count)
     for lock in (folder / PARTIAL).glob("*-of-*.lock"):
         if not lock.stem.endswith(f"-of-{shard.count}"):
-            with locked(lock, wait=False):
+            with locked(lock, of=folder, wait=False):
                 pass  # or raise that it is at work
     if other:
         raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -41,9 +42,15 @@ def check_out(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
 
 def _is_free(out: Path) -> bool:
     """True for a folder that is empty, a pruned checkpoint, or one of several of them."""
-    if (out / REPORT).is_file():
-        return True
-    return all((path / REPORT).is_file() for path in out.iterdir())
+    return _has_report(out) or all(_has_report(path) for path in out.iterdir())
+
+
+def _has_report(folder: Path) -> bool:
+    try:
+        report = json.loads((folder / REPORT).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(report, dict) and {"gradpipe", "layers", "command"} <= report.keys()
 
 
 def check_local(what: str, path: Path) -> None:

@@ -69,8 +69,10 @@ def import_gblm(config: ImportConfig) -> GradientStore:
     layers = match_layers(keys, checkpoint)
     _check_files(sums, layers)
     taken = () if activations is None else _taken(activations, layers)
+    if activations is not None:
+        activations.verify()  # before anything is removed for what would stop halfway
     spec = _spec(config, checkpoint, layers, (*sums, *taken))
-    with locked(config.store / LOCK_NAME, wait=False):
+    with locked(config.store / LOCK_NAME, of=config.store, wait=False):
         clear(config.store)
         writer = StoreWriter(config.store, spec)
         writer.begin(None)

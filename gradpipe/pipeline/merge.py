@@ -37,7 +37,7 @@ def merge(stores: Sequence[Path]) -> GradientStore:
             raise InputError(
                 f"{store} is no unfinished store: expected one that collect-grads --shard wrote"
             )
-    with locked(target / LOCK_NAME, wait=True):
+    with locked(target / LOCK_NAME, of=target, wait=True):
         _check_unfinished(target)  # another merge may have been faster
         spec, _ = read_begun(target)
         for other in stores[1:]:
@@ -85,7 +85,7 @@ def finalize(folder: Path, others: Sequence[Path] = ()) -> GradientStore:
         )
     with ExitStack() as held:
         for shard in homes:  # one that is run again is waited for: it may be reading its sums
-            held.enter_context(locked(Partial(folder, shard).lock, wait=True))
+            held.enter_context(locked(Partial(folder, shard).lock, of=folder, wait=True))
         return _add_up(folder, spec, calibration, homes)
 
 

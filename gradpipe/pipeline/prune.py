@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 from rich.console import Console
@@ -19,18 +20,12 @@ from gradpipe.errors import GradpipeError
 from gradpipe.pipeline.allocation import Budgets
 from gradpipe.pipeline.command import changed_options, recorded_command
 from gradpipe.pipeline.destination import REPORT, check_out
-from gradpipe.pipeline.output import (
-    LayerResult,
-    PruneResult,
-    SharedStaging,
-    publish,
-    staging_folder,
-    write_report,
-)
+from gradpipe.pipeline.output import LayerResult, PruneResult, write_report
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.pipeline.prune_config import PruneConfig
 from gradpipe.pipeline.prune_files import PruneJob, Written, score_of, write_file
 from gradpipe.pipeline.select_layers import select_layers
+from gradpipe.pipeline.staging import SharedStaging, Staging
 from gradpipe.stages.checkpoint import (
     NOT_COPIED,
     Checkpoint,
@@ -67,27 +62,38 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
         allow_mismatch=config.allow_mismatch,
         device=resolve_device(config.device),
     )
-    if config.shard is not None and not config.overwrite and _is_done(config, job):
-        return ()  # another shard has published what this one would have been a part of
-    sources = (checkpoint.folder, *([store.local_folder] if store.local_folder else []))
-    check_out(config.out, overwrite=config.overwrite, sources=sources)
-    if store.local_folder is not None:
-        store.verify()  # before a weight is written; a remote store is verified as it is read
-    if config.statistics:
-        unseen = frozenset(key for key, layer in layers.items() if store.is_unseen(layer))
-        job = replace(job, unseen=unseen)
     if config.shard is not None:
         return _prune_shard(config, job, config.shard, console)
-    job = replace(job, budgets=_budgets(config, job, console))
-    written = Written()
-    with staging_folder(config.out) as staging:
+    _check_out(config, job)
+    job = _checked(config, job)
+    staging = Staging(config.out, lambda: _check_out(config, job))
+    with staging.begun():
+        job = replace(job, budgets=_budgets(config, job, console))
+        written = Written()
         with progress_bar(console, "pruning", len(job.layers), "layers") as advance:
             for file in checkpoint.files:
-                written.add(write_file(job, file, staging, advance))
-        results = _finish(config, job, staging, written)
-        publish(staging, config.out)
+                written.add(write_file(job, file, staging.folder, advance))
+        results = _finish(config, job, staging.folder, written)
+        staging.publish()
     _say(job, written, console)
     return results
+
+
+def _check_out(config: PruneConfig, job: PruneJob) -> None:
+    """Raises InputError if the output may not be written."""
+    local = job.store.local_folder
+    sources = (job.checkpoint.folder, *([local] if local else []))
+    check_out(config.out, overwrite=config.overwrite, sources=sources)
+
+
+def _checked(config: PruneConfig, job: PruneJob) -> PruneJob:
+    """The job, its store verified, and the layers known of which it saw nothing."""
+    if job.store.local_folder is not None:
+        job.store.verify()  # before a weight is written; a remote store is verified as it is read
+    if not config.statistics:
+        return job
+    unseen = (key for key, layer in job.layers.items() if job.store.is_unseen(layer))
+    return replace(job, unseen=frozenset(unseen))
 
 
 def _say(job: PruneJob, written: Written, console: Console) -> None:
@@ -136,7 +142,11 @@ def _prune_shard(
 ) -> tuple[PruneResult, ...]:
     """Rewrite this shard's files; publish if that completes them."""
     identity = repr([_identity(config, job, target) for target in job.targets]).encode()
-    with SharedStaging(config.out, shard, identity) as staging:
+    if not _is_done(config, job):
+        job = _checked(config, job)
+    with SharedStaging(config.out, shard, identity, lambda: _is_done(config, job)) as staging:
+        if staging.is_published:
+            return ()
         job = replace(job, budgets=_budgets(config, job, console))
         with progress_bar(console, "pruning", len(job.layers), "layers") as advance:
             for index in shard.share(len(job.checkpoint.files)):
@@ -146,24 +156,40 @@ def _prune_shard(
         with staging.last_of(job.checkpoint.files) as records:
             if records is None:
                 return ()
-            written = Written()
-            for data in records:
-                written.add(Written.from_bytes(data))
-            results = _finish(config, job, staging.folder, written)
-            staging.publish()
-        _say(job, written, console)
-        return results
+            return _publish_shards(config, job, staging, records, console)
+
+
+def _publish_shards(
+    config: PruneConfig,
+    job: PruneJob,
+    staging: SharedStaging,
+    records: Iterable[bytes],
+    console: Console,
+) -> tuple[PruneResult, ...]:
+    """Complete what all shards have written."""
+    written = Written()
+    for data in records:
+        written.add(Written.from_bytes(data))
+    try:
+        results = _finish(config, job, staging.folder, written)
+    except GradpipeError as error:
+        staging.forget()
+        raise GradpipeError(f"{error}: run all shards again") from error
+    staging.publish()
+    _say(job, written, console)
+    return results
 
 
 def _is_done(config: PruneConfig, job: PruneJob) -> bool:
-    """True if OUT holds what this very command writes."""
+    """True if OUT is what this very command writes; InputError if it may not be written."""
     for target in job.targets:
         try:
             found = json.loads((job.folder(config.out, target) / REPORT).read_bytes())
             same = [found[key] == value for key, value in _identity(config, job, target).items()]
         except (OSError, ValueError, KeyError, TypeError):
-            return False
+            same = [False]
         if not all(same):
+            _check_out(config, job)
             return False
     return True
 
@@ -171,7 +197,8 @@ def _is_done(config: PruneConfig, job: PruneJob) -> bool:
 def _identity(config: PruneConfig, job: PruneJob, target: Target) -> dict[str, object]:
     """What all shards of one command agree on, as `pruning.json` has it."""
     report = _report(config, job, target, Written())
-    return {key: report[key] for key in ("model", "revision", "store", "command")}
+    names = ("model", "revision", "store", "command")
+    return {"gradpipe": version("gradpipe"), **{name: report[name] for name in names}}
 
 
 def _finish(

@@ -154,7 +154,7 @@ def _finish(
     stop_requested: Callable[[], bool],
 ) -> None:
     """Write the whole store from sums in memory; asked to stop, save those instead."""
-    with locked(job.store / LOCK_NAME, wait=True):
+    with locked(job.store / LOCK_NAME, of=job.store, wait=True):
         writer = StoreWriter(job.store, job.spec)
         writer.begin(job.calibration)
         for accumulator in sums:
@@ -183,7 +183,7 @@ def _run_streamed(
         _stream(job, partial, writer, scratch, done, console, stop_requested)
     shutil.rmtree(scratch, ignore_errors=True)
     if job.is_alone:
-        with locked(job.store / LOCK_NAME, wait=True):
+        with locked(job.store / LOCK_NAME, of=job.store, wait=True):
             writer.begin(job.calibration)
             for name in partial.names():
                 writer.adopt(partial.record(name))

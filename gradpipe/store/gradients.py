@@ -184,7 +184,7 @@ def clear(folder: Path) -> None:
     Raises InputError if a process is still collecting one of its shards.
     """
     for lock in (folder / PARTIAL).glob("*.lock"):
-        with locked(lock, wait=False):
+        with locked(lock, of=folder, wait=False):
             pass  # nobody holds it, and nobody can take it without the store's lock
     for key in (COMMIT_KEY, _BEGUN_KEY):  # first: without the rest it is neither
         (folder / key).unlink(missing_ok=True)
@@ -306,6 +306,11 @@ class GradientStore:
 
     def _statistic_spec(self, key: str) -> StatisticSpec:
         return StatisticSpec.from_json(read_attributes(self._objects, key))
+
+
+def open_store(url: str | Path, options: dict[str, Any] | None = None) -> GradientStore:
+    """As `GradientStore.open`."""
+    return GradientStore.open(url, options)
 
 
 def _key(layer: LayerSpec, statistic: str) -> str:

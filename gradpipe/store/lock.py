@@ -13,15 +13,15 @@ from gradpipe.errors import GradpipeError, InputError
 
 
 @contextmanager
-def locked(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold the lock `path`, whose file is gone afterwards.
+def locked(path: Path, *, of: Path, wait: bool) -> Iterator[None]:
+    """Hold the lock `path` of what is written, `of`; its file is gone afterwards.
 
     The kernel releases it when its holder dies, on network file systems too. Raises InputError
     that names the holder if it is taken and `wait` is False.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path, wait=wait)
+        descriptor = _acquire(path, of, wait=wait)
     except OSError as error:
         raise GradpipeError(
             f"cannot lock {path}: {error.strerror or error}: make room or give another folder, "
@@ -35,7 +35,7 @@ def locked(path: Path, *, wait: bool) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(path: Path, *, wait: bool) -> int:
+def _acquire(path: Path, of: Path, *, wait: bool) -> int:
     """A descriptor of the locked file; waits or raises if another process holds it."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -45,8 +45,7 @@ def _acquire(path: Path, *, wait: bool) -> int:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             os.close(descriptor)
             raise InputError(
-                f"{path.parent} is being written by {holder or 'another process'}: "
-                "wait for it, or stop it"
+                f"{of} is being written by {holder or 'another process'}: wait for it, or stop it"
             ) from error
         if _is_current(path, descriptor):
             try:

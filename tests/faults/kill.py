@@ -45,6 +45,7 @@ import gradpipe.pipeline.collect
 import gradpipe.pipeline.merge
 import gradpipe.pipeline.prune
 import gradpipe.pipeline.share
+import gradpipe.pipeline.staging
 import gradpipe.stages.streamed
 import gradpipe.store.gradients
 from gradpipe.store.objects import digest
@@ -72,7 +73,7 @@ PHASES: Mapping[str, tuple[Any, str]] = {
     "tidying": (gradpipe.store.gradients, "tidy"),
     "pruning": (gradpipe.pipeline.prune, "write_file"),
     "reporting": (gradpipe.pipeline.prune, "_finish"),
-    "publishing": (gradpipe.pipeline.prune, "publish"),
+    "publishing": (gradpipe.pipeline.staging.Places, "publish"),
 }
 _NAMES = ("starting", *PHASES)
 
@@ -137,6 +138,12 @@ SCENARIOS = (
         "prune over", _prune("--overwrite"), ("pruning", "reporting", "publishing"), before="old"
     ),
     Scenario("prune a shard", _prune("--shard", "0/1"), ("pruning", "reporting", "publishing")),
+    Scenario(
+        "prune the last shard",
+        _prune("--shard", "1/2"),
+        ("pruning", "reporting", "publishing"),
+        before="half",
+    ),
 )
 
 
@@ -157,6 +164,7 @@ class Bench:
             "old": _collect("--seed", "7")(self.inputs, self.inputs / "old"),
             "pruned": ["prune", *map(str, [self.inputs / "model", self.inputs / "store"])],
             "shards": _collect("--shard", "0/2")(self.inputs, self.inputs / "shards"),
+            "half": _prune("--shard", "0/2")(self.inputs, self.inputs / "half"),
         }.items():
             more = [str(self.inputs / "old" / "pruned")] if name == "pruned" else []
             self._run_ok([*arguments, *more])
@@ -279,7 +287,7 @@ def _exit_code() -> int:
 
 def is_published(scenario: Scenario, out: Path) -> bool:
     """True if a prune has made its output, which the same command would refuse to replace."""
-    return scenario.name in {"prune", "prune a shard"} and (out / "pruned").exists()
+    return scenario.name == "prune" and (out / "pruned").exists()
 
 
 def listing(folder: Path) -> dict[str, str]:
