@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from gradpipe import CollectConfig, DataConfig, collect, plan
+from gradpipe import CollectConfig, DataConfig, Shard, collect, plan
 from gradpipe.stages import plan as planning
 from gradpipe.store.schema import STATISTICS
 from tests.models import FAMILIES, save_tiny
@@ -42,7 +43,10 @@ def test_a_plan_needs_no_more_than_the_config(family: str, tmp_path: Path) -> No
         for layer in store.spec.layers
         for name in layer.own(STATISTICS)
     )
-    assert planned.store_bytes == 4 * numbers
+    count = sum(len(layer.own(STATISTICS)) for layer in store.spec.layers)
+    assert planned.store_bytes == 4 * numbers + planning.METADATA_BYTES * count
+    files = [path for path in run.store.rglob("*") if path.is_file()]
+    assert planned.store_bytes > 0.9 * sum(path.stat().st_size for path in files)
     assert planned.num_parameters >= sum(math.prod(layer.shape) for layer in store.spec.layers)
 
 
@@ -69,6 +73,57 @@ def test_resident_where_it_fits_with_a_margin(
         planned = plan(run)
         assert planned.schedule == schedule
         assert "are free" in planned.reason
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "free"),
+    [
+        ("0::/job/step", {"job/memory.max": "9000", "job/memory.current": "2000"}, 7000),
+        (
+            "0::/job/step",
+            {
+                "job/memory.max": "9000",
+                "job/memory.current": "2000",
+                "job/step/memory.max": "max",
+                "job/step/memory.current": "1000",
+            },
+            7000,
+        ),
+        (
+            "4:memory:/job",
+            {
+                "memory/job/memory.limit_in_bytes": "5000",
+                "memory/job/memory.usage_in_bytes": "6000",
+            },
+            0,
+        ),
+        ("3:cpu,cpuacct:/job", {"cpu/job/memory.max": "1", "cpu/job/memory.current": "0"}, None),
+    ],
+)
+def test_a_job_s_own_limit_counts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: str,
+    files: dict[str, str],
+    free: int | None,
+) -> None:
+    """What Slurm or a container allows may be less than what the machine has, at any level."""
+    (tmp_path / "self").write_text(f"{groups}\n")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(planning, "_GROUPS", (tmp_path / "self", tmp_path))
+    machine = planning.free_bytes(torch.device("cpu"))
+    assert machine == free if free is not None else machine > 10_000
+
+
+def test_a_shard_takes_its_share(tmp_path: Path) -> None:
+    """Operations and scratch are of the samples that are the shard's."""
+    run = config(tmp_path, schedule="streamed", num_samples=8)
+    whole, quarter = plan(run), plan(replace(run, shard=Shard(1, 4)))
+    assert quarter.flops * 4 == whole.flops
+    assert quarter.scratch_bytes * 4 == whole.scratch_bytes
+    assert quarter.store_bytes == whole.store_bytes
 
 
 def test_streaming_needs_no_more_for_more_blocks(tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ from gradpipe.stages.model import Layer, Skeleton
 from gradpipe.store.schema import SECOND_MOMENTS, LayerSpec, needs_backward
 
 SCHEDULES = ("auto", "resident", "streamed")
+_GROUPS = (Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
 _MARGIN = 1.2  # how much more than the estimate must be free
 _BLOCK_WIDTHS = 12  # hidden-sized values that a block keeps beside its linear maps
 _BYTES = {"float32": 4.0, "float16": 2.0}  # a value
-_COMPACT_BYTES = {  # the gradient norms' are measured: docs/benchmarks.md
+METADATA_BYTES = 2560  # of each statistic of a layer: measured, with its part of the root's copy
+_COMPACT_BYTES = {  # the gradient norms' are measured, at 128 samples: docs/benchmarks.md
     "grad_l1": 0.33,
     "grad_l2": 0.48,
     "grad_sum": 2.0,
@@ -124,8 +126,8 @@ def free_bytes(device: torch.device) -> int:
 
 def _control_groups() -> Iterator[int]:
     """What is left below each limit that this process, or a group that it is in, has."""
-    root = Path("/sys/fs/cgroup")
-    for line in _text(Path("/proc/self/cgroup")).splitlines():
+    own, root = _GROUPS
+    for line in _text(own).splitlines():
         number, controllers, path = line.split(":", 2)
         if number == "0":
             base, names = root, ("memory.max", "memory.current")
@@ -185,5 +187,5 @@ def _stored_bytes(layer: LayerSpec, work: Workload) -> int:
     total = 0.0
     for name in layer.own(work.statistics):
         per_value = _BYTES.get(work.encoding, _COMPACT_BYTES.get(name, 4.0))
-        total += _num_values(layer, name) * per_value
+        total += METADATA_BYTES + _num_values(layer, name) * per_value
     return int(total)

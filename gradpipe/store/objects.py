@@ -197,7 +197,8 @@ class ObjectReader:
             return
         if self._files.exists(f"{self._root}/zarr.json"):
             raise StoreError(
-                f"store {self.url} is incomplete (no {COMMIT_KEY}): run the command that writes it"
+                f"store {self.url} is incomplete (no {COMMIT_KEY}): run its collect-grads again, "
+                "or its import"
             )
         if self._files.exists(self._root):
             raise InputError(
