@@ -53,6 +53,17 @@ def commands(name: str) -> Iterator[list[str]]:
             yield from map(shlex.split, _COMMAND.findall(block.replace("\\\n", " ")))
 
 
+def test_every_decision_is_listed_by_its_title() -> None:
+    """The index says what each decision says of itself, in order."""
+    listed = re.findall(
+        r"^(\d+)\. \[(.+)\]\(decisions/(.+)\)$", read("docs/README.md"), re.MULTILINE
+    )
+    pages = sorted((ROOT / "docs" / "decisions").glob("*.md"))
+    assert [name for _, _, name in listed] == [page.name for page in pages]
+    for (number, title, _), page in zip(listed, pages, strict=True):
+        assert page.read_text().startswith(f"# {number}. {title}\n")
+
+
 def click_command(words: list[str]) -> tuple[Any, list[str]]:
     """The command that some words call, and its arguments."""
     command: Any = typer.main.get_command(cli.app)

@@ -1,6 +1,5 @@
 """What happens to one batch or one layer; torch lives here.
 
-The collect side (samples, model, hooks, statistics, schedule, perplexity) and the prune side
-(score, mask, prune) never import each other: they meet in `gradpipe.store`. `checkpoint` is the
-leaf that both read model files with.
+The collect side and the prune side never import each other: they meet in `gradpipe.store`, and
+both read model files with `checkpoint`. `docs/architecture.md` says which module is on which side.
 """

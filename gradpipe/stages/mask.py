@@ -82,10 +82,9 @@ def unstructured_mask(score_OI: Tensor, sparsity: Fraction, group: Group) -> Ten
     """Prune the ⌊sparsity · group size⌋ lowest scores of each group."""
     if group.axis is None:
         return _keep_highest(score_OI.reshape(1, -1), sparsity).view_as(score_OI)
+    if group.axis == 1 and group.size == 1:
+        return _mask_rows(score_OI.T.contiguous(), sparsity, 1).T
     if group.axis == 1:
-        by_row = Group(0, group.size)
-        if group.size == 1:
-            return unstructured_mask(score_OI.T.contiguous(), sparsity, by_row).T
         return _mask_columns(score_OI, sparsity, group.size)
     return _mask_rows(score_OI, sparsity, group.size)
 
@@ -107,8 +106,6 @@ def check_pattern(pattern: Pattern, name: str, width: int) -> None:
 
 def lowest_mask(scores: Tensor, count: int) -> Tensor:
     """False at the `count` lowest of all, ties to the lower index."""
-    if count == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
     return _keep_rows(scores.reshape(1, -1), count).view_as(scores)
 
 
@@ -131,13 +128,11 @@ def _mask_columns(score_OI: Tensor, sparsity: Fraction, size: int) -> Tensor:
 def _keep_highest(scores_GN: Tensor, sparsity: Fraction) -> Tensor:
     """Per row: False at the ⌊sparsity · N⌋ lowest, ties to the lower index."""
     count = scores_GN.shape[1] * sparsity.numerator // sparsity.denominator
-    if count == 0:
-        return torch.ones_like(scores_GN, dtype=torch.bool)
     num_rows = max(1, _SELECT_VALUES // scores_GN.shape[1])  # selecting takes four times their room
     return torch.cat([_keep_rows(part, count) for part in scores_GN.split(num_rows)])
 
 
-def _lowest(scores_GN: Tensor, count: int) -> Tensor:
+def _threshold(scores_GN: Tensor, count: int) -> Tensor:
     """Per row: the `count`-th lowest, (G, 1)."""
     if scores_GN.is_cuda or scores_GN.shape[1] < _VECTOR_WIDTH:
         return scores_GN.kthvalue(count, dim=1, keepdim=True).values
@@ -147,7 +142,9 @@ def _lowest(scores_GN: Tensor, count: int) -> Tensor:
 
 def _keep_rows(scores_GN: Tensor, count: int) -> Tensor:
     """Per row: False at the `count` lowest."""
-    threshold_G1 = _lowest(scores_GN, count)
+    if count == 0:
+        return torch.ones_like(scores_GN, dtype=torch.bool)
+    threshold_G1 = _threshold(scores_GN, count)
     pruned = scores_GN < threshold_G1
     ties = scores_GN == threshold_G1
     wanted_G1 = count - pruned.sum(dim=1, keepdim=True)
