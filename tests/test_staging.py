@@ -220,6 +220,15 @@ def test_a_checkpoint_file_that_vanishes_is_named(
     assert names(tmp_path) == {"model"}
 
 
+def test_a_lock_is_not_left_for_a_finished_output(workplace: Path, tmp_path: Path) -> None:
+    """Killed after the renaming, the same command has nothing to do but to say so."""
+    prune(config(workplace, tmp_path / "out"))
+    (tmp_path / ".out.lock").write_text("process 1 on nowhere")
+    with pytest.raises(InputError, match="exists"):
+        prune(config(workplace, tmp_path / "out"))
+    assert names(tmp_path) == {"out"}
+
+
 @pytest.mark.parametrize("report", ["{}", "[]", "notes"])
 def test_overwriting_is_for_outputs_alone(workplace: Path, tmp_path: Path, report: str) -> None:
     """A file that happens to be called pruning.json makes no folder ours to remove."""

@@ -64,9 +64,9 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     )
     if config.shard is not None:
         return _prune_shard(config, job, config.shard, console)
-    _check_out(config, job)
-    job = _checked(config, job)
     staging = Staging(config.out, lambda: _check_out(config, job))
+    staging.check()
+    job = _checked(config, job)
     with staging.begun():
         job = replace(job, budgets=_budgets(config, job, console))
         written = Written()

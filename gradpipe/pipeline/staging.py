@@ -29,10 +29,11 @@ class Places:
         self.records = self._beside("shards")
         self.identity = self.records / "identity"
         self.old = self._beside("old")
+        self.lock_path = self._beside("lock")
 
     def lock(self, *, wait: bool) -> AbstractContextManager[None]:
         """The lock of OUT as a whole."""
-        return locked(self._beside("lock"), of=self.out, wait=wait)
+        return locked(self.lock_path, of=self.out, wait=wait)
 
     def shard_lock(self, shard: Shard) -> AbstractContextManager[None]:
         """The lock of one shard; InputError that names the holder if it is taken."""
@@ -96,6 +97,16 @@ class Staging:
         self._places = Places(out)
         self._check = check
         self.folder = self._places.folder
+
+    def check(self) -> None:
+        """Fail before the work as `begun` would; a killed process's lock is not left for that."""
+        try:
+            self._check()
+        except InputError:
+            if self._places.lock_path.exists():
+                with self._places.lock(wait=False):
+                    pass
+            raise
 
     @contextmanager
     def begun(self) -> Iterator[None]:
