@@ -186,6 +186,22 @@ def test_a_shard_that_was_overtaken_begins_nothing(
     assert names(tmp_path) == {"out"}
 
 
+def test_eight_shards_at_once_publish_one_output(
+    workplace: Path, tmp_path: Path, pipes: Processes
+) -> None:
+    """More jobs than files, one of them killed and run again: one output, and nothing beside it."""
+    out = tmp_path / "out"
+    command = ["prune", workplace / "model", workplace / "store", out, "--sparsity", "0.5"]
+    jobs = [pipes.start(*command, "--shard", f"{index}/8") for index in range(8)]
+    os.kill(jobs[3], signal.SIGKILL)
+    codes = [pipes.wait(pid) for pid in jobs]
+    assert set(codes) <= {0, -signal.SIGKILL}
+    again = pipes.start(*command, "--shard", "3/8")
+    assert pipes.wait(again) == 0, pipes.output(again)
+    assert contents(out) == contents(workplace / "whole")
+    assert names(tmp_path) == {"out"}
+
+
 def test_damage_to_a_shards_file_is_found_and_can_be_mended(
     workplace: Path, tmp_path: Path
 ) -> None:
