@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradpipe import CollectConfig, DataConfig, InputError, PruneConfig, collect, open_store, prune
+from gradpipe.pipeline.prune_config import recipe_options
 from gradpipe.stages.allocate import dlp, owl, rounded, shifted
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.ranks import Ranks
@@ -299,6 +300,34 @@ def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], said
     """Before anything is read."""
     with pytest.raises(InputError, match=said):
         PruneConfig(model="embedded", store="s", out=Path("out"), **options)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"}),
+        ({"allocation": "owl"}, {"method": "alps", "curvature": "kfac", "allocation": "owl"}),
+        ({"method": "sparsegpt"}, {"method": "sparsegpt", "allocation": "sensitivity"}),
+        ({"group": "output"}, {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"}),
+        ({"score": "abs(W)*X"}, {"score": "abs(W)*X", "allocation": "sensitivity"}),
+        ({"update": "obs"}, {"update": "obs", "allocation": "sensitivity"}),
+        (
+            {"update": "lsq", "method": "fisher"},
+            {"method": "fisher", "curvature": "kfac", "allocation": "sensitivity"},
+        ),
+        ({"score": "abs(W)", "update": "lsq"}, {"curvature": "kfac", "allocation": "sensitivity"}),
+        ({"group": "global"}, {}),
+        ({"group": "global", "method": "fisher", "update": "lsq"}, {"curvature": "kfac"}),
+    ],
+    ids=str,
+)
+def test_what_is_chosen_beside_a_recipe_comes_first(
+    chosen: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """And what of the recipe makes no sense beside it goes: every such command is understood."""
+    options = recipe_options("best", chosen)
+    assert options == expected | chosen
+    PruneConfig(model="embedded", store="s", out=Path("out"), **options)
 
 
 def test_the_norms_of_inputs_are_the_hessians_diagonal(root: Path) -> None:

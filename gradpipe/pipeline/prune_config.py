@@ -27,15 +27,23 @@ _DEFAULT_ALPHA = 100.0  # what the reference code multiplies gradients by
 def recipe_options(name: str | None, chosen: Options) -> Options:
     """The options behind a recipe's name, those `chosen` in their place; InputError for no such.
 
-    The recipe's curvature goes where the chosen method and update use none.
+    What of the recipe makes no sense beside them goes: its method beside a score, an update or one
+    threshold for all layers, its allocation beside the last, its curvature where nothing uses one.
     """
-    if name is not None and name not in RECIPES:
+    if name is None:
+        return chosen
+    if name not in RECIPES:
         raise InputError(f"--recipe {name}: expected {', '.join(RECIPES)}")
-    options = ({} if name is None else RECIPES[name]) | chosen
-    uses_curvature = options.get("method") == "alps" or options.get("update") == "lsq"
-    if name is not None and "curvature" not in chosen and not uses_curvature:
-        options.pop("curvature", None)
-    return options
+    recipe = dict(RECIPES[name])
+    is_global = chosen.get("group") == "global"
+    if is_global:
+        del recipe["allocation"]
+    if is_global or not chosen.keys().isdisjoint({"score", "update"}):
+        del recipe["method"]
+    options = recipe | chosen
+    if options.get("method") != "alps" and options.get("update") != "lsq":
+        del recipe["curvature"]
+    return recipe | chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
