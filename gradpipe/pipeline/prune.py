@@ -92,7 +92,8 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
 
 def _say(job: PruneJob, written: Written, console: Console) -> None:
     """What the user should know of a run that went well."""
-    for note in sorted(written.notes):
+    missed = (note for target in job.targets for note in _missed(job, target))
+    for note in (*missed, *sorted(written.notes)):
         console.print(note, highlight=False)
     if job.unseen:
         console.print(
@@ -108,6 +109,21 @@ def _say(job: PruneJob, written: Written, console: Console) -> None:
                     "lets it choose",
                     highlight=False,
                 )
+
+
+def _missed(job: PruneJob, target: Target) -> list[str]:
+    """A line if mixed patterns do not meet their target: blocks of several sizes may not add up."""
+    if target.pattern is None or not job.budgets:
+        return []
+    total = sum(layer.num_weights for layer in job.layers.values())
+    pruned = sum(job.budget(target, key).sparsity * x.num_weights for key, x in job.layers.items())
+    if pruned == target.budget.sparsity * total:
+        return []
+    note = (
+        f"{target.pattern} mixed by block prunes {float(pruned / total):.2%} of the weights, not "
+        f"{float(target.budget.sparsity):.2%}: the blocks' sizes do not add up to it"
+    )
+    return [note]
 
 
 def _budgets(config: PruneConfig, job: PruneJob, console: Console) -> list[Budgets]:
@@ -187,6 +203,7 @@ def _finish(
         result = PruneResult(
             folder=job.folder(config.out, target),
             label=target.label,
+            requested=float(target.budget.sparsity),
             layers=tuple(_read_back(job, target, folder, written)),
         )
         write_report(folder, _report(config, job, target, written), result)
@@ -245,6 +262,6 @@ def _report(
         "pattern": pattern or "unstructured",
         "mismatched_layers": sorted(written.mismatched),
         "unseen_layers": sorted(job.layers[key].name for key in job.unseen),
-        "notes": sorted(written.notes),
+        "notes": [*_missed(job, target), *sorted(written.notes)],
         "command": recorded_command("prune", (job.checkpoint.label, "STORE", "OUT"), options),
     }
