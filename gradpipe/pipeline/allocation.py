@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,6 +132,16 @@ def read_allocation(path: Path, layers: Mapping[str, LayerSpec]) -> dict[str, fl
             )
         wish[key] = float(value)
     return wish
+
+
+def own_target(path: Path, layers: Mapping[str, LayerSpec]) -> Target:
+    """What a file of sparsities comes to by itself: their mean, weighted by the layers' sizes."""
+    wish = read_allocation(path, layers)
+    total = sum(layer.num_weights for layer in layers.values())
+    mean = math.fsum(wish[key] * layer.num_weights for key, layer in layers.items()) / total
+    if mean >= 1:
+        raise InputError(f"--allocation {path}: it leaves no weight: expected a mean below 1")
+    return Target(mean)
 
 
 def _block(layer: LayerSpec) -> str:

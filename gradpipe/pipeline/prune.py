@@ -16,7 +16,7 @@ from rich.console import Console
 from torch import Tensor
 
 from gradpipe.errors import GradpipeError
-from gradpipe.pipeline.allocation import Budgets
+from gradpipe.pipeline.allocation import Budgets, own_target
 from gradpipe.pipeline.command import changed_options, recorded_command
 from gradpipe.pipeline.destination import REPORT, check_out
 from gradpipe.pipeline.output import (
@@ -45,6 +45,8 @@ from gradpipe.store.objects import digest
 from gradpipe.store.partial import Shard
 from gradpipe.store.schema import LayerSpec
 
+Layers = dict[str, LayerSpec]  # by weight key
+
 
 def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, ...]:
     """Run stage two, and return one result for each target.
@@ -57,15 +59,19 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     checkpoint = Checkpoint.open(config.model)
     store = GradientStore.open(config.store)
     layers = select_layers(config, checkpoint, store)
+    unseen = frozenset(
+        key for key, layer in layers.items() if config.statistics and store.is_unseen(layer)
+    )
     job = PruneJob(
         checkpoint=checkpoint,
         store=store,
         layers=layers,
         procedure=config.procedure(),
-        targets=config.targets(),
+        targets=config.targets() or (own_target(Path(config.allocation), _seen(layers, unseen)),),
         allocation=config.shares(),
         allow_mismatch=config.allow_mismatch,
         device=resolve_device(config.device),
+        unseen=unseen,
     )
     if config.shard is not None and not config.overwrite and _is_done(config, job):
         return ()  # another shard has published what this one would have been a part of
@@ -73,9 +79,6 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     check_out(config.out, overwrite=config.overwrite, sources=sources)
     if store.local_folder is not None:
         store.verify()  # before a weight is written; a remote store is verified as it is read
-    if config.statistics:
-        unseen = frozenset(key for key, layer in layers.items() if store.is_unseen(layer))
-        job = replace(job, unseen=unseen)
     if config.shard is not None:
         return _prune_shard(config, job, config.shard, console)
     job = replace(job, budgets=_budgets(config, job, console))
@@ -128,14 +131,24 @@ def _missed(job: PruneJob, target: Target) -> list[str]:
 
 def _budgets(config: PruneConfig, job: PruneJob, console: Console) -> list[Budgets]:
     """How much of each layer goes, by target; the target's own share where nothing was seen."""
+    uniform = [dict.fromkeys(job.layers, target.budget) for target in job.targets]
+    if len(job.unseen) == len(job.layers):
+        return uniform
+    shared = _shared(config, job, _seen(job.layers, job.unseen), console)
+    return [whole | part for whole, part in zip(uniform, shared, strict=True)]
+
+
+def _seen(layers: Layers, unseen: frozenset[str]) -> Layers:
+    """The layers that tokens reached; all if they reached none."""
+    return {key: layer for key, layer in layers.items() if key not in unseen} or layers
+
+
+def _shared(config: PruneConfig, job: PruneJob, seen: Layers, console: Console) -> list[Budgets]:
+    """What the allocation gives layers that were seen."""
     score = config.shares_score()
     if score is None:
-        return job.allocation.budgets(job.layers, job.targets, lambda _: ())
-    uniform = [dict.fromkeys(job.layers, target.budget) for target in job.targets]
-    scored = {key: layer for key, layer in job.layers.items() if key not in job.unseen}
-    if not scored:
-        return uniform
-    total = job.allocation.num_passes * len(scored)
+        return job.allocation.budgets(seen, job.targets, lambda _: ())
+    total = job.allocation.num_passes * len(seen)
     with progress_bar(console, "allocating", total, "layers") as advance:
 
         def scores(keys: Iterable[str]) -> Iterator[tuple[LayerSpec, Tensor]]:
@@ -143,8 +156,7 @@ def _budgets(config: PruneConfig, job: PruneJob, console: Console) -> list[Budge
                 yield job.layers[key], score_of(job, key, score)
                 advance(1)
 
-        shared = job.allocation.budgets(scored, job.targets, scores)
-    return [whole | part for whole, part in zip(uniform, shared, strict=True)]
+        return job.allocation.budgets(seen, job.targets, scores)
 
 
 def _prune_shard(

@@ -53,7 +53,7 @@ class PruneConfig:
     model: str  # directory, Hub id, or `embedded`
     store: str  # path or URL
     out: Path  # a folder to create; with several targets, one folder in it for each
-    sparsities: tuple[float, ...] = ()  # default 0.5, unless there is a pattern
+    sparsities: tuple[float, ...] = ()  # default: 0.5, or what a file of an allocation comes to
     patterns: tuple[str, ...] = ()  # n:m, n kept of every m
     method: str = _DEFAULT_METHOD
     alpha: float = _DEFAULT_ALPHA
@@ -163,8 +163,9 @@ class PruneConfig:
         return find_score(self.score or self.method, self.grad_norm, self.alpha)
 
     def targets(self) -> tuple[Target, ...]:
-        """The checkpoints to write, in order."""
-        sparsities = self.sparsities or (() if self.patterns else (0.5,))
+        """The checkpoints to write, in order; none given a file of sparsities alone."""
+        has_own = bool(self.patterns) or self.allocation not in ALLOCATIONS
+        sparsities = self.sparsities or (() if has_own else (0.5,))
         patterns = tuple(Pattern.parse(text) for text in self.patterns)
         return (
             *(Target(sparsity) for sparsity in sparsities),
