@@ -1,10 +1,12 @@
 """Scores as formulas: `abs(W) * (a*G + X)`, parsed into a tree that is walked, never evaluated.
 
-    W           the weights, (O, I)
-    X           ‖X‖₂ of each input, (I,)
-    G1, G2, GS  ‖G‖₁, ‖G‖₂ and |ΣG| over samples, (O, I); G is the one that --grad-norm names
-    a           --alpha
-    ri(W)       relative importance: |W| / Σ of its row's + |W| / Σ of its column's (RIA)
+    W       the weights, (O, I)
+    X       ‖X‖₂ of each input, (I,)
+    G1, G2  ‖G‖₁ and ‖G‖₂ over samples, (O, I)
+    GS      ΣG over samples, with its sign, (O, I)
+    G       the one that --grad-norm names, of the last its size
+    a       --alpha
+    ri(W)   relative importance: |W| / Σ of its row's + |W| / Σ of its column's (RIA)
 
 with numbers, + - * / **, parentheses, abs, sqrt and log. Shapes: O out, I in.
 """
