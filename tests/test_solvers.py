@@ -253,26 +253,48 @@ def test_least_squares_solves_the_normal_equations(kind: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_least_squares_never_costs_more_than_masking(
     kind: str, seed: int, dtype: torch.dtype
 ) -> None:
-    """The law, for masks good and bad, singular moments among them."""
+    """The law, in the weight's own dtype, for masks good and bad, singular moments among them."""
     generator = torch.Generator().manual_seed(seed)
-    hessian = moment(COLUMNS, seed, dtype)
+    solved_in = torch.float32 if dtype is torch.bfloat16 else dtype
+    hessian = moment(COLUMNS, seed, solved_in)
     if seed % 4 == 0:
         hessian[3] = hessian[:, 3] = 0  # an input that is always zero
     if seed % 4 == 1:
-        factor = torch.randn(2, COLUMNS, generator=generator, dtype=dtype)
+        factor = torch.randn(2, COLUMNS, generator=generator, dtype=solved_in)
         hessian = factor.T @ factor  # of rank two
-    cov = moment(ROWS, seed + 50, dtype) if kind == "kfac" else None
+    cov = moment(ROWS, seed + 50, solved_in) if kind == "kfac" else None
     moments = Curvature.of("layer", hessian, cov)
     weight = weights(seed + 9).to(dtype)
-    mask = torch.rand(ROWS, COLUMNS, generator=generator) > 0.6
-    change = weight - weight * mask
-    updated = weight - least_squares(weight, mask, moments)
-    before, after = (float((x * moments.times(x)).sum()) for x in (change, updated))
-    assert after <= before * (1 + 1e-5)
+    exact_cov = None if moments.cov is None else moments.cov.double()
+    exact = Curvature(moments.hessian.double(), exact_cov, moments.free)
+    for share in (0.02, 0.6):
+        mask = torch.rand(ROWS, COLUMNS, generator=generator) > share
+        updated = least_squares(weight, mask, moments)
+        assert updated.dtype is dtype
+        changes = [(weight.double() - x.double()) for x in (weight * mask, updated)]
+        costs = [x * exact.times(x) for x in changes]
+        before, after = (x.sum(dim=1) if kind == "input" else x.sum() for x in costs)
+        assert bool((after <= before * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_never_costs_more_than_there_was_to_gain(kind: str, seed: int) -> None:
+    """A tiny weight a row goes from large ones in bfloat16: moving those by half a step is dear."""
+    cov = moment(ROWS, seed + 50, torch.float32) if kind == "kfac" else None
+    moments = Curvature.of("layer", moment(COLUMNS, seed, torch.float32), cov)
+    weight = weights(seed + 70) * torch.logspace(-3, 2, COLUMNS, dtype=torch.float64)
+    weight = weight.to(torch.bfloat16)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    mask[:, seed] = False
+    updated = least_squares(weight, mask, moments)
+    changes = [(weight - x).float() for x in (weight * mask, updated)]
+    costs = [x * moments.times(x) for x in changes]
+    before, after = (x.sum(dim=1) if kind == "input" else x.sum() for x in costs)
+    assert bool((after <= before * (1 + 1e-4)).all())
 
 
 def test_least_squares_keeps_what_needs_no_change(kind: str) -> None:
