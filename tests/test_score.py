@@ -58,6 +58,7 @@ def meant(text: str) -> Tensor:
         "X + abs(W)*G1 - GS/2",
         "abs(W)/(1+X)",
         "-abs(W)+3.5",
+        "+abs(W)*(+G1)-(+G2)",
         "sqrt(abs(W)*G1)+log(G2+1)",
         "2**X*abs(W)",
         "G1*G1*abs(W)",
@@ -151,6 +152,13 @@ def test_any_formula_means_what_it_says(text: str) -> None:
         "W*Y",
         "abs(x=W)",
         "W*1e999",
+        "W*1e300",  # beyond float32
+        "abs(W)*(1/0)",
+        "abs(W)+log(0)",
+        "abs(W)*sqrt(2-3)",
+        "abs(W)*2**(9**9)",
+        "abs(W)**(0/0)",
+        "W^2",
         "W*1" + "0" * 400,
         "W; X",
         "(W:=X)",
@@ -163,6 +171,15 @@ def test_anything_else_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(InputError) as caught:
         Expression.parse(text)
     assert "\n" not in str(caught.value).replace("\\n", "")
+
+
+def test_the_line_says_how_a_power_is_written() -> None:
+    """Operators are part of what is expected; what is not finite is named."""
+    with pytest.raises(InputError, match=re.escape("'W^2' is not understood")) as caught:
+        Expression.parse("X*(W^2)")
+    assert "+ - * / ** (a power)" in str(caught.value)
+    with pytest.raises(InputError, match=re.escape("1/(3-3) is no finite number")):
+        Expression.parse("abs(W) * (2 + 1/(3-3))")
 
 
 def test_a_formula_says_which_statistics_it_reads() -> None:

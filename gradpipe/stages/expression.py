@@ -18,7 +18,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -81,6 +81,10 @@ class Expression:
             raise InputError(
                 f"--score {text!r}: not a formula: expected one such as abs(W)*(a*G+X)"
             ) from error
+        for node in ast.walk(tree):
+            if _is_constant(node) and not bool(torch.isfinite(_walk(node, {})[0])):
+                part = ast.get_source_segment(text.strip(), node)
+                raise InputError(f"--score {text!r}: {part} is no finite number in float32")
         if "W" not in names:
             raise InputError(f"--score {text!r}: it does not depend on the weights, W")
         return cls(text, names, tree)
@@ -106,7 +110,7 @@ def _check(node: ast.expr, text: str) -> set[str]:
     match node:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             return _check(left, text) | _check(right, text)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
             return _check(operand, text)
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
             names = _check(argument, text)
@@ -121,7 +125,18 @@ def _check(node: ast.expr, text: str) -> set[str]:
             return {name}
     part = ast.get_source_segment(text.strip(), node) or text
     known = ", ".join(("W", *_STATISTICS, "G", "a", *(f"{x}()" for x in _FUNCTIONS)))
-    raise InputError(f"--score {text!r}: {part[:80]!r} is not understood, expected {known}")
+    raise InputError(
+        f"--score {text!r}: {part[:80]!r} is not understood, expected {known}, numbers, "
+        "parentheses and + - * / ** (a power)"
+    )
+
+
+def _is_constant(node: ast.AST) -> TypeGuard[ast.expr]:
+    """True for an operand that depends on nothing, of a tree that was checked."""
+    names = (x.id for x in ast.walk(node) if isinstance(x, ast.Name))
+    return isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call | ast.Constant) and all(
+        name in _FUNCTIONS for name in names
+    )
 
 
 def _walk(node: ast.expr, values: Mapping[str, Callable[[], Tensor]]) -> tuple[Tensor, bool]:
@@ -129,6 +144,8 @@ def _walk(node: ast.expr, values: Mapping[str, Callable[[], Tensor]]) -> tuple[T
     match node:
         case ast.BinOp(left=left, op=op, right=right):
             return _binary(type(op), _walk(left, values), _walk(right, values))
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _walk(operand, values)
         case ast.UnaryOp(operand=operand):
             return -_walk(operand, values)[0], True
         case ast.Call(func=ast.Name(id=name), args=[argument]):
