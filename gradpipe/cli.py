@@ -176,9 +176,11 @@ def prune(
     """Stage two: sparsify a checkpoint from a store, without running the model."""
     chosen = {
         "method": method,
+        "score": score,
         "update": update,
         "curvature": curvature,
         "allocation": allocation,
+        "group": group,
     }
     results = pruning.prune(
         PruneConfig(
@@ -188,12 +190,10 @@ def prune(
             out=out,
             sparsities=tuple(sparsity),
             patterns=tuple(pattern),
-            score=score,
             alpha=alpha,
             grad_norm=grad_norm,
             allocation_score=allocation_score,
             mixed_patterns=mixed_patterns,
-            group=group,
             include=tuple(include),
             exclude=tuple(exclude),
             device=device,

@@ -97,10 +97,14 @@ _TOKENIZER_TEXT = (
 )
 
 
-def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
-    """Build the family's tiny float32 model in eval mode; the same seed gives the same weights."""
+def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
+    """Build the family's tiny float32 model in eval mode; the same seed gives the same weights.
+
+    `changes` are options of its config.
+    """
     model_type, options = _CONFIGS[family]
-    config = AutoConfig.for_model(model_type, vocab_size=VOCAB_SIZE, **_SPECIAL_TOKENS, **options)
+    options = {**_SPECIAL_TOKENS, **options, **changes}
+    config = AutoConfig.for_model(model_type, vocab_size=VOCAB_SIZE, **options)
     with torch.random.fork_rng(devices=[]):  # construction draws from the global generator
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     _randomise(model, torch.Generator().manual_seed(seed))
@@ -109,13 +113,18 @@ def tiny_model(family: str, seed: int = 0) -> PreTrainedModel:
 
 
 def save_tiny(
-    family: str, folder: Path, seed: int = 0, *, max_shard_size: int | str = "5GB"
+    family: str,
+    folder: Path,
+    seed: int = 0,
+    *,
+    max_shard_size: int | str = "5GB",
+    **changes: Any,
 ) -> Path:
     """Write the tiny model and a tokenizer as a complete Hugging Face folder, and return it.
 
     A small `max_shard_size`, such as "20KB", gives several safetensors shards and their index.
     """
-    tiny_model(family, seed).save_pretrained(folder, max_shard_size=max_shard_size)
+    tiny_model(family, seed, **changes).save_pretrained(folder, max_shard_size=max_shard_size)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -395,7 +395,9 @@ def reference_alps_mask(
         v = v + rho * (w - d)
         if iteration % 3 == 0:
             if support is not None:
-                moved = (mask & ~support).sum().item() / mask.sum().item()
+                moved = (
+                    mask != support
+                ).sum().item() / mask.sum().item()  # both ways, as it has it
                 if moved == 0:
                     break
                 rho *= 1.3 if moved >= 0.1 else 1.2 if moved >= 0.005 else 1.1

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradpipe import CollectConfig, DataConfig, InputError, PruneConfig, collect, open_store, prune
+from gradpipe.pipeline.prune_config import recipe_options
 from gradpipe.stages.allocate import dlp, owl, rounded, shifted
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.ranks import Ranks
@@ -246,15 +247,23 @@ def test_mixed_patterns_choose_n_by_block(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_of_sparsities_is_moved_to_the_target(root: Path, tmp_path: Path) -> None:
-    """By layer name; the differences stay."""
+    """By layer name; the differences stay. Without a target, it is the file's own mean."""
     names = [x.name for x in open_store(root / "store").spec.layers]
     wish = {name: 0.2 + 0.3 * (i % 2) for i, name in enumerate(names)}
     path = tmp_path / "wish.json"
     path.write_text(json.dumps(wish))
-    report = run(root, tmp_path / "out", method="wanda", group="layer", allocation=str(path))
+    options: dict[str, Any] = {"method": "wanda", "group": "layer", "allocation": str(path)}
+    report = run(root, tmp_path / "out", **options, sparsities=(0.5,))
     assert report["achieved_sparsity"] == pytest.approx(0.5, abs=1e-4)
     requested = {name: x["requested"] for name, x in report["layers"].items()}
     assert requested[names[1]] - requested[names[0]] == pytest.approx(0.3, abs=1e-2)
+    alone = run(root, tmp_path / "alone", **options)
+    for name, layer in alone["layers"].items():
+        assert layer["achieved"] == pytest.approx(wish[name], abs=2 / layer["size"]), name
+    sizes = {name: layer["size"] for name, layer in alone["layers"].items()}
+    assert alone["requested_sparsity"] == pytest.approx(mean(wish, sizes), abs=1e-9)
+    again = run(root, tmp_path / "again", **options, sparsities=(alone["requested_sparsity"],))
+    assert again == alone | {"command": again["command"]}
 
 
 @pytest.mark.parametrize(
@@ -265,13 +274,17 @@ def test_a_file_of_sparsities_is_moved_to_the_target(root: Path, tmp_path: Path)
         ("{}", "got None"),
         ('{"model.layers.0.self_attn.q_proj": "x"}', "got x"),
         ('{"model.layers.0.self_attn.q_proj": 1.5}', "got 1.5"),
+        ("all", "leaves no weight"),
         (None, "expected one of uniform"),
     ],
 )
 def test_a_bad_file_is_one_line(root: Path, tmp_path: Path, content: str | None, said: str) -> None:
     """And nothing is written."""
     path = tmp_path / "wish.json"
-    if content is not None:
+    if content == "all":
+        names = [x.name for x in open_store(root / "store").spec.layers]
+        path.write_text(json.dumps(dict.fromkeys(names, 1)))
+    elif content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=said):
         run(root, tmp_path / "out", method="wanda", allocation=str(path))
@@ -299,6 +312,34 @@ def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], said
     """Before anything is read."""
     with pytest.raises(InputError, match=said):
         PruneConfig(model="embedded", store="s", out=Path("out"), **options)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"}),
+        ({"allocation": "owl"}, {"method": "alps", "curvature": "kfac", "allocation": "owl"}),
+        ({"method": "sparsegpt"}, {"method": "sparsegpt", "allocation": "sensitivity"}),
+        ({"group": "output"}, {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"}),
+        ({"score": "abs(W)*X"}, {"score": "abs(W)*X", "allocation": "sensitivity"}),
+        ({"update": "obs"}, {"update": "obs", "allocation": "sensitivity"}),
+        (
+            {"update": "lsq", "method": "fisher"},
+            {"method": "fisher", "curvature": "kfac", "allocation": "sensitivity"},
+        ),
+        ({"score": "abs(W)", "update": "lsq"}, {"curvature": "kfac", "allocation": "sensitivity"}),
+        ({"group": "global"}, {}),
+        ({"group": "global", "method": "fisher", "update": "lsq"}, {"curvature": "kfac"}),
+    ],
+    ids=str,
+)
+def test_what_is_chosen_beside_a_recipe_comes_first(
+    chosen: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    """And what of the recipe makes no sense beside it goes: every such command is understood."""
+    options = recipe_options("best", chosen)
+    assert options == expected | chosen
+    PruneConfig(model="embedded", store="s", out=Path("out"), **options)
 
 
 def test_the_norms_of_inputs_are_the_hessians_diagonal(root: Path) -> None:

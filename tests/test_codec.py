@@ -156,8 +156,15 @@ def test_pruning_from_a_compact_store_is_pruning_from_an_exact_one(
 
 @pytest.mark.gpu
 def test_cuda_decodes_to_the_same_bits() -> None:
-    """Codes decoded on a GPU are the CPU's norms, bit for bit."""
+    """Codes decoded on a GPU are the CPU's norms, and second moments, bit for bit."""
     encoded = codec.encode_layer("compact", sums_of((12, 13, 5, [0.0, np.inf])), 3, 9)
+    values = np.random.default_rng(0).normal(3, 1, (200, 90)).astype(np.float32)
+    packed = (values.T @ values)[np.triu_indices(90)]
+    moments = codec.encode_layer("compact", {"hessian": packed}, 3, 9)
+    whole = decode_norms(moments, "hessian", torch.device("cuda")).cpu().numpy()
+    np.testing.assert_array_equal(
+        whole[np.triu_indices(90)], codec.decode_layer(moments)["hessian"]
+    )
     expected = codec.decode_layer(encoded)
     for statistic in ("grad_l1", "grad_l2"):
         got = decode_norms(encoded, statistic, torch.device("cuda"))

@@ -174,13 +174,19 @@ def test_solvers_leave_unseen_experts_to_magnitude(scarce: Path, method: str) ->
         {"method": "wanda", "allocation": "dlp"},
         {"method": "alps", "allocation": "sensitivity"},
         {"method": "fisher", "group": "global"},
+        {"method": "wanda", "allocation": "a file"},
     ],
     ids=str,
 )
 def test_allocations_do_not_empty_unseen_experts(scarce: Path, options: dict[str, Any]) -> None:
     """Their scores say nothing: they get the target, and the rest meets it without them."""
-    tensors, _, _ = pruned(scarce, sparsities=(0.5,), **options)
     layers = open_store(scarce / "store").spec.layers
+    if options.get("allocation") == "a file":
+        seen = {x.name: 0.3 if x.block else 0.6 for x in layers if x.name not in unseen(scarce)}
+        wish = seen | dict.fromkeys(unseen(scarce), 0.1)
+        (scarce / "wish.json").write_text(json.dumps(wish))
+        options = options | {"allocation": str(scarce / "wish.json")}
+    tensors, _, _ = pruned(scarce, sparsities=(0.5,), **options)
     zeros = {x.name: int((tensors[x.weight_key] == 0).sum()) for x in layers}
     sizes = {x.name: x.shape[0] * x.shape[1] for x in layers}
     for name in unseen(scarce):

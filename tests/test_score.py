@@ -2,6 +2,7 @@
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from gradpipe import InputError
 from gradpipe.stages.expression import Expression, relative_importance
 from gradpipe.stages.score import METHODS, Norms, find_score
 
+METHODS_PAGE = Path(__file__).parents[1] / "docs" / "methods.md"
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.25, -1.0]])
 NORMS = Norms(
     values={
@@ -28,7 +30,7 @@ VALUES = {
     "X": NORMS.activation().double(),
     "G1": NORMS.gradient("l1").double(),
     "G2": NORMS.gradient("l2").double(),
-    "GS": NORMS.gradient("sum").double(),
+    "GS": NORMS.values["grad_sum"].double(),
     "G": NORMS.gradient("l2").double(),
     "a": torch.tensor(7.0).double(),
     "tensor": lambda number: torch.tensor(number, dtype=torch.float64),
@@ -56,6 +58,7 @@ def meant(text: str) -> Tensor:
         "X + abs(W)*G1 - GS/2",
         "abs(W)/(1+X)",
         "-abs(W)+3.5",
+        "+abs(W)*(+G1)-(+G2)",
         "sqrt(abs(W)*G1)+log(G2+1)",
         "2**X*abs(W)",
         "G1*G1*abs(W)",
@@ -70,6 +73,41 @@ def test_a_formula_means_what_it_says(text: str) -> None:
     assert score.dtype is torch.float32
     assert all(torch.equal(NORMS.values[name], value) for name, value in before.items())
     assert torch.equal(WEIGHT, torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.25, -1.0]]))
+
+
+_W, _X = WEIGHT.double().abs(), NORMS.values["act_l2"].double() / 128**0.5
+_G = {name: NORMS.values[f"grad_{name}"].double() for name in ("l1", "l2", "sum")}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [  # the list in docs/methods.md
+        ("abs(W)", _W),
+        ("abs(W)*X", _W * _X),
+        ("abs(W)*G1", _W * _G["l1"]),
+        ("abs(W)*G2", _W * _G["l2"]),
+        ("abs(W*GS)", (WEIGHT.double() * _G["sum"]).abs()),
+        ("abs(W)*X*G1", _W * _X * _G["l1"]),
+        ("abs(W)*X*G2", _W * _X * _G["l2"]),
+        ("abs(W)*(X+G1)", _W * _X + _W * _G["l1"]),
+        ("abs(W)*(X+G2)", _W * _X + _W * _G["l2"]),
+        ("abs(W)*(X+a*G1)", _W * _X + 100 * _W * _G["l1"]),
+        ("abs(W)*(X+a*G2)", _W * _X + 100 * _W * _G["l2"]),
+    ],
+)
+def test_the_metrics_of_gblm_are_formulas(text: str, expected: Tensor) -> None:
+    """Products and sums of weight, activation and gradient, as they are listed in the docs."""
+    score = find_score(text, "l1", 100.0).of(WEIGHT, NORMS).double()
+    torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-6)
+    assert f"`{text}`" in METHODS_PAGE.read_text()
+
+
+def test_the_sum_of_gradients_has_its_sign_in_a_formula_and_none_as_a_norm() -> None:
+    """GS is ΣG, so that a Taylor term can be written; G of --grad-norm sum is |ΣG|."""
+    signed = find_score("abs(W)*GS", "sum", 1.0).of(WEIGHT, NORMS)
+    size = find_score("abs(W)*G", "sum", 1.0).of(WEIGHT, NORMS)
+    assert torch.equal(signed, WEIGHT.abs() * NORMS.values["grad_sum"])
+    assert torch.equal(size, signed.abs())
 
 
 _LEAVES = st.sampled_from(["abs(W)", "X", "G1", "G2", "GS", "G", "a", "2", "0.5"])
@@ -114,6 +152,13 @@ def test_any_formula_means_what_it_says(text: str) -> None:
         "W*Y",
         "abs(x=W)",
         "W*1e999",
+        "W*1e300",  # beyond float32
+        "abs(W)*(1/0)",
+        "abs(W)+log(0)",
+        "abs(W)*sqrt(2-3)",
+        "abs(W)*2**(9**9)",
+        "abs(W)**(0/0)",
+        "W^2",
         "W*1" + "0" * 400,
         "W; X",
         "(W:=X)",
@@ -126,6 +171,15 @@ def test_anything_else_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(InputError) as caught:
         Expression.parse(text)
     assert "\n" not in str(caught.value).replace("\\n", "")
+
+
+def test_the_line_says_how_a_power_is_written() -> None:
+    """Operators are part of what is expected; what is not finite is named."""
+    with pytest.raises(InputError, match=re.escape("'W^2' is not understood")) as caught:
+        Expression.parse("X*(W^2)")
+    assert "+ - * / ** (a power)" in str(caught.value)
+    with pytest.raises(InputError, match=re.escape("1/(3-3) is no finite number")):
+        Expression.parse("abs(W) * (2 + 1/(3-3))")
 
 
 def test_a_formula_says_which_statistics_it_reads() -> None:

@@ -11,6 +11,8 @@ from gradpipe import GradpipeError
 from gradpipe.stages.curvature import Curvature
 from gradpipe.stages.lsq import Eigenbasis, alps_mask, least_squares
 from gradpipe.stages.mask import Group, Pattern, pattern_mask, unstructured_mask
+from gradpipe.stages.prune import Budget, Procedure, prune_layer
+from gradpipe.stages.score import Norms
 from gradpipe.stages.sparsegpt import obs_update, sparsegpt
 from tests.reference import (
     damped,
@@ -141,6 +143,97 @@ def test_obs_updates_a_given_mask_as_the_oracle_does() -> None:
     )
 
 
+# --- inputs and outputs that are dead
+
+DEAD = [0, 5, 6, 7, 17]
+
+
+def pruned(
+    weight: Tensor, method: str, budget: Budget, hessian: Tensor, cov: Tensor | None = None
+) -> tuple[Tensor, list[str]]:
+    """A layer pruned from its second moments, and what is said about it."""
+    values = {"hessian": hessian.clone()} | ({} if cov is None else {"grad_cov": cov.clone()})
+    curvature = "input" if cov is None else "kfac"
+    group = Group.parse("layer")
+    procedure = Procedure(
+        method=method, score=None, update="none", curvature=curvature, group=group
+    )
+    notes: list[str] = []
+    norms = Norms(values=values, num_samples={})
+    [got] = prune_layer("layer", weight, norms, procedure, [budget], notes, transposed=False)
+    return got, notes
+
+
+def with_dead(size: int, seed: int, dead: list[int]) -> Tensor:
+    """A second moment of values some of which are always zero."""
+    matrix = moment(size, seed)
+    matrix[dead] = matrix[:, dead] = 0
+    return matrix
+
+
+@pytest.mark.parametrize("pattern", [None, Pattern(2, 4)])
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_weights_of_dead_inputs_go_first(method: str, pattern: Pattern | None) -> None:
+    """The oracles on a weight whose dead columns are zeroed first, as the published code has it."""
+    weight, hessian = weights(20), with_dead(COLUMNS, 21, DEAD)
+    zeroed, moments = weight.clone(), damped(hessian, 0.01)
+    zeroed[:, DEAD] = 0
+
+    def choose(scores: Tensor, _: int = 0) -> Tensor:
+        return reference_nm_mask(scores, 2, 4) if pattern else reference_mask(scores, 0.5, "layer")
+
+    if method == "sparsegpt":
+        width = pattern.m if pattern else COLUMNS
+        expected, mask = reference_sparsegpt(zeroed, moments, choose, width)
+    else:
+        mask = reference_alps_mask(zeroed, moments, None, choose)
+        expected = reference_least_squares(zeroed, mask, moments)
+    got, notes = pruned(weight, method, Budget(Fraction(1, 2), pattern), hessian)
+    assert torch.equal(got != 0, mask)
+    assert bool((got[:, DEAD] == 0).all()) == (pattern is None)  # 2:4 keeps one of 4, 5, 6, 7
+    live = [i for i in range(COLUMNS) if i not in DEAD]
+    torch.testing.assert_close(got[:, live], expected[:, live], rtol=0.05, atol=0.02)
+    assert notes == ["layer: 5 of 24 inputs are always zero: their weights cost nothing"]
+
+
+def test_weights_of_dead_outputs_go_first_under_kfac() -> None:
+    """No gradient reaches them: they are worth nothing to the loss."""
+    weight, hessian, cov = weights(22), with_dead(COLUMNS, 23, [4]), with_dead(ROWS, 24, [1, 7])
+    zeroed = weight.clone()
+    zeroed[:, 4] = zeroed[[1, 7]] = 0
+    mask = reference_alps_mask(
+        zeroed, damped(hessian, 0.01), damped(cov, 0.1), lambda x: reference_mask(x, 0.5, "layer")
+    )
+    got, notes = pruned(weight, "alps", Budget(Fraction(1, 2)), hessian, cov)
+    assert torch.equal(got != 0, mask)
+    assert not got[[1, 7]].any()
+    assert notes[1] == "layer: 2 of 12 outputs have no gradient: their weights cost nothing"
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_more_dead_weights_than_are_to_go_stay_as_they_were(method: str) -> None:
+    """The count is still exact, nothing alive is touched, and nothing turns to zero unasked."""
+    weight, hessian = weights(25), with_dead(COLUMNS, 26, DEAD)
+    got, _ = pruned(weight, method, Budget(Fraction(1, 8)), hessian)
+    assert int((got == 0).sum()) == weight.numel() // 8
+    torch.testing.assert_close(got[got != 0], weight[got != 0], rtol=1e-9, atol=0)
+    live = [i for i in range(COLUMNS) if i not in DEAD]
+    assert bool(got[:, live].all())
+
+
+@pytest.mark.parametrize("update", ["obs", "lsq"])
+def test_updates_leave_live_weights_alone_when_dead_ones_go(update: str) -> None:
+    """What cost nothing needs no making up for."""
+    weight, moments = weights(27), Curvature.of("layer", with_dead(COLUMNS, 28, DEAD), None)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    mask[:, DEAD] = False
+    if update == "obs":
+        got = obs_update(weight, mask, moments.inverse_factor())
+    else:
+        got = least_squares(weight, mask, moments)
+    torch.testing.assert_close(got, weight * mask, rtol=1e-9, atol=1e-12)
+
+
 # --- least squares
 
 
@@ -160,26 +253,48 @@ def test_least_squares_solves_the_normal_equations(kind: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_least_squares_never_costs_more_than_masking(
     kind: str, seed: int, dtype: torch.dtype
 ) -> None:
-    """The law, for masks good and bad, singular moments among them."""
+    """The law, in the weight's own dtype, for masks good and bad, singular moments among them."""
     generator = torch.Generator().manual_seed(seed)
-    hessian = moment(COLUMNS, seed, dtype)
+    solved_in = torch.float32 if dtype is torch.bfloat16 else dtype
+    hessian = moment(COLUMNS, seed, solved_in)
     if seed % 4 == 0:
         hessian[3] = hessian[:, 3] = 0  # an input that is always zero
     if seed % 4 == 1:
-        factor = torch.randn(2, COLUMNS, generator=generator, dtype=dtype)
+        factor = torch.randn(2, COLUMNS, generator=generator, dtype=solved_in)
         hessian = factor.T @ factor  # of rank two
-    cov = moment(ROWS, seed + 50, dtype) if kind == "kfac" else None
+    cov = moment(ROWS, seed + 50, solved_in) if kind == "kfac" else None
     moments = Curvature.of("layer", hessian, cov)
     weight = weights(seed + 9).to(dtype)
-    mask = torch.rand(ROWS, COLUMNS, generator=generator) > 0.6
-    change = weight - weight * mask
-    updated = weight - least_squares(weight, mask, moments)
-    before, after = (float((x * moments.times(x)).sum()) for x in (change, updated))
-    assert after <= before * (1 + 1e-5)
+    exact_cov = None if moments.cov is None else moments.cov.double()
+    exact = Curvature(moments.hessian.double(), exact_cov, moments.free)
+    for share in (0.02, 0.6):
+        mask = torch.rand(ROWS, COLUMNS, generator=generator) > share
+        updated = least_squares(weight, mask, moments)
+        assert updated.dtype is dtype
+        changes = [(weight.double() - x.double()) for x in (weight * mask, updated)]
+        costs = [x * exact.times(x) for x in changes]
+        before, after = (x.sum(dim=1) if kind == "input" else x.sum() for x in costs)
+        assert bool((after <= before * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rounding_never_costs_more_than_there_was_to_gain(kind: str, seed: int) -> None:
+    """A tiny weight a row goes from large ones in bfloat16: moving those by half a step is dear."""
+    cov = moment(ROWS, seed + 50, torch.float32) if kind == "kfac" else None
+    moments = Curvature.of("layer", moment(COLUMNS, seed, torch.float32), cov)
+    weight = weights(seed + 70) * torch.logspace(-3, 2, COLUMNS, dtype=torch.float64)
+    weight = weight.to(torch.bfloat16)
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    mask[:, seed] = False
+    updated = least_squares(weight, mask, moments)
+    changes = [(weight - x).float() for x in (weight * mask, updated)]
+    costs = [x * moments.times(x) for x in changes]
+    before, after = (x.sum(dim=1) if kind == "input" else x.sum() for x in costs)
+    assert bool((after <= before * (1 + 1e-4)).all())
 
 
 def test_least_squares_keeps_what_needs_no_change(kind: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,15 @@ import torch
 from torch import Tensor
 
 from gradpipe.errors import InputError
-from gradpipe.stages.allocate import OWL_OUTLIERS, SENSITIVITY, dlp, owl, rounded, shifted
+from gradpipe.stages.allocate import (
+    OWL_OUTLIERS,
+    SENSITIVITY,
+    dlp,
+    owl,
+    rounded,
+    shifted,
+    whole_parts,
+)
 from gradpipe.stages.mask import Group, Pattern
 from gradpipe.stages.prune import Budget, Target
 from gradpipe.stages.ranks import Ranks
@@ -125,6 +134,16 @@ def read_allocation(path: Path, layers: Mapping[str, LayerSpec]) -> dict[str, fl
     return wish
 
 
+def own_target(path: Path, layers: Mapping[str, LayerSpec]) -> Target:
+    """What a file of sparsities comes to by itself: their mean, weighted by the layers' sizes."""
+    wish = read_allocation(path, layers)
+    total = sum(layer.num_weights for layer in layers.values())
+    mean = math.fsum(wish[key] * layer.num_weights for key, layer in layers.items()) / total
+    if mean >= 1:
+        raise InputError(f"--allocation {path}: it leaves no weight: expected a mean below 1")
+    return Target(mean)
+
+
 def _block(layer: LayerSpec) -> str:
     """What a layer is grouped under; one outside the blocks stands alone."""
     return layer.name if layer.block is None else f"block {layer.block}"
@@ -173,17 +192,16 @@ def _parts(scores: Scores, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
 def _patterns(
     layers: Mapping[str, LayerSpec], pattern: Pattern, wish: Mapping[str, float]
 ) -> Budgets:
-    """An n for each block, between 1 and m, whose weighted mean is the pattern's own."""
+    """An n for each block, from 1 to m, whose weighted mean is as near the pattern's as may be."""
     sizes: dict[str, int] = defaultdict(int)
     pruned: dict[str, float] = defaultdict(float)
     for key, layer in layers.items():
         sizes[_block(layer)] += layer.num_weights
         pruned[_block(layer)] += wish[key] * layer.num_weights
-    most = 1 - 1 / pattern.m
     shares = {block: pruned[block] / size for block, size in sizes.items()}
-    shares = shifted(shares, sizes, float(pattern.sparsity), most)
-    steps = {block: size // pattern.m for block, size in sizes.items()}
-    counts = rounded(shares, sizes, steps, int(pattern.sparsity * sum(sizes.values())), most)
-    kept = {block: Pattern(pattern.m - counts[block] // steps[block], pattern.m) for block in sizes}
+    shares = shifted(shares, sizes, float(pattern.sparsity), 1 - 1 / pattern.m)
+    goal = (pattern.m - pattern.n) * sum(sizes.values())
+    parts = whole_parts(shares, sizes, pattern.m, goal)
+    kept = {block: Pattern(pattern.m - count, pattern.m) for block, count in parts.items()}
     patterns = {key: kept[_block(layer)] for key, layer in layers.items()}
     return {key: Budget(x.sparsity, x) for key, x in patterns.items()}

@@ -61,7 +61,11 @@ Finalize = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what it would take, and stop.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what exists.")]
 Pruned = Annotated[
-    list[float], typer.Option("--sparsity", help="Share to prune, repeatable [default: 0.5].")
+    list[float],
+    typer.Option(
+        "--sparsity",
+        help="Share to prune, repeatable [default: 0.5, or of an allocation file its mean].",
+    ),
 ]
 Patterns = Annotated[
     list[str], typer.Option("--pattern", help="n:m, n kept of every m inputs, repeatable.")

@@ -34,12 +34,8 @@ class PruneResult:
 
     folder: Path
     label: str
+    requested: float  # sparsity, over all pruned layers
     layers: tuple[LayerResult, ...]
-
-    @property
-    def requested(self) -> float:
-        """Sparsity asked for, over all pruned layers."""
-        return sum(x.requested * x.size for x in self.layers) / sum(x.size for x in self.layers)
 
     @property
     def achieved(self) -> float:

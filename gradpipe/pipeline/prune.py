@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 from gradpipe.errors import GradpipeError
-from gradpipe.pipeline.allocation import Budgets
+from gradpipe.pipeline.allocation import Budgets, own_target
 from gradpipe.pipeline.command import changed_options, recorded_command
 from gradpipe.pipeline.destination import REPORT, check_out
 from gradpipe.pipeline.output import LayerResult, PruneResult, write_report
@@ -40,6 +40,8 @@ from gradpipe.store.objects import digest
 from gradpipe.store.partial import Shard
 from gradpipe.store.schema import LayerSpec
 
+Layers = dict[str, LayerSpec]  # by weight key
+
 
 def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, ...]:
     """Run stage two, and return one result for each target.
@@ -52,21 +54,25 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     checkpoint = Checkpoint.open(config.model)
     store = GradientStore.open(config.store)
     layers = select_layers(config, checkpoint, store)
+    unseen = frozenset(
+        key for key, layer in layers.items() if config.statistics and store.is_unseen(layer)
+    )
     job = PruneJob(
         checkpoint=checkpoint,
         store=store,
         layers=layers,
         procedure=config.procedure(),
-        targets=config.targets(),
+        targets=config.targets() or (own_target(Path(config.allocation), _seen(layers, unseen)),),
         allocation=config.shares(),
         allow_mismatch=config.allow_mismatch,
         device=resolve_device(config.device),
+        unseen=unseen,
     )
     if config.shard is not None:
         return _prune_shard(config, job, config.shard, console)
     staging = Staging(config.out, lambda: _check_out(config, job))
     staging.check()
-    job = _checked(config, job)
+    _verify(job)
     with staging.begun():
         job = replace(job, budgets=_budgets(config, job, console))
         written = Written()
@@ -86,19 +92,16 @@ def _check_out(config: PruneConfig, job: PruneJob) -> None:
     check_out(config.out, overwrite=config.overwrite, sources=sources)
 
 
-def _checked(config: PruneConfig, job: PruneJob) -> PruneJob:
-    """The job, its store verified, and the layers known of which it saw nothing."""
+def _verify(job: PruneJob) -> None:
+    """Verify a local store before a weight is written; a remote one is verified as it is read."""
     if job.store.local_folder is not None:
-        job.store.verify()  # before a weight is written; a remote store is verified as it is read
-    if not config.statistics:
-        return job
-    unseen = (key for key, layer in job.layers.items() if job.store.is_unseen(layer))
-    return replace(job, unseen=frozenset(unseen))
+        job.store.verify()
 
 
 def _say(job: PruneJob, written: Written, console: Console) -> None:
     """What the user should know of a run that went well."""
-    for note in sorted(written.notes):
+    missed = (note for target in job.targets for note in _missed(job, target))
+    for note in (*missed, *sorted(written.notes)):
         console.print(note, highlight=False)
     if job.unseen:
         console.print(
@@ -116,16 +119,41 @@ def _say(job: PruneJob, written: Written, console: Console) -> None:
                 )
 
 
+def _missed(job: PruneJob, target: Target) -> list[str]:
+    """A line if mixed patterns do not meet their target: blocks of several sizes may not add up."""
+    if target.pattern is None or not job.budgets:
+        return []
+    total = sum(layer.num_weights for layer in job.layers.values())
+    pruned = sum(job.budget(target, key).sparsity * x.num_weights for key, x in job.layers.items())
+    if pruned == target.budget.sparsity * total:
+        return []
+    note = (
+        f"{target.pattern} mixed by block prunes {float(pruned / total):.2%} of the weights, not "
+        f"{float(target.budget.sparsity):.2%}: the blocks' sizes do not add up to it"
+    )
+    return [note]
+
+
 def _budgets(config: PruneConfig, job: PruneJob, console: Console) -> list[Budgets]:
     """How much of each layer goes, by target; the target's own share where nothing was seen."""
+    uniform = [dict.fromkeys(job.layers, target.budget) for target in job.targets]
+    if len(job.unseen) == len(job.layers):
+        return uniform
+    shared = _shared(config, job, _seen(job.layers, job.unseen), console)
+    return [whole | part for whole, part in zip(uniform, shared, strict=True)]
+
+
+def _seen(layers: Layers, unseen: frozenset[str]) -> Layers:
+    """The layers that tokens reached; all if they reached none."""
+    return {key: layer for key, layer in layers.items() if key not in unseen} or layers
+
+
+def _shared(config: PruneConfig, job: PruneJob, seen: Layers, console: Console) -> list[Budgets]:
+    """What the allocation gives layers that were seen."""
     score = config.shares_score()
     if score is None:
-        return job.allocation.budgets(job.layers, job.targets, lambda _: ())
-    uniform = [dict.fromkeys(job.layers, target.budget) for target in job.targets]
-    scored = {key: layer for key, layer in job.layers.items() if key not in job.unseen}
-    if not scored:
-        return uniform
-    total = job.allocation.num_passes * len(scored)
+        return job.allocation.budgets(seen, job.targets, lambda _: ())
+    total = job.allocation.num_passes * len(seen)
     with progress_bar(console, "allocating", total, "layers") as advance:
 
         def scores(keys: Iterable[str]) -> Iterator[tuple[LayerSpec, Tensor]]:
@@ -133,8 +161,7 @@ def _budgets(config: PruneConfig, job: PruneJob, console: Console) -> list[Budge
                 yield job.layers[key], score_of(job, key, score)
                 advance(1)
 
-        shared = job.allocation.budgets(scored, job.targets, scores)
-    return [whole | part for whole, part in zip(uniform, shared, strict=True)]
+        return job.allocation.budgets(seen, job.targets, scores)
 
 
 def _prune_shard(
@@ -143,7 +170,7 @@ def _prune_shard(
     """Rewrite this shard's files; publish if that completes them."""
     identity = repr([_identity(config, job, target) for target in job.targets]).encode()
     if not _is_done(config, job):
-        job = _checked(config, job)
+        _verify(job)
     with SharedStaging(config.out, shard, identity, lambda: _is_done(config, job)) as staging:
         if staging.is_published:
             return ()
@@ -214,6 +241,7 @@ def _finish(
         result = PruneResult(
             folder=job.folder(config.out, target),
             label=target.label,
+            requested=float(target.budget.sparsity),
             layers=tuple(_read_back(job, target, folder, written)),
         )
         write_report(folder, _report(config, job, target, written), result)
@@ -272,6 +300,6 @@ def _report(
         "pattern": pattern or "unstructured",
         "mismatched_layers": sorted(written.mismatched),
         "unseen_layers": sorted(job.layers[key].name for key in job.unseen),
-        "notes": sorted(written.notes),
+        "notes": [*_missed(job, target), *sorted(written.notes)],
         "command": recorded_command("prune", (job.checkpoint.label, "STORE", "OUT"), options),
     }

@@ -27,15 +27,23 @@ _DEFAULT_ALPHA = 100.0  # what the reference code multiplies gradients by
 def recipe_options(name: str | None, chosen: Options) -> Options:
     """The options behind a recipe's name, those `chosen` in their place; InputError for no such.
 
-    The recipe's curvature goes where the chosen method and update use none.
+    What of the recipe makes no sense beside them goes: its method beside a score, an update or one
+    threshold for all layers, its allocation beside the last, its curvature where nothing uses one.
     """
-    if name is not None and name not in RECIPES:
+    if name is None:
+        return chosen
+    if name not in RECIPES:
         raise InputError(f"--recipe {name}: expected {', '.join(RECIPES)}")
-    options = ({} if name is None else RECIPES[name]) | chosen
-    uses_curvature = options.get("method") == "alps" or options.get("update") == "lsq"
-    if name is not None and "curvature" not in chosen and not uses_curvature:
-        options.pop("curvature", None)
-    return options
+    recipe = dict(RECIPES[name])
+    is_global = chosen.get("group") == "global"
+    if is_global:
+        del recipe["allocation"]
+    if is_global or not chosen.keys().isdisjoint({"score", "update"}):
+        del recipe["method"]
+    options = recipe | chosen
+    if options.get("method") != "alps" and options.get("update") != "lsq":
+        del recipe["curvature"]
+    return recipe | chosen
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +53,7 @@ class PruneConfig:
     model: str  # directory, Hub id, or `embedded`
     store: str  # path or URL
     out: Path  # a folder to create; with several targets, one folder in it for each
-    sparsities: tuple[float, ...] = ()  # default 0.5, unless there is a pattern
+    sparsities: tuple[float, ...] = ()  # default: 0.5, or what a file of an allocation comes to
     patterns: tuple[str, ...] = ()  # n:m, n kept of every m
     method: str = _DEFAULT_METHOD
     alpha: float = _DEFAULT_ALPHA
@@ -155,8 +163,9 @@ class PruneConfig:
         return find_score(self.score or self.method, self.grad_norm, self.alpha)
 
     def targets(self) -> tuple[Target, ...]:
-        """The checkpoints to write, in order."""
-        sparsities = self.sparsities or (() if self.patterns else (0.5,))
+        """The checkpoints to write, in order; none given a file of sparsities alone."""
+        has_own = bool(self.patterns) or self.allocation not in ALLOCATIONS
+        sparsities = self.sparsities or (() if has_own else (0.5,))
         patterns = tuple(Pattern.parse(text) for text in self.patterns)
         return (
             *(Target(sparsity) for sparsity in sparsities),

@@ -3,7 +3,7 @@
 `owl` and `dlp` give each block a sparsity from how its scores are distributed; `global` lets all
 weights compete; `sensitivity` goes half of that way by the Fisher score. Whatever a rule wishes
 for is moved so that the mean, weighted by the number of weights, is the sparsity asked for, and
-then rounded to whole weights, rows or patterns without losing that.
+then rounded to whole weights, rows or patterns, losing as little of that as can be.
 
 Everything here is about a few numbers for each layer or block; `gradpipe.stages.ranks` finds them.
 """
@@ -20,6 +20,7 @@ OWL_LAMBDA, OWL_OUTLIERS = 0.08, 5.0  # λ, M: Yin et al., 2024
 DLP_ALPHA = 0.15  # Chen et al., 2025
 SENSITIVITY = 0.5  # how far from uniform to global
 _BISECTIONS = 100
+_SUMS = 2048  # kept in a search for whole numbers: far more than blocks of a few sizes make
 _ROUNDING = 1e-9  # what a whole number may lack, computed in floats
 
 
@@ -76,7 +77,6 @@ def rounded(
     sizes: Mapping[Key, int],
     steps: Mapping[Key, int],
     count: int,
-    ceiling: float = 1.0,
 ) -> dict[Key, int]:
     """How many weights go of each, in multiples of its step: `count` in all, or just less.
 
@@ -90,7 +90,32 @@ def rounded(
         remainders.append((whole - exact, order, key))
     left = count - sum(counts.values())
     for _, _, key in sorted(remainders):
-        if steps[key] <= left and counts[key] + steps[key] <= ceiling * sizes[key]:
+        if steps[key] <= left and counts[key] + steps[key] <= sizes[key]:
             counts[key] += steps[key]
             left -= steps[key]
     return counts
+
+
+def whole_parts(
+    sparsities: Mapping[Key, float], sizes: Mapping[Key, int], num_parts: int, goal: int
+) -> dict[Key, int]:
+    """How many parts of `num_parts` go of each, never all: whole numbers beside the sparsities.
+
+    Their sum, weighted by size, is as near the goal as it can be; of all as near, they are those of
+    least squared distance from the sparsities. One key after the other is added to the best choice
+    for each sum; where many sizes make too many sums, the worst are left out.
+    """
+    found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # sum -> distance, parts
+    for key, sparsity in sparsities.items():
+        exact = sparsity * num_parts
+        near = math.floor(exact + _ROUNDING)
+        parts = range(max(near - 1, 0), min(near + 3, num_parts))
+        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for total, (distance, chosen) in found.items():
+            for part in parts:
+                entry = (distance + sizes[key] * (part - exact) ** 2, (*chosen, part))
+                place = total + part * sizes[key]
+                longer[place] = min(longer.get(place, entry), entry)
+        found = dict(sorted(longer.items(), key=lambda item: item[1])[:_SUMS])
+    best = min(found, key=lambda total: (abs(total - goal), found[total]))
+    return dict(zip(sparsities, found[best][1], strict=True))

@@ -31,7 +31,8 @@ class Curvature:
 
     hessian: Tensor  # (I, I)
     cov: Tensor | None  # (O, O); None: the identity
-    notes: list[str] = field(default_factory=list)  # messages for the user about damping
+    free: Tensor  # bool, (O, I) or (1, I): weights that cost nothing, but for the damping
+    notes: list[str] = field(default_factory=list)  # messages for the user
 
     @classmethod
     def of(cls, name: str, hessian_II: Tensor, cov_OO: Tensor | None) -> Self:
@@ -40,11 +41,15 @@ class Curvature:
         Each is used up.
         """
         notes: list[str] = []
+        free = _dead(f"{name}: {{}} inputs are always zero", hessian_II, notes)[None]
+        if cov_OO is not None:
+            dead_O = _dead(f"{name}: {{}} outputs have no gradient", cov_OO, notes)
+            free = free | dead_O[:, None]
         damped_II = _damped(f"{name}: hessian", hessian_II, _INPUT_DAMPING, notes)
         damped_OO = None
         if cov_OO is not None:
             damped_OO = _damped(f"{name}: grad_cov", cov_OO, _OUTPUT_DAMPING, notes)
-        return cls(damped_II, damped_OO, notes)
+        return cls(damped_II, damped_OO, free, notes)
 
     def inverse_factor(self) -> Tensor:
         """The upper Cholesky factor U of H⁻¹ = UᵀU, (I, I).
@@ -68,6 +73,19 @@ class Curvature:
         if self.cov is None:
             return diagonal_1I
         return self.cov.diagonal()[:, None] * diagonal_1I
+
+
+def _dead(what: str, matrix_NN: Tensor, notes: list[str]) -> Tensor:
+    """Which of N are zero in every sample, by the diagonal, (N,); none if all are.
+
+    Damping would give them a price, so they are looked for before.
+    """
+    dead_N = matrix_NN.diagonal() == 0
+    count = int(dead_N.sum())
+    if count in (0, len(dead_N)):
+        return torch.zeros_like(dead_N)
+    notes.append(what.format(f"{count} of {len(dead_N)}") + ": their weights cost nothing")
+    return dead_N
 
 
 def _damped(what: str, matrix_NN: Tensor, share: float, notes: list[str]) -> Tensor:

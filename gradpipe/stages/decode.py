@@ -18,8 +18,10 @@ from gradpipe.store.codec import (
     LOWEST,
     SPECIAL,
     SQUARED,
+    UNIT,
     Encoded,
     check_escapes,
+    diagonal_roots,
     level_table,
     split_offsets,
     triangle_rows,
@@ -54,9 +56,10 @@ def _second_moment(item: Encoded, device: torch.device) -> Tensor:
     for i, row in enumerate(triangle_rows(width)):
         matrix_NN[i, i:] = packed[row]
     if item.spec.encoding == "correlation":
-        roots_N = torch.from_numpy(item.parts["diagonal"]).to(device).clamp(min=0).sqrt()
-        matrix_NN *= roots_N
+        roots_N = torch.from_numpy(diagonal_roots(item.parts)).to(device)
+        matrix_NN *= torch.tensor(1 / UNIT, device=device)
         matrix_NN *= roots_N[:, None]
+        matrix_NN *= roots_N
     matrix_NN += matrix_NN.triu(diagonal=1).T  # last, so that both halves are the same numbers
     return matrix_NN
 

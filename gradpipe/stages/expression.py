@@ -1,10 +1,12 @@
 """Scores as formulas: `abs(W) * (a*G + X)`, parsed into a tree that is walked, never evaluated.
 
-    W           the weights, (O, I)
-    X           ‖X‖₂ of each input, (I,)
-    G1, G2, GS  ‖G‖₁, ‖G‖₂ and |ΣG| over samples, (O, I); G is the one that --grad-norm names
-    a           --alpha
-    ri(W)       relative importance: |W| / Σ of its row's + |W| / Σ of its column's (RIA)
+    W       the weights, (O, I)
+    X       ‖X‖₂ of each input, (I,)
+    G1, G2  ‖G‖₁ and ‖G‖₂ over samples, (O, I)
+    GS      ΣG over samples, with its sign, (O, I)
+    G       the one that --grad-norm names, of the last its size
+    a       --alpha
+    ri(W)   relative importance: |W| / Σ of its row's + |W| / Σ of its column's (RIA)
 
 with numbers, + - * / **, parentheses, abs, sqrt and log. Shapes: O out, I in.
 """
@@ -16,7 +18,7 @@ import math
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeGuard
 
 import torch
 from torch import Tensor
@@ -79,6 +81,10 @@ class Expression:
             raise InputError(
                 f"--score {text!r}: not a formula: expected one such as abs(W)*(a*G+X)"
             ) from error
+        for node in ast.walk(tree):
+            if _is_constant(node) and not bool(torch.isfinite(_walk(node, {})[0])):
+                part = ast.get_source_segment(text.strip(), node)
+                raise InputError(f"--score {text!r}: {part} is no finite number in float32")
         if "W" not in names:
             raise InputError(f"--score {text!r}: it does not depend on the weights, W")
         return cls(text, names, tree)
@@ -104,7 +110,7 @@ def _check(node: ast.expr, text: str) -> set[str]:
     match node:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             return _check(left, text) | _check(right, text)
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
             return _check(operand, text)
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
             names = _check(argument, text)
@@ -119,7 +125,18 @@ def _check(node: ast.expr, text: str) -> set[str]:
             return {name}
     part = ast.get_source_segment(text.strip(), node) or text
     known = ", ".join(("W", *_STATISTICS, "G", "a", *(f"{x}()" for x in _FUNCTIONS)))
-    raise InputError(f"--score {text!r}: {part[:80]!r} is not understood, expected {known}")
+    raise InputError(
+        f"--score {text!r}: {part[:80]!r} is not understood, expected {known}, numbers, "
+        "parentheses and + - * / ** (a power)"
+    )
+
+
+def _is_constant(node: ast.AST) -> TypeGuard[ast.expr]:
+    """True for an operand that depends on nothing, of a tree that was checked."""
+    names = (x.id for x in ast.walk(node) if isinstance(x, ast.Name))
+    return isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call | ast.Constant) and all(
+        name in _FUNCTIONS for name in names
+    )
 
 
 def _walk(node: ast.expr, values: Mapping[str, Callable[[], Tensor]]) -> tuple[Tensor, bool]:
@@ -127,6 +144,8 @@ def _walk(node: ast.expr, values: Mapping[str, Callable[[], Tensor]]) -> tuple[T
     match node:
         case ast.BinOp(left=left, op=op, right=right):
             return _binary(type(op), _walk(left, values), _walk(right, values))
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _walk(operand, values)
         case ast.UnaryOp(operand=operand):
             return -_walk(operand, values)[0], True
         case ast.Call(func=ast.Name(id=name), args=[argument]):

@@ -24,15 +24,31 @@ _TOLERANCE = 1e-6  # of the squared residual: what is left to gain is lost in ro
 _ITERATIONS = 60
 _FIRST_PENALTY = 0.1
 _EVERY = 3  # iterations between looks at the support
-_PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (share of the support moved, factor)
+_PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (left and joined ÷ support, factor)
 
 
 def least_squares(weight_OI: Tensor, mask_OI: Tensor, curvature: Curvature) -> Tensor:
-    """The weights on `mask_OI` of least cost, (O, I), in the curvature's dtype.
+    """The weights on `mask_OI` of least cost, (O, I), in the weight's dtype.
 
-    The cost never rises above that of just setting the others to zero.
+    The cost never rises above that of just setting the others to zero, in that dtype: where
+    rounding costs more than there was to gain, nothing is moved.
     """
-    weight_OI = weight_OI.to(curvature.hessian.dtype)
+    masked_OI = weight_OI * mask_OI
+    rounded_OI = _minimum(weight_OI.to(curvature.hessian.dtype), mask_OI, curvature)
+    rounded_OI = rounded_OI.to(weight_OI.dtype)
+    rises = _cost(weight_OI, rounded_OI, curvature) > _cost(weight_OI, masked_OI, curvature)
+    return torch.where(rises, masked_OI, rounded_OI)
+
+
+def _cost(weight_OI: Tensor, pruned_OI: Tensor, curvature: Curvature) -> Tensor:
+    """What the change costs: each row, or all."""
+    dtype = curvature.hessian.dtype
+    change_OI = weight_OI.to(dtype) - pruned_OI.to(dtype)
+    return _dot(change_OI, curvature.times(change_OI), curvature)
+
+
+def _minimum(weight_OI: Tensor, mask_OI: Tensor, curvature: Curvature) -> Tensor:
+    """Conjugate gradients, from the masked weights on."""
     current_OI = weight_OI * mask_OI
     preconditioner = curvature.diagonal().reciprocal()
     residual_OI = curvature.times(weight_OI - current_OI) * mask_OI
@@ -125,7 +141,7 @@ def alps_mask(weight_OI: Tensor, basis: Eigenbasis, select: Callable[[Tensor], T
         dual_OI += penalty * (free_OI - sparse_OI)
         if iteration % _EVERY == 0:
             if support_OI is not None:
-                moved = int((mask_OI & ~support_OI).sum()) / max(int(mask_OI.sum()), 1)
+                moved = int((mask_OI ^ support_OI).sum()) / max(int(mask_OI.sum()), 1)
                 if moved == 0:
                     break
                 penalty *= next(factor for least, factor in _PENALTY_GROWTH if moved >= least)

@@ -177,13 +177,23 @@ def _pruner(
         return scored
     assert curvature is not None
     moments = curvature
+    free = moments.free  # these go first
     if procedure.method == "sparsegpt":
         factor_II = moments.inverse_factor()
-        return lambda budget: sparsegpt(weight_OI, factor_II, budget.sparsity, budget.pattern)
+        costly_OI = weight_OI.masked_fill(free, 0.0)
+
+        def swept(budget: Budget) -> tuple[Tensor, Tensor]:
+            updated_OI, mask_OI = sparsegpt(costly_OI, factor_II, budget.sparsity, budget.pattern)
+            return updated_OI.where(~free, weight_OI.to(updated_OI.dtype)), mask_OI
+
+        return swept
     basis = Eigenbasis.of(moments)
 
     def alps(budget: Budget) -> tuple[Tensor, Tensor]:
-        mask_OI = alps_mask(weight_OI, basis, lambda score_OI: budget.mask(score_OI, group))
+        def select(score_OI: Tensor) -> Tensor:
+            return budget.mask(score_OI.masked_fill(free, 0.0), group)
+
+        mask_OI = alps_mask(weight_OI, basis, select)
         return least_squares(weight_OI, mask_OI, moments), mask_OI
 
     return alps

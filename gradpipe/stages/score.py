@@ -4,7 +4,7 @@ A method is a formula, or an algorithm that picks weights and updates the rest b
 The norms are scaled so that α means the same at any number N of samples; at N = 128 they are the
 reference implementation's.
 
-    ‖X‖₂ = √(Σₜx² / N)      ‖G‖₁ = 128·Σ|G| / N      ‖G‖₂ = √(128·ΣG² / N)      |ΣG| = 128·|ΣG| / N
+    ‖X‖₂ = √(Σₜx² / N)       ‖G‖₁ = 128·Σ|G| / N       ‖G‖₂ = √(128·ΣG² / N)       ΣG = 128·ΣG / N
 
 Weights come in any float dtype; scores are float32. Shapes: O out, I in.
 """
@@ -48,9 +48,16 @@ class Norms:
 
     def gradient(self, norm: str) -> Tensor:
         """‖G‖₁, ‖G‖₂ or |ΣG| of each weight over samples, (O, I); a tensor of its own."""
+        return self._scaled(norm).abs_()
+
+    def gradient_sum(self) -> Tensor:
+        """ΣG of each weight over samples, with its sign, (O, I); a tensor of its own."""
+        return self._scaled("sum")
+
+    def _scaled(self, norm: str) -> Tensor:
         statistic = f"grad_{norm}"
         ratio = _REFERENCE_SAMPLES / self.num_samples[statistic]
-        return (self.values[statistic] * (math.sqrt(ratio) if norm == "l2" else ratio)).abs_()
+        return self.values[statistic] * (math.sqrt(ratio) if norm == "l2" else ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +117,7 @@ class Score:
                 "G": lambda: norms.gradient(self.grad_norm),
                 "G1": lambda: norms.gradient("l1"),
                 "G2": lambda: norms.gradient("l2"),
-                "GS": lambda: norms.gradient("sum"),
+                "GS": norms.gradient_sum,
                 "a": lambda: torch.tensor(self.alpha),
             }
         )

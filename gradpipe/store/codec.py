@@ -8,7 +8,7 @@ squares (`SQUARED`), the sum itself elsewhere.
     float32   values = the sums, exact
     float16   values = norms / scale, with a power of two as scale that puts the largest near 2¹⁴
     compact   gradient norms as 4-bit logarithms (below); activations as float32, signed sums as
-              float16; second moments as float16 correlations beside a float32 diagonal
+              float16; second moments as 16-bit correlations beside a float32 diagonal
 
 A compact norm is 2^(level/16), at most 2.2 % off. A gradient's magnitude is close to a product
 of one factor per row and one per column, so level = rows[i] + cols[j] + code, and the codes are
@@ -41,6 +41,7 @@ ENCODINGS = ("compact", "float32", "float16")
 SQUARED = ("grad_l2", "act_l2")  # sums of squares, whose roots are the norms
 STEPS = 16  # levels of a factor of two
 ESCAPE = 15
+UNIT = 32767  # a correlation of 1
 SPECIAL = 1 << 14  # levels below −this stand for 0, above it for ∞
 _CHUNK_VALUES = 1 << 20
 LOWEST, HIGHEST = -126 * STEPS - 1, 128 * STEPS  # one beyond float32's normal numbers
@@ -138,7 +139,7 @@ def part_types(
     _check_spec(spec, statistic)
     shape = layer.statistic_shape(statistic)
     if spec.encoding == "correlation":
-        return {"diagonal": ((layer.width(statistic),), "float32"), "values": (shape, "float16")}
+        return {"diagonal": ((layer.width(statistic),), "float32"), "values": (shape, "int16")}
     if spec.encoding != "log":
         return {"values": (shape, spec.encoding)}
     rows, columns = shape
@@ -177,25 +178,37 @@ def triangle_rows(width: int) -> list[slice]:
 
 
 def _encode_correlation(packed: Sums) -> Parts:
-    """M_ij / √(M_ii·M_jj) in float16, and the diagonal; 0 where an entry of the diagonal is 0."""
+    """M_ij / √(M_ii·M_jj) in steps of 1/32767, and the diagonal; 0 where a diagonal entry is 0.
+
+    Even steps, as the errors of all entries add up: float16's, large near ±1 where inputs share a
+    mean, would make matrices indefinite that are not.
+    """
     width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
     rows = triangle_rows(width)
     diagonal = packed[[row.start for row in rows]]
     inverse = np.zeros_like(diagonal)
     np.divide(1, np.sqrt(diagonal), out=inverse, where=diagonal > 0)
-    values = np.empty(len(packed), dtype=np.float16)
+    values = np.empty(len(packed), dtype=np.int16)
     for i, row in enumerate(rows):
-        values[row] = packed[row] * inverse[i] * inverse[i:]
+        exact = packed[row] * inverse[i] * inverse[i:]
+        values[row] = np.rint(np.clip(exact, -1, 1) * UNIT)
     return {"diagonal": diagonal, "values": values}
 
 
 def _decode_correlation(parts: Parts) -> Sums:
     """The packed sums."""
-    roots = np.sqrt(np.maximum(parts["diagonal"], 0))
-    packed = parts["values"].astype(np.float32)
+    roots = diagonal_roots(parts)
+    packed = parts["values"] * np.float32(1 / UNIT)
     for i, row in enumerate(triangle_rows(len(roots))):
-        packed[row] *= roots[i] * roots[i:]
+        packed[row] *= roots[i]
+        packed[row] *= roots[i:]
     return packed
+
+
+def diagonal_roots(parts: Parts) -> Sums:
+    """The roots of a second moment's diagonal, as numpy rounds them."""
+    roots: Sums = np.sqrt(np.maximum(parts["diagonal"], 0))
+    return roots
 
 
 def _decode_log(item: Encoded, base: Encoded | None) -> Sums:
