@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from gradpipe.errors import InputError
 from gradpipe.pipeline.prune_config import PruneConfig
-from gradpipe.stages.checkpoint import Checkpoint, matrix_shape
+from gradpipe.stages.checkpoint import Checkpoint, check_type, matrix_shape
 from gradpipe.stages.mask import check_pattern
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.schema import LayerSpec
@@ -80,10 +80,7 @@ def _check_tensor(
             f"store {store.url} is of another model ({store.spec.model.name}): layer {layer.name} "
             f"is {layer.shape} there, {shape} in {config.model}"
         )
-    if not info.is_matrix:
-        raise InputError(
-            f"layer {layer.name} is of type {info.dtype}: expected F16, BF16, F32 or F64 weights"
-        )
+    check_type(layer.name, info)
 
 
 def _check_statistics(

@@ -100,7 +100,10 @@ def check_tokens(ids: npt.NDArray[np.integer[Any]], checkpoint: Checkpoint, mode
 
 
 def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
-    """`auto` is the checkpoint's own: its config's dtype, else its first weight's."""
+    """`auto` is the checkpoint's own: its config's dtype, else its first weight's.
+
+    float64 is computed in float32: sums are no finer.
+    """
     if asked != "auto":
         if asked not in DTYPES:
             raise InputError(f"--dtype {asked}: expected auto or one of {', '.join(DTYPES)}")
@@ -111,7 +114,7 @@ def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
     kinds = [FLOAT_TYPES[t.dtype] for t in checkpoint.tensors.values() if t.dtype in FLOAT_TYPES]
     if not kinds:
         raise InputError(f"{checkpoint.name} holds no float weights: give --dtype")
-    return kinds[0]
+    return torch.float32 if kinds[0] is torch.float64 else kinds[0]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -124,7 +127,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
     It costs no memory and reads no weights. Buffers that no checkpoint holds (rotary frequencies,
     embedding scales) are computed as `from_pretrained` computes them. Remote code is never run.
+    InputError if the checkpoint's weights are quantized.
     """
+    _check_unquantized(checkpoint)
     with _loading(checkpoint):
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
@@ -140,6 +145,17 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
             model._init_weights(model.get_submodule(owner))  # noqa: SLF001 (from_pretrained's way)
         model.tie_weights()
     return _frozen(model)
+
+
+def _check_unquantized(checkpoint: Checkpoint) -> None:
+    """Codes have no gradients, and cannot be pruned."""
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise InputError(
+            f"{checkpoint.name} is quantized ({method or 'quantization_config'} in its "
+            "config.json), expected float weights: give the model before it was quantized"
+        )
 
 
 def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
