@@ -159,3 +159,26 @@ def test_a_float64_checkpoint_is_computed_in_float32(
         store = tmp_path / f"store-{number}"
         succeed(COLLECT.replace("model", str(model), 1).replace("new", str(store)), monkeypatch)
         assert GradientStore.open(str(store)).spec.model.dtype == "float32"
+
+
+@pytest.mark.parametrize("name", ["model", "other-names"])
+def test_a_model_without_a_tokenizer_is_told_so(
+    refused: Refused, workplace: Path, tmp_path: Path, name: str
+) -> None:
+    """In a whole sentence; and of a GPT-2 transformers would make an empty one up."""
+    model = _copy(workplace, tmp_path, name)
+    for path in [*model.glob("tokenizer*"), *model.glob("vocab*"), *model.glob("merges*")]:
+        path.unlink()
+    for command in (COLLECT, EVAL):
+        says = ("has no tokenizer, such as tokenizer.json: fetch it again, or copy it from",)
+        refused(command.replace("model", str(model), 1), says=says)
+
+
+def test_a_broken_tokenizer_is_told_with_its_fault(
+    refused: Refused, workplace: Path, tmp_path: Path
+) -> None:
+    """The fault stands inside the line, what to do at its end."""
+    model = _copy(workplace, tmp_path)
+    (model / "tokenizer.json").write_text("{")
+    says = ("cannot load its tokenizer (", "): fetch its files again, such as tokenizer.json\n")
+    refused(EVAL.replace("model", str(model), 1), says=says)

@@ -30,6 +30,7 @@ from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
 
 _MAX_SEQ_LEN = 2048  # the literature's window
+_TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,14 +79,19 @@ def sequence_length(asked: int | None, checkpoint: Checkpoint) -> int:
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; InputError if it has none."""
+    """The checkpoint's tokenizer; InputError if it has none, which transformers might make up."""
+    if not any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise InputError(
+            f"{checkpoint.name} has no tokenizer, such as tokenizer.json: fetch it again, or copy "
+            "it from the model that this one was made of"
+        )
     try:
         with _silence():
             return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise from many families, in Python and in Rust
         raise InputError(
-            f"{checkpoint.name}: cannot load its tokenizer, such as tokenizer.json: "
-            f"{_first_line(error)}"
+            f"{checkpoint.name}: cannot load its tokenizer ({_first_line(error)}): fetch its files "
+            "again, such as tokenizer.json"
         ) from error
 
 
@@ -201,6 +207,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
 def _frozen(model: Any) -> Any:
     """Ready to be measured: its loss the tokens' alone, not the balance of a mixture's router."""
+    with _silence():  # transformers says of some models, as GPT-2, that they have no loss's name
+        model.loss_function = model.loss_function
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False
     return model.eval().requires_grad_(requires_grad=False)
