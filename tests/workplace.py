@@ -85,6 +85,7 @@ def refused(
                 monkeypatch.setattr(handler, "stream", sys.stderr)
 
     def run(command: str, *arguments: object, code: int = 2, says: tuple[str, ...] = ()) -> str:
+        capsys.readouterr()  # of what had to succeed before
         before = contents(workplace, tmp_path)
         monkeypatch.setattr(sys, "argv", ["pipe", *shlex.split(command), *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:

@@ -62,7 +62,9 @@ class Output:
         if path is None or self._is_stdout:
             return
         if path.is_dir() or not path.parent.is_dir() or not is_writable(path):
-            raise InputError(f"--json {path}: expected -, or a file that can be written")
+            raise InputError(
+                f"--json {path}: expected - or a file that can be written, in a folder that is there"
+            )
 
     @property
     def _is_stdout(self) -> bool:
