@@ -63,7 +63,7 @@ class Output:
             return
         if path.is_dir() or not path.parent.is_dir() or not is_writable(path):
             raise InputError(
-                f"--json {path}: expected - or a file that can be written, in a folder that is there"
+                f"--json {path}: expected - or a file that can be written, in a folder that exists"
             )
 
     @property
