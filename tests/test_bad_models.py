@@ -1,5 +1,7 @@
 """Model folders that are damaged, of another kind or ambiguous: what is read, what is refused."""
 
+import json
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +13,198 @@ from safetensors.torch import load_file, save_file
 from gradpipe import GradientStore
 from gradpipe.stages.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from tests.models import save_tiny
-from tests.workplace import COLLECT, EVAL, KEY, LAYER, PRUNE, Refused, edit_config, succeed
+from tests.workplace import (
+    COLLECT,
+    EVAL,
+    KEY,
+    LAYER,
+    PLANTED,
+    PRUNE,
+    Hostile,
+    Refused,
+    edit_config,
+    edit_weights,
+    succeed,
+)
 
 
 def _copy(workplace: Path, tmp_path: Path, name: str = "model") -> Path:
     return Path(shutil.copytree(workplace / name, tmp_path / "model"))
+
+
+def _configure(**changes: object) -> Callable[[Path], None]:
+    return lambda model: edit_config(model, **changes)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "collect-grads {} new --dataset text.txt --seq-len 16",
+        "prune {} store new",
+        "eval {} --dataset text.txt --seq-len 16",
+        "store import-gblm {} new --l1 l1.pth",
+    ],
+)
+def test_a_model_path_must_be_one(refused: Refused, command: str) -> None:
+    """A missing path, a file, and a folder without `config.json` are told apart."""
+    refused(command.format("missing"), says=("missing is neither a model directory nor a Hub id",))
+    refused(command.format("text.txt"), says=("text.txt is a file, expected a model directory",))
+    refused(command.format("foreign"), says=("foreign is not a model directory", "config.json"))
+
+
+def _lose_a_shard(model: Path) -> None:
+    (model / "model-00002-of-00006.safetensors").unlink()
+
+
+def _point_outside(model: Path) -> None:
+    index = model / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    document["weight_map"][KEY] = "../model/model.safetensors"
+    index.write_text(json.dumps(document))
+
+
+def _swap_two_shards(model: Path) -> None:
+    index = model / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    files = sorted(set(document["weight_map"].values()))
+    document["weight_map"][KEY] = next(f for f in files if f != document["weight_map"][KEY])
+    index.write_text(json.dumps(document))
+
+
+def _empty_the_index(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text("{}")
+
+
+def _garble_the_index(model: Path) -> None:
+    (model / "model.safetensors.index.json").write_text('{"weight_map": ')
+
+
+@pytest.mark.parametrize("command", [COLLECT, PRUNE, EVAL])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_lose_a_shard, ("lacks 1 of", "model-00002-of-00006.safetensors", "fetch it")),
+        (_point_outside, ("names a file outside", "../model/model.safetensors")),
+        (_swap_two_shards, (KEY, "does not hold it")),
+        (_empty_the_index, ("model.safetensors.index.json", "no weight_map", "restore")),
+        (_garble_the_index, ("model.safetensors.index.json", "cannot read")),
+    ],
+)
+def test_shards_must_be_as_the_index_says(
+    refused: Refused,
+    workplace: Path,
+    tmp_path: Path,
+    command: str,
+    damage: Callable[[Path], None],
+    says: tuple[str, ...],
+) -> None:
+    """A shard that is missing, elsewhere or another one is found before anything is computed."""
+    shutil.copytree(workplace / "sharded", tmp_path / "model")
+    damage(tmp_path / "model")
+    refused(command.replace("model", str(tmp_path / "model"), 1), says=says)
+
+
+@pytest.mark.parametrize("share", [0.0, 1e-5, 0.0001, 0.01, 0.5, 0.999])
+def test_a_truncated_safetensors_file_is_named(
+    refused: Refused, workplace: Path, tmp_path: Path, share: float
+) -> None:
+    """Wherever it ends, in its length, its header or its data, the file is not used."""
+    shutil.copytree(workplace / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: int(share * len(data))])
+    for command in (COLLECT, PRUNE, EVAL):
+        refused(
+            command.replace("model", str(tmp_path / "model"), 1),
+            says=(f"{weights} is not a whole safetensors file", "fetch it again"),
+        )
+
+
+def test_the_hostile_pickle_would_work(tmp_path: Path) -> None:
+    """What the next tests plant does create its file where pickle is trusted."""
+    pickle.loads(pickle.dumps(Hostile(tmp_path / PLANTED)))  # noqa: S301 (that is the point)
+    assert (tmp_path / PLANTED).exists()
+
+
+@pytest.mark.parametrize("command", [COLLECT, PRUNE, EVAL])
+def test_a_pickled_checkpoint_is_refused_unread(
+    refused: Refused, workplace: Path, tmp_path: Path, command: str
+) -> None:
+    """Nothing in it is run, and the line says how to convert it."""
+    model = tmp_path / "model"
+    shutil.copytree(workplace / "model", model)
+    (model / "model.safetensors").unlink()
+    torch.save({"weight": Hostile(tmp_path / PLANTED)}, model / "pytorch_model.bin")
+    refused(
+        command.replace("model", str(model), 1),
+        says=("as pickle (pytorch_model.bin)", "can run code", "save_pretrained"),
+    )
+
+
+def test_a_model_s_own_code_is_never_run(refused: Refused, workplace: Path, tmp_path: Path) -> None:
+    """Without a question on stdout either, which a script would wait for."""
+    model = tmp_path / "model"
+    shutil.copytree(workplace / "model", model)
+    classes = {"AutoConfig": "evil.A", "AutoModelForCausalLM": "evil.A"}
+    edit_config(model, model_type="evil", auto_map=classes)
+    (model / "evil.py").write_text(f"open({str(tmp_path / PLANTED)!r}, 'w')\nclass A: pass\n")
+    for command in (COLLECT, EVAL):
+        refused(command.replace("model", str(model), 1), says=("custom code",))
+
+
+def _drop(key: str) -> Callable[[Path], None]:
+    return lambda model: edit_weights(model, lambda tensors: tensors.pop(key))
+
+
+def _shrink_the_vocabulary(model: Path) -> None:
+    keys = ("model.embed_tokens.weight", "lm_head.weight")
+    edit_weights(model, lambda t: t.update({k: t[k][:40].clone() for k in keys}))
+    edit_config(model, vocab_size=40)
+
+
+def _garble_the_config(model: Path) -> None:
+    (model / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize("command", [COLLECT, EVAL])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_garble_the_config, ("cannot read", "config.json")),
+        (_configure(model_type=None), ("cannot read its config.json", "model_type")),
+        (_configure(model_type="nonesuch"), ("cannot read its config.json", "nonesuch")),
+        (_configure(hidden_size="wide"), ("cannot read its config.json", "'hidden_size'", "wide")),
+        (_configure(model_type="t5"), ("as a causal language model", "T5Config")),
+        (_configure(hidden_size=64), ("(96, 32), by its config.json (96, 64)",)),
+        (_configure(num_hidden_layers=3), ("lacks 9 tensors", "model.layers.2.", "fetch it")),
+        (_drop("model.norm.weight"), ("lacks 1 tensors", "model.norm.weight", "fetch it")),
+        (_drop(KEY), ("lacks 1 tensors", KEY, "fetch it")),
+        (_shrink_the_vocabulary, ("the text holds token", "has 40", "belongs to another model")),
+    ],
+)
+def test_a_model_that_transformers_would_make_up_or_choke_on_is_refused(
+    refused: Refused,
+    workplace: Path,
+    tmp_path: Path,
+    command: str,
+    damage: Callable[[Path], None],
+    says: tuple[str, ...],
+) -> None:
+    """Missing weights are not drawn at random, and config, weights and tokenizer must agree."""
+    shutil.copytree(workplace / "model", tmp_path / "model")
+    damage(tmp_path / "model")
+    refused(command.replace("model", str(tmp_path / "model"), 1), says=says)
+
+
+def test_an_odd_list_of_architectures_is_no_reason_to_fail(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The field is recorded, not used."""
+    shutil.copytree(workplace / "model", tmp_path / "model")
+    shutil.copy(workplace / "text.txt", tmp_path)
+    edit_config(tmp_path / "model", architectures=5)
+    monkeypatch.chdir(tmp_path)
+    succeed(f"{COLLECT} --statistics act_l2", monkeypatch)
 
 
 def test_the_single_file_comes_before_an_index(workplace: Path, tmp_path: Path) -> None:
@@ -44,10 +233,6 @@ def _retype(dtype: torch.dtype) -> Callable[[Path], None]:
         save_file(tensors, model / SINGLE_NAME, metadata={"format": "pt"})
 
     return damage
-
-
-def _configure(**changes: object) -> Callable[[Path], None]:
-    return lambda model: edit_config(model, **changes)
 
 
 _TYPE = "expected F16, BF16, F32 or F64 weights: give the model before it was quantized"

@@ -1,65 +1,98 @@
-"""Options that cannot be meant, names that a terminal would misread, results that have no place."""
+"""Options and names that cannot be meant: each is named, with what it may be."""
 
-import io
-import json
-import logging
-import math
 import os
 import shlex
 import shutil
+import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers.utils import logging as hf_logging
 
-from gradpipe import GradientStore, GradpipeError, cli
-from gradpipe.pipeline import evaluate as evaluating
-from gradpipe.pipeline import share
-from gradpipe.stages.checkpoint import SINGLE_NAME
-from gradpipe.stages.device import memory_errors
-from gradpipe.stages.streamed import Streamed
-from tests.workplace import COLLECT, EVAL, IMPORT, PRUNE, Refused
-
-Ran = tuple[int, str, str]  # exit code, stdout, stderr
-Run = Callable[[str], Ran]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs a command in an empty folder, whatever becomes of it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-
-    def call(command: str) -> Ran:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["pipe", *shlex.split(command)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        code = stopped.value.code
-        assert isinstance(code, int)
-        return (code, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
-def place(workplace: Path, tmp_path: Path) -> Path:
-    """A folder with the model, the text and the store, to be changed at will."""
-    for name in ("model", "store"):
-        shutil.copytree(workplace / name, tmp_path / name)
-    shutil.copy(workplace / "text.txt", tmp_path)
-    return tmp_path
+from gradpipe import cli
+from tests.workplace import (
+    COLLECT,
+    EVAL,
+    IMPORT,
+    LAYER,
+    PIPE,
+    PRUNE,
+    Refused,
+    contents,
+    edit_config,
+)
 
 
 @pytest.mark.parametrize(
     ("command", "says"),
     [
+        (f"{COLLECT} --statistics grad_l3", ("--statistics 'grad_l3'", "grad_l1, grad_l2")),
+        (f"{COLLECT} --statistics ''", ("--statistics ''", "act_l2")),
+        (f"{COLLECT} --statistics grad_l1,grad_l1", ("'grad_l1,grad_l1'", "different")),
+        (f"{COLLECT} --encoding int8", ("--encoding int8", "float32, float16")),
+        (f"{COLLECT} --dtype int8", ("--dtype int8", "float32, bfloat16, float16")),
+        (f"{COLLECT} --device tpu", ("--device tpu", "auto, cpu or cuda")),
+        (f"{COLLECT} --device cuda:99", ("--device cuda:99", "auto, cpu or cuda")),
+        (f"{COLLECT} --device meta", ("--device meta", "auto, cpu or cuda")),
+        (f"{COLLECT} --num-samples 0", ("--num-samples 0", "at least 1")),
+        (f"{COLLECT} --batch-size 0", ("--batch-size 0", "at least 1")),
+        (f"{COLLECT} --seq-len 1", ("--seq-len 1", "at least 2")),
+        (f"{COLLECT} --seq-len 65", ("--seq-len 65", "model has 64 positions")),
+        (f"{COLLECT} --blocks model.blocks", ("--blocks model.blocks", "has model.layers")),
+        (f"{COLLECT} --include '('", ("--include '('", "not a regular expression")),
+        (f"{COLLECT} --include lm_haed", ("--include lm_haed", "has lm_head")),
+        (f"{PRUNE} --method gblmm", ("--method gblmm", "magnitude, wanda, gradient, gblm")),
+        (f"{PRUNE} --method 'a\nb'", ("--method a b: expected",)),
+        (f"{PRUNE} --method :warning:", ("--method :warning:: expected",)),
+        (f"{PRUNE} --grad-norm l3", ("--grad-norm l3", "l1, l2, sum")),
+        (f"{PRUNE} --alpha nan", ("--alpha nan", "finite")),
+        (f"{PRUNE} --alpha=-1", ("--alpha -1", "0 or more")),
+        (f"{PRUNE} --group rows", ("group 'rows'", "output, input, layer, output:K")),
+        (f"{PRUNE} --group output:0", ("group 'output:0'", "output:K")),
+        (f"{PRUNE} --device tpu", ("--device tpu", "auto, cpu or cuda")),
+        (f"{PRUNE} --sparsity 1.0", ("--sparsity 1.0", "[0, 1)")),
+        (f"{PRUNE} --sparsity 50", ("--sparsity 50", "[0, 1)")),
+        (f"{PRUNE} --sparsity=-0.1", ("--sparsity -0.1", "[0, 1)")),
+        (f"{PRUNE} --sparsity nan", ("--sparsity nan", "[0, 1)")),
+        (f"{PRUNE} --sparsity 0.5 --sparsity 0.50", ("s0.50 is given twice", "leave one out")),
+        (f"{PRUNE} --pattern 2:4 --pattern 2:4", ("2-4 is given twice", "leave one out")),
+        (f"{PRUNE} --pattern 2-4", ("pattern '2-4'", "such as 2:4")),
+        (f"{PRUNE} --pattern {'9' * 5000}:4", ("pattern", "such as 2:4")),
+        (f"{PRUNE} --pattern 4:2", ("pattern 4:2", "n ≤ m")),
+        (f"{PRUNE} --pattern 0:0", ("pattern 0:0", "n ≥ 1")),
+        (f"{PRUNE} --pattern 0:4", ("pattern 0:4", "n ≥ 1")),
+        (f"{PRUNE} --pattern 2:5", (f"pattern 2:5: layer {LAYER} has 32", "--exclude")),
+        (f"{PRUNE} --pattern 2:4 --group layer", ("--group layer", "leave it out")),
+        (f"{PRUNE} --include '('", ("--include '('", "not a regular expression")),
+        (f"{PRUNE} --exclude '['", ("--exclude '['", "not a regular expression")),
+        (f"{COLLECT} --split test", ("--split test", "--dataset text.txt does not")),
+        (f"{COLLECT} --revision main", ("--revision main", "--dataset text.txt does not")),
+        (f"{EVAL} --dataset-config en", ("--dataset-config en", "--dataset text.txt does not")),
+        ("eval model --dataset stdlib --split test", ("--split test", "--dataset stdlib does not")),
+        (f"{COLLECT} --recipe bset", ("--recipe bset", "expected best")),
+        (f"{PRUNE} --recipe bset", ("--recipe bset", "expected best")),
+        (f"{PRUNE} --score 'abs(W'", ("--score", "abs(W")),
+        (f"{PRUNE} --score '__import__(\"os\")'", ("--score", "__import__")),
+        (f"{PRUNE} --method alps --score W", ("--score: alps has no score",)),
+        (f"{PRUNE} --score 'W*ri(X)'", ("--score 'W*ri(X)'", "ri() is of a matrix")),
+        (f"{PRUNE} --score 'abs(W)' --method wanda", ("--score", "leave out --method wanda")),
+        (f"{PRUNE} --method wanda --alpha 5", ("--alpha 5.0", "wanda has none")),
+        (f"{PRUNE} --method fisher --grad-norm l2", ("--grad-norm l2", "fisher does not use it")),
+        (f"{PRUNE} --method alps --grad-norm l2", ("--grad-norm l2", "alps does not use it")),
+        (f"{PRUNE} --allocation global", ("--allocation global", "--group global")),
+        (f"{PRUNE} --exclude layernorm", ("--exclude layernorm", "matches no layer of model")),
+        (f"{PRUNE} --update osb", ("--update osb", "none, obs, lsq")),
+        (f"{PRUNE} --method sparsegpt --update obs", ("--update obs", "updates weights by itself")),
+        (f"{PRUNE} --curvature kfak", ("--curvature kfak", "input, kfac")),
+        (f"{PRUNE} --curvature kfac", ("--curvature kfac", "only --update lsq and alps")),
+        (f"{PRUNE} --allocation owls", ("--allocation owls", "uniform, owl, dlp, sensitivity")),
+        (f"{PRUNE} --allocation-score wanda", ("--allocation-score", "uses none")),
+        (f"{PRUNE} --mixed-patterns", ("--mixed-patterns", "--pattern and an --allocation")),
+        (f"{PRUNE} --include nothing", ("--include nothing", "matches no layer of model")),
+        (f"{PRUNE} --exclude dwon_proj", ("--exclude dwon_proj", "matches no layer of model")),
+        (f"{PRUNE} --include mlp --exclude mlp", ("no layer is left", "check --include")),
+        (f"{PRUNE} --exclude .", ("no layer is left", "check --include and --exclude")),
         (f"{PRUNE} --sparsity 50%", ("--sparsity 50%", "[0, 1)", "as 0.5")),
         (f"{PRUNE} --sparsity half", ("--sparsity half", "[0, 1)")),
         (f"{PRUNE} --sparsity 0.5,0.6", ("--sparsity 0.5,0.6", "repeat --sparsity")),
@@ -80,13 +113,42 @@ def place(workplace: Path, tmp_path: Path) -> Path:
             f"{COLLECT} --statistics grad_l1 --statistics act_l2,grad_l1",
             ("'grad_l1,act_l2,grad_l1'", "different names"),
         ),
+        (f"{EVAL} --seq-len 1", ("--seq-len 1", "at least 2")),
+        (f"{EVAL} --seq-len 65", ("--seq-len 65", "model has 64 positions")),
+        (f"{EVAL} --max-windows 0", ("--max-windows 0", "at least 1")),
+        (f"{EVAL} --batch-size 0", ("--batch-size 0", "at least 1")),
+        (f"{EVAL} --dtype int8", ("--dtype int8", "float32, bfloat16, float16")),
+        (f"{EVAL} --device tpu", ("--device tpu", "auto, cpu or cuda")),
+        (f"{EVAL} --json no/such/folder.json", ("--json no/such/folder.json", "folder that")),
+        (f"{EVAL} --json model", ("--json model", "expected - or a file")),
+        ("store info store --json model", ("--json model", "expected - or a file")),
+        (IMPORT, ("nothing to import", "--l1 FILE, --l2 FILE or both")),
+        (f"{IMPORT} --l1 l1.pth --num-samples 0", ("--num-samples 0", "at least 1")),
+        (f"{IMPORT} --l1 l1.pth --scale nan", ("--scale nan", "more than 0")),
     ],
 )
 def test_an_option_that_cannot_be_meant_is_named(
     refused: Refused, command: str, says: tuple[str, ...]
 ) -> None:
-    """One line with the option, what it got, and what it may be."""
+    """The line gives the option, what it got, and what it may be."""
     refused(command, says=says)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["collect-grads model", "prune model store", "eval", f"{EVAL} --seq-len many", "sweeep", "--x"],
+)
+def test_what_is_no_command_exits_2_as_well(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Missing arguments and unknown options are the parser's to explain, with the same code."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(sys, "argv", ["pipe", *shlex.split(command)])
+    before = contents(workplace)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 2
+    assert contents(workplace) == before
 
 
 @pytest.mark.parametrize(
@@ -140,166 +202,31 @@ def test_a_scratch_folder_that_cannot_be_made_is_refused(refused: Refused) -> No
         refused(f"{COLLECT} --scratch tmp/x", says=("--scratch tmp/x", "can be created"))
 
 
-def test_a_result_that_cannot_be_kept_is_shown(run: Run, place: Path) -> None:
-    """A disk that fills up in the meantime does not take the perplexity with it."""
-    del place
-    code, out, err = run(f"{EVAL} --json /dev/full")
-    assert code == 1
-    assert out.startswith("perplexity ")
-    assert err.startswith("pipe: cannot write --json /dev/full: No space left on device: the")
+# ---- as a process of its own ----
 
 
-def test_statistics_may_be_given_one_by_one(run: Run, place: Path) -> None:
-    """Repeated or separated by commas: none is dropped."""
-    options = "--statistics grad_l1,act_sum --statistics act_l2"
-    assert run(f"{COLLECT} {options}")[0] == 0
-    spec = GradientStore.open(str(place / "new")).spec
-    assert set(spec.statistics) == {"grad_l1", "act_sum", "act_l2"}
-
-
-def test_the_version_is_told(run: Run) -> None:
-    """On stdout, and nothing else."""
-    code, out, err = run("--version")
-    assert (code, err) == (0, "")
-    assert out.startswith("pipe ")
-
-
-# ---- a model that overflows ----
-
-
-def _scale_head(place: Path, factor: float) -> None:
-    tensors = load_file(place / "model" / SINGLE_NAME)
-    tensors["lm_head.weight"] *= factor
-    save_file(tensors, place / "model" / SINGLE_NAME, metadata={"format": "pt"})
-
-
-@pytest.mark.parametrize("json_file", ["", "--json -", "--json result.json"])
-def test_a_model_that_yields_nan_has_no_perplexity(run: Run, place: Path, json_file: str) -> None:
-    """It is a failure, not `inf` with exit code 0."""
-    _scale_head(place, math.nan)
-    code, out, err = run(f"{EVAL} {json_file}")
-    assert (code, out) == (1, "")
-    assert err.startswith("pipe: the model's loss is nan on window 1 of 2: try --dtype")
-    assert not Path("result.json").exists()
-
-
-def test_a_perplexity_beyond_floats_is_null(run: Run, place: Path) -> None:
-    """JSON knows no infinity; the line says inf."""
-    _scale_head(place, 1e6)
-    code, out, _ = run(f"{EVAL} --json -")
-
-    def refuse(name: str) -> float:
-        raise AssertionError(name)
-
-    assert code == 0
-    assert json.loads(out, parse_constant=refuse)["perplexity"] is None
-    assert run(EVAL)[1].startswith("perplexity inf ")
-
-
-# ---- no memory left ----
-
-
-def _allocate(*_: object, **__: object) -> Any:
-    return torch.empty(1 << 55)  # torch's own error, on a CPU
-
-
-@pytest.mark.parametrize(
-    ("command", "place_of_it", "says"),
-    [
-        (f"{COLLECT} --schedule resident", (share, "resident_batch"), "--schedule streamed"),
-        (f"{COLLECT} --schedule streamed", (Streamed, "run"), "--overwrite a smaller --batch-size"),
-        (EVAL, (evaluating, "perplexity"), "a smaller --batch-size or --seq-len"),
-    ],
-)
-def test_memory_that_runs_out_is_a_line(
-    run: Run,
-    place: Path,
-    command: str,
-    place_of_it: tuple[Any, str],
-    says: str,
+@pytest.mark.parametrize("fault", ["model", "shapes"])
+def test_the_installed_command_fails_as_cleanly(
+    workplace: Path, tmp_path: Path, fault: str
 ) -> None:
-    """With the options that need less of it."""
-    del place
-    with mock.patch.object(*place_of_it, _allocate):
-        code, out, err = run(command)
-    assert (code, out) == (1, "")
-    last = err.splitlines()[-1]
-    assert last.startswith("pipe: out of memory: ")
-    assert says in last
-
-
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
-def test_memory_has_several_errors(error: Exception) -> None:
-    """Torch's for a GPU, and Python's; another RuntimeError stays what it is."""
-    with pytest.raises(GradpipeError, match="out of memory: less"), memory_errors("less"):
-        raise error
-    with pytest.raises(RuntimeError, match="shapes"), memory_errors("less"):
-        raise RuntimeError("shapes differ")
-
-
-# ---- names that a terminal would misread ----
-
-
-def test_brackets_and_colons_in_names_are_no_markup(run: Run, place: Path) -> None:
-    """`[/b]` is no end of bold, `:warning:` no picture, wherever a name is shown."""
-    odd = Path("[red] :warning: [") / "b]"  # which is `[/b]` in a path
-    odd.mkdir(parents=True)
-    for name in ("model", "text.txt"):
-        (place / name).rename(odd / name)
-    text = shlex.quote(f"{odd}/text.txt")
-    model, store, out = (shlex.quote(f"{odd}/{x}") for x in ("model", "store", "out"))
-    options = f"--dataset {text} --seq-len 16"
-    shown = []
-    for command in (
-        f"collect-grads {model} {store} {options} --num-samples 2",
-        f"store info {store}",
-        f"store verify {store}",
-        f"prune {model} {store} {out} --include mlp",
-        f"eval {model} {options} --max-windows 2",
-    ):
-        code, stdout, err = run(command)
-        assert code == 0, err
-        shown.append(" ".join(stdout.split()))
-    assert all("[red] :warning: [/b]" in x for x in shown), shown
-    code, _, err = run(f"prune {model} {store} {out}")
-    assert (code, f"OUT {odd}/out exists" in err) == (2, True)
-
-
-def test_a_terminal_that_lacks_letters_is_written_to(
-    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What ASCII has not is spelled out, in data as in errors."""
-    (place / "text.txt").rename("téxt.txt")
-    command = EVAL.replace("text.txt", "téxt.txt")
-    for arguments, expected in ((command, 0), (f"{command} --split é", 2)):
-        written = io.BytesIO()
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, io.TextIOWrapper(written, encoding="ascii"))
-        code, _, _ = run(arguments)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        assert code == expected
-        assert b"t\\xe9xt.txt" in written.getvalue()
-
-
-# ---- what libraries would log ----
-
-
-def test_gpt2_is_measured_without_a_notice(
-    run: Run, workplace: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Transformers has no name for its loss, takes the right one, and would say so."""
-    hf_logging.warning_once.cache_clear()
-    command = EVAL.replace("text.txt", str(workplace / "text.txt"))
-    hf_logging.enable_propagation()
-    try:
-        code, _, err = run(command.replace("model", str(workplace / "other-names")))
-    finally:
-        hf_logging.disable_propagation()
-    assert (code, err, caplog.messages) == (0, "", [])
-
-
-def test_what_the_hub_s_client_tries_again_is_not_told(run: Run) -> None:
-    """What fails in the end is an error of ours, in one line."""
-    run("--version")
-    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)
+    """Where libraries write to the real stderr, there is still one line, and it is ours."""
+    shutil.copytree(workplace / "model", tmp_path / "model")
+    shutil.copy(workplace / "text.txt", tmp_path)
+    if fault == "model":
+        (tmp_path / "model" / "config.json").unlink()
+    else:
+        edit_config(tmp_path / "model", hidden_size=64)
+    before = contents(tmp_path)
+    done = subprocess.run(
+        [PIPE, *shlex.split(EVAL)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("pipe: model")
+    assert done.stderr.count("\n") == 1
+    assert contents(tmp_path) == before
