@@ -166,6 +166,30 @@ def _garble_the_config(model: Path) -> None:
     (model / "config.json").write_text("{")
 
 
+@pytest.mark.parametrize("command", [COLLECT, f"{COLLECT} --dry-run"])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (_garble_the_config, ("cannot read", "config.json")),
+        (_configure(model_type="nonesuch"), ("cannot read its config.json", "nonesuch")),
+        (_configure(num_attention_heads=0), ("transformers cannot read its config.json", "zero")),
+        (_configure(quantization_config="int4"), ("config.json",)),
+    ],
+)
+def test_a_config_that_cannot_be_used_is_refused_in_a_plan_too(
+    refused: Refused,
+    workplace: Path,
+    tmp_path: Path,
+    command: str,
+    damage: Callable[[Path], None],
+    says: tuple[str, ...],
+) -> None:
+    """Whatever transformers raises over it."""
+    model = _copy(workplace, tmp_path)
+    damage(model)
+    refused(command.replace("model", str(model), 1), says=says)
+
+
 @pytest.mark.parametrize("command", [COLLECT, EVAL])
 @pytest.mark.parametrize(
     ("damage", "says"),

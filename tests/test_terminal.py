@@ -21,7 +21,7 @@ from gradpipe import GradientStore, GradpipeError, cli
 from gradpipe.pipeline import evaluate as evaluating
 from gradpipe.pipeline import share
 from gradpipe.stages.checkpoint import SINGLE_NAME
-from gradpipe.stages.device import memory_errors
+from gradpipe.stages.device import is_out_of_memory, memory_errors
 from gradpipe.stages.streamed import Streamed
 from tests.workplace import COLLECT, EVAL
 
@@ -147,6 +147,7 @@ def test_memory_that_runs_out_is_a_line(
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
 def test_memory_has_several_errors(error: Exception) -> None:
     """Torch's for a GPU, and Python's; another RuntimeError stays what it is."""
+    assert is_out_of_memory(error)
     with pytest.raises(GradpipeError, match="out of memory: less"), memory_errors("less"):
         raise error
     with pytest.raises(RuntimeError, match="shapes"), memory_errors("less"):

@@ -31,7 +31,14 @@ def memory_errors(remedy: str) -> Iterator[None]:
     """Raises GradpipeError with a `remedy` where the memory of the device or the host runs out."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # on a CPU torch has no class for it
-        if isinstance(error, RuntimeError) and not any(x in str(error) for x in _OUT_OF_MEMORY):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise GradpipeError(f"out of memory: {remedy}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out: on a CPU torch has no class for it."""
+    if isinstance(error, RuntimeError):
+        return any(words in str(error) for words in _OUT_OF_MEMORY)
+    return isinstance(error, MemoryError)

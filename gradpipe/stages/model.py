@@ -21,8 +21,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from gradpipe.errors import InputError
+from gradpipe.errors import GradpipeError, InputError
 from gradpipe.stages.checkpoint import FLOAT_TYPES, Checkpoint, TensorInfo
+from gradpipe.stages.device import is_out_of_memory
 from gradpipe.stages.experts import split_experts
 from gradpipe.stages.tasks import auto_class, noun
 from gradpipe.stages.tensor_names import weight_keys
@@ -63,19 +64,25 @@ class Skeleton:
 
 def sequence_length(asked: int | None, checkpoint: Checkpoint) -> int:
     """`asked`, or 2048 capped by the model's positions; InputError if the model has fewer."""
-    try:
-        with _silence():
-            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    config = _read_config(checkpoint)
+    with _loading(checkpoint):
         limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    except Exception as error:  # each config has validators of its own
-        raise InputError(
-            f"{checkpoint.name}: transformers cannot read its config.json: {_first_line(error)}"
-        ) from error
     if asked is not None and limit is not None and asked > limit:
         raise InputError(
             f"--seq-len {asked}: {checkpoint.name} has {limit} positions: give at most that"
         )
     return asked or min(_MAX_SEQ_LEN, limit or _MAX_SEQ_LEN)
+
+
+def _read_config(checkpoint: Checkpoint) -> Any:
+    """`config.json` as transformers understands it. Remote code is never run."""
+    try:
+        with _silence():
+            return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # each config has validators of its own
+        raise InputError(
+            f"{checkpoint.name}: transformers cannot read its config.json: {_first_line(error)}"
+        ) from error
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -136,8 +143,8 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     InputError if the checkpoint's weights are quantized.
     """
     _check_unquantized(checkpoint)
+    config = _read_config(checkpoint)
     with _loading(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = auto_class(checkpoint).from_config(config, dtype=dtype)
         split_experts(model, checkpoint)
@@ -169,8 +176,9 @@ def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
 
     They have names, types and shapes, and lie in no file.
     """
+    _check_unquantized(outline)
+    config = _read_config(outline)
     with _loading(outline):
-        config = AutoConfig.from_pretrained(outline.folder, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = auto_class(outline).from_config(config)
         saved = revert_weight_conversion(model, model.state_dict())
@@ -220,7 +228,9 @@ def _loading(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         with _silence():
             yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # each model's code raises what it likes
+        if isinstance(error, GradpipeError) or is_out_of_memory(error):
+            raise
         raise InputError(
             f"{checkpoint.name}: transformers cannot load it as {noun(checkpoint)}: "
             f"{_first_line(error)}"
