@@ -7,18 +7,15 @@ mistake; 3 the store is incomplete or damaged; 75 interrupted, run again to go o
 from __future__ import annotations
 
 import dataclasses
-import json
+import errno
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import datasets
 import typer
-from huggingface_hub.utils.tqdm import disable_progress_bars as disable_hub_bars
-from rich.console import Console
 
-from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError, printable
+from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
 from gradpipe.pipeline import collect as collecting
 from gradpipe.pipeline import demo as demonstrating
 from gradpipe.pipeline import evaluate as evaluating
@@ -63,9 +60,11 @@ from gradpipe.pipeline.options import (
     Task,
     TextColumn,
     Update,
+    Version,
 )
 from gradpipe.pipeline.prune_config import RECIPE_STATISTICS, PruneConfig, recipe_options
 from gradpipe.pipeline.tables import demo_table, layer_table, plan_table, store_table
+from gradpipe.pipeline.terminal import Output, complain, prepare_streams, say, stderr, stdout
 from gradpipe.stages.samples import DataConfig
 from gradpipe.store.gradients import GradientStore
 from gradpipe.store.partial import Shard
@@ -85,6 +84,11 @@ store_app = typer.Typer(help="Look at, check and import gradient stores.", no_ar
 app.add_typer(store_app, name="store")
 
 
+@app.callback()
+def root(version: Version = False) -> None:
+    """The options of `pipe` itself."""
+
+
 @app.command()
 def collect_grads(
     model: Model,
@@ -99,11 +103,11 @@ def collect_grads(
     seq_len: SeqLen = None,
     seed: Annotated[int, typer.Option(help="Seed of the samples drawn.")] = 0,
     batch_size: BatchSize = 1,
-    statistics: Statistics = None,
+    statistics: Statistics = [],  # noqa: B006 (typer wants a list)
     recipe: Recipe = None,
     encoding: Encoding = "compact",
     blocks: Blocks = None,
-    include: Include = [],  # noqa: B006 (typer wants a list)
+    include: Include = [],  # noqa: B006 (as above)
     schedule: Schedule = "auto",
     scratch: Scratch = None,
     device: Device = "auto",
@@ -138,14 +142,14 @@ def collect_grads(
         overwrite=overwrite,
     )
     if dry_run:
-        _stdout().print(plan_table(collecting.plan(config)))
+        stdout().print(plan_table(collecting.plan(config)))
         return
     run = collecting.collect if config.shard is None else collecting.collect_shard
-    result = run(config, _stderr())
+    result = run(config, stderr())
     if result is not None:
-        _stdout().print(store_table(result))
+        stdout().print(store_table(result))
     else:
-        _stderr().print(f"shard {shard} is done: merge with pipe store merge {store}")
+        say(stderr(), f"shard {shard} is done: merge with pipe store merge {store}")
 
 
 @app.command()
@@ -201,12 +205,12 @@ def prune(
             allow_mismatch=allow_mismatch,
             overwrite=overwrite,
         ),
-        _stderr(),
+        stderr(),
     )
     if not results:
-        _stderr().print("this shard is done; the one that completes the files publishes OUT")
+        say(stderr(), "this shard is done; the one that completes the files publishes OUT")
     for result in results:
-        _stdout().print(layer_table(result))
+        stdout().print(layer_table(result))
 
 
 @app.command("eval")
@@ -226,7 +230,7 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """Perplexity of a checkpoint, on windows that do not overlap; of images, top-1 accuracy."""
-    _check_json(json_file)
+    output = Output(json_file)
     metrics = evaluating.measure(
         evaluating.EvalConfig(
             model=model,
@@ -238,11 +242,9 @@ def evaluate(
             device=device,
             dtype=dtype,
         ),
-        _stderr(),
+        stderr(),
     )
-    if _write_json(json_file, dataclasses.asdict(metrics)):
-        return
-    _stdout().print(metrics.summary, highlight=False)
+    output.show(dataclasses.asdict(metrics), metrics.summary)
 
 
 @app.command()
@@ -250,9 +252,9 @@ def demo(
     out: Annotated[Path, typer.Argument(help="Folder to create.")] = Path("gradpipe-demo"),
 ) -> None:
     """The whole of it on the embedded model: collect, prune with every method, compare."""
-    result = demonstrating.demo(out, _stderr())
-    _stdout().print(demo_table(result))
-    _stdout().print(f"store and checkpoints: {result.folder}", highlight=False, soft_wrap=True)
+    result = demonstrating.demo(out, stderr())
+    stdout().print(demo_table(result))
+    say(stdout(), f"store and checkpoints: {result.folder}")
 
 
 @store_app.command("info")
@@ -260,11 +262,10 @@ def store_info(
     store: Annotated[str, typer.Argument(help="Path or URL.")], json_file: Json = None
 ) -> None:
     """What a store holds, and of what."""
-    _check_json(json_file)
+    output = Output(json_file)
     opened = GradientStore.open(store)
     document = {**opened.spec.to_json(), "digest": opened.digest, "bytes": opened.sizes()}
-    if not _write_json(json_file, document):
-        _stdout().print(store_table(opened))
+    output.show(document, store_table(opened))
 
 
 @store_app.command("verify")
@@ -272,7 +273,7 @@ def store_verify(store: Annotated[str, typer.Argument(help="Path or URL.")]) -> 
     """Read every object of a store and check it; exit 3 if one is damaged."""
     opened = GradientStore.open(store)
     opened.validate()
-    _stdout().print(f"{store}: complete and intact ({opened.digest})", highlight=False)
+    say(stdout(), f"{store}: complete and intact ({opened.digest})")
 
 
 @store_app.command("merge")
@@ -282,7 +283,7 @@ def store_merge(
     ],
 ) -> None:
     """Add up the shards of one collection, and finish the first store."""
-    _stdout().print(store_table(merging.merge(stores)))
+    stdout().print(store_table(merging.merge(stores)))
 
 
 @store_app.command("import-gblm")
@@ -313,44 +314,35 @@ def store_import_gblm(
         scale=scale,
         overwrite=overwrite,
     )
-    _stdout().print(store_table(importing.import_gblm(config)))
+    stdout().print(store_table(importing.import_gblm(config)))
 
 
 def main() -> None:
     """Run `pipe`, and turn what went wrong into one line and an exit code."""
     codes: dict[type[Exception], int] = {InputError: 2, StoreError: 3, Interrupted: 75}
-    if not sys.stderr.isatty():  # what the Hub's clients draw, they draw anywhere
-        datasets.disable_progress_bars()
-        disable_hub_bars()
+    prepare_streams()
     try:
         app()
     except SystemExit as error:
         if error.code == _TYPER_INTERRUPTED:
-            _complain("interrupted: run the same command again")
+            complain("interrupted: run the same command again")
             sys.exit(75)
         raise
-    except (GradpipeError, OSError) as error:
-        _complain(str(error))
+    except GradpipeError as error:
+        complain(str(error))
         sys.exit(codes.get(type(error), 1))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            complain(f"{str(error.filename)[:40]}…: no file can have so long a name: give another")
+            sys.exit(2)
+        complain(str(error))
+        sys.exit(1)
 
 
-def _complain(message: str) -> None:
-    line = printable(f"pipe: {message}")
-    Console(stderr=True).print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-
-def _stdout() -> Console:
-    return Console()
-
-
-def _stderr() -> Console:
-    return Console(stderr=True)
-
-
-def _statistics(names: str | None, recipe: str | None) -> tuple[str, ...]:
+def _statistics(given: list[str], recipe: str | None) -> tuple[str, ...]:
     """The statistics asked for, one by one or by what a recipe reads."""
-    if names is not None:
-        return tuple(name.strip() for name in names.split(","))
+    if given:
+        return tuple(name.strip() for names in given for name in names.split(","))
     return RECIPE_STATISTICS if recipe_options(recipe, {}) else DEFAULT_STATISTICS
 
 
@@ -365,24 +357,3 @@ def _data(
 def _shard(text: str | None) -> Shard | None:
     """The shard asked for, or the task of the Slurm array that this runs in."""
     return Shard.of_slurm(os.environ) if text is None else Shard.parse(text)
-
-
-def _check_json(path: Path | None) -> None:
-    """Refuse a file that cannot be written before the work is done, not after."""
-    if path is not None and str(path) != "-" and (path.is_dir() or not path.parent.is_dir()):
-        raise InputError(f"--json {path}: expected - or a file in a folder that exists")
-
-
-def _write_json(path: Path | None, document: dict[str, Any]) -> bool:
-    """Write `document` where `--json` says; False if it was not given."""
-    if path is None:
-        return False
-    text = json.dumps(document, indent=1) + "\n"
-    if str(path) == "-":
-        sys.stdout.write(text)
-        return True
-    try:
-        path.write_text(text)
-    except OSError as error:
-        raise GradpipeError(f"cannot write {path}: {error.strerror}") from error
-    return True

@@ -7,6 +7,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.workplace import refused, stores, workplace
+
+__all__ = ["refused", "stores", "workplace"]  # fixtures
+
 # Read when huggingface_hub, tokenizers or CUDA are first used, and inherited by subprocesses.
 os.environ |= {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",

@@ -96,6 +96,10 @@ def _write_table(path: Path) -> None:
     pq.write_table(pa.table({"n": [1], "text": [SENTENCE * 20]}), path / "a.parquet")
 
 
+def _write_text_with_mark(path: Path) -> None:
+    (path / "a.txt").write_text(Path("text.txt").read_text(), encoding="utf-8-sig")
+
+
 def _write_odd_names(path: Path) -> None:
     rows = json.dumps({"text": SENTENCE * 20})
     (path / "a*[1]::b #?.jsonl").write_text(rows)
@@ -115,6 +119,7 @@ def _write_folders(path: Path) -> None:
         (_write_rows_under_another_name, " --text-column body"),
         (_write_compressed_rows, ""),
         (_write_table, ""),
+        (_write_text_with_mark, ""),
         (_write_odd_names, ""),
         (_write_folders, ""),
     ],
@@ -376,6 +381,10 @@ def test_the_embedded_model_needs_nothing_from_outside(pipe: Pipe) -> None:
     evaluate = "--dataset stdlib --seq-len 64 --max-windows 8 --json -"
     dense, pruned = (json.loads(pipe(f"eval {m} {evaluate}")) for m in ("embedded", "pruned"))
     assert (dense["model"], dense["dataset"]) == ("embedded", "stdlib")
+    assert (dense["split"], dense["dataset_config"]) == ("heldout", None)
+    assert "(stdlib heldout, 8 windows" in pipe(
+        "eval embedded " + evaluate.removesuffix("--json -")
+    )
     assert dense["perplexity"] < pruned["perplexity"] < 10 * dense["perplexity"]
     report = json.loads(Path("pruned/pruning.json").read_text())
     assert report["model"] == "embedded"
@@ -408,6 +417,13 @@ def test_stdout_holds_data_and_stderr_no_bars(
 @pytest.mark.parametrize(
     "command", ["", "collect-grads", "prune", "eval", "demo", "store", "store import-gblm"]
 )
-def test_every_command_explains_itself(pipe: Pipe, command: str) -> None:
+def test_every_command_explains_itself(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`--help` is data: it goes to stdout, and exits 0."""
-    assert "Usage: " in pipe(f"{command} --help")
+    monkeypatch.setattr(sys, "argv", ["pipe", *shlex.split(command), "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, err) == (0, "")
+    assert "Usage: " in out

@@ -13,10 +13,11 @@ from rich.console import Console
 from gradpipe.errors import InputError, Interrupted, StoreError
 from gradpipe.pipeline.command import (
     changed_options,
+    check_counts,
     check_regexes,
     recorded_command,
 )
-from gradpipe.pipeline.destination import check_store
+from gradpipe.pipeline.destination import check_scratch, check_store
 from gradpipe.pipeline.merge import check_same, finalize, is_last
 from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.share import Job, begun_schedule, run_share
@@ -104,12 +105,7 @@ class CollectConfig:
             raise InputError(f"--encoding {self.encoding}: expected one of {', '.join(ENCODINGS)}")
         check_task(self.task)
         check_schedule(self.schedule)
-        limits = {"num_samples": 1, "batch_size": 1, "seq_len": 2, "checkpoint_every": 1}
-        for name, least in limits.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                flag = name.replace("_", "-")
-                raise InputError(f"--{flag} {value}: expected at least {least}")
+        check_counts(self, {"num_samples": 1, "batch_size": 1, "seq_len": 2, "checkpoint_every": 1})
         check_regexes("--include", self.include)
         if self.shard is not None and self.shard.count > self.num_samples:
             raise InputError(
@@ -118,6 +114,7 @@ class CollectConfig:
             )
 
 
+_MAX_TOKENS = 2**31  # of all samples: they are kept in memory, and in the store
 _NOT_RESULTS = {  # fields that leave the store's content as it is
     *("model", "task", "store", "data", "overwrite", "device", "schedule", "scratch"),
     *("checkpoint_every", "shard", "finalize"),
@@ -169,6 +166,8 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     """Collect one share, and finish the store if it is all there is."""
     sources = (Path(config.model), Path(config.data.name))
     check_store(config.store, sources)
+    if config.scratch is not None:
+        check_scratch(config.scratch)
     checkpoint = Checkpoint.open(config.model)
     device = resolve_device(config.device)
     skeleton = _skeleton(config, checkpoint, with_digests=True)
@@ -177,6 +176,7 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
             f"{len(fused)} tensors hold several experts each, as {fused[0]} does: they are no "
             "layers, and stay dense",
             highlight=False,
+            markup=False,
         )
     with ExitStack() as held:
         begun = _begin(config, shard, skeleton, held)
@@ -305,6 +305,11 @@ def _draw_images(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec,
 def _draw_windows(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
     name, checkpoint = config.data.name, skeleton.checkpoint
     seq_len = window_length(name, config.seq_len, checkpoint)
+    if config.num_samples * seq_len >= _MAX_TOKENS:
+        raise InputError(
+            f"--num-samples {config.num_samples} of {seq_len} tokens are "
+            f"{config.num_samples * seq_len}, expected less than {_MAX_TOKENS}: ask for fewer"
+        )
     if is_tokens(name):
         drawn = token_samples(name, config.num_samples, seq_len)
     else:

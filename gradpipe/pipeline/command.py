@@ -12,6 +12,8 @@ from typing import Any
 
 from gradpipe.errors import InputError
 
+_TOO_MANY = 2**31
+
 
 def check_regexes(flag: str, patterns: tuple[str, ...]) -> None:
     """Refuse what is not a regular expression."""
@@ -20,6 +22,15 @@ def check_regexes(flag: str, patterns: tuple[str, ...]) -> None:
             re.compile(pattern)
         except re.error as error:
             raise InputError(f"{flag} {pattern!r}: not a regular expression: {error}") from error
+
+
+def check_counts(config: Any, least: dict[str, int]) -> None:
+    """Refuse fields below their `least`, or that a store could not record; None is fine."""
+    for name, low in least.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value < _TOO_MANY:
+            expected = f"at least {low}" if value < low else "less than 2³¹"
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
 
 
 def recorded_command(verb: str, arguments: tuple[str, ...], options: dict[str, Any]) -> str:

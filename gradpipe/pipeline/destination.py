@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
 from gradpipe.errors import InputError
 from gradpipe.store.gradients import is_complete, is_free
 
+_MAX_NAME_BYTES = 200  # of the 255 that file systems have: locks and staging folders add theirs
 REPORT = "pruning.json"  # what every pruned checkpoint holds
 
 
 def check_store(folder: Path, sources: tuple[Path, ...]) -> None:
     """Raises InputError unless `folder` is free, or a store, and holds no source."""
     check_local("store", folder)
+    if folder.is_symlink() and not folder.exists():
+        raise InputError(f"store {folder} is a link to nothing: remove it, or give another name")
     if folder.exists() and not folder.is_dir():
         raise InputError(f"store {folder} is a file, expected a folder to create")
     for source in sources:
@@ -57,9 +61,27 @@ def check_local(what: str, path: Path) -> None:
     """Refuse a URL where a local folder is to be created, and a folder inside a file."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has turned :// into :/
         raise InputError(f"{what} {path} is a URL, expected a local folder: copy it to a URL after")
+    if (length := len(os.fsencode(path.name))) > _MAX_NAME_BYTES:
+        raise InputError(
+            f"{what} {path.name[:20]}…: a name of {length} bytes, expected at most "
+            f"{_MAX_NAME_BYTES}: give a shorter one"
+        )
     for parent in path.absolute().parents:
         if parent.exists() and not parent.is_dir():
             raise InputError(f"{what} {path}: {parent} is a file, expected a folder: give another")
+
+
+def check_scratch(folder: Path) -> None:
+    """Raises InputError unless `folder` is one, or can be created."""
+    check_local("--scratch", folder)
+    if (folder.exists() and not folder.is_dir()) or not is_writable(folder):
+        raise InputError(f"--scratch {folder}: expected a folder that can be created or written to")
+
+
+def is_writable(path: Path) -> bool:
+    """Whether `path`, or the nearest folder above it that exists, lets this user write."""
+    nearest = next(x for x in (path, *path.absolute().parents) if x.exists())
+    return os.access(nearest, os.W_OK)
 
 
 def holds(outer: Path, inner: Path) -> bool:

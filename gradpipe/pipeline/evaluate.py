@@ -10,9 +10,10 @@ import numpy.typing as npt
 from rich.console import Console
 
 from gradpipe.errors import InputError
+from gradpipe.pipeline.command import check_counts
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.stages.checkpoint import Checkpoint
-from gradpipe.stages.device import resolve_device
+from gradpipe.stages.device import memory_errors, resolve_device
 from gradpipe.stages.images import Processor, load_images
 from gradpipe.stages.model import (
     check_tokens,
@@ -22,7 +23,7 @@ from gradpipe.stages.model import (
     resolve_dtype,
 )
 from gradpipe.stages.perplexity import perplexity
-from gradpipe.stages.samples import DataConfig, evaluation_windows, load_text
+from gradpipe.stages.samples import DataConfig, evaluation_windows, load_text, split_name
 from gradpipe.stages.tasks import check_task, find_task
 from gradpipe.stages.tokens import is_tokens, token_windows, window_length
 from gradpipe.stages.top1 import top1
@@ -45,10 +46,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         check_task(self.task)
-        for name, least in (("seq_len", 2), ("max_windows", 1), ("batch_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        check_counts(self, {"seq_len": 2, "max_windows": 1, "batch_size": 1})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +56,8 @@ class Metrics:
     perplexity: float
     model: str
     dataset: str
+    dataset_config: str | None
+    split: str | None  # None for a local file or folder, which has none
     revision: str | None
     num_windows: int
     seq_len: int
@@ -68,7 +68,7 @@ class Metrics:
     def summary(self) -> str:
         """The measure and its conditions, on one line."""
         return (
-            f"perplexity {self.perplexity:.4f}  ({self.dataset}, {self.num_windows} windows "
+            f"perplexity {self.perplexity:.4f}  ({_data_name(self)}, {self.num_windows} windows "
             f"of {self.seq_len} = {self.num_tokens} tokens, {self.dtype})"
         )
 
@@ -80,6 +80,8 @@ class Accuracy:
     top1: float  # 0 to 1
     model: str
     dataset: str
+    dataset_config: str | None
+    split: str | None  # None for a local file or folder, which has none
     revision: str | None
     num_images: int
     dtype: str
@@ -88,9 +90,15 @@ class Accuracy:
     def summary(self) -> str:
         """The measure and its conditions, on one line."""
         return (
-            f"top-1 {100 * self.top1:.2f} %  ({self.dataset}, {self.num_images} images, "
+            f"top-1 {100 * self.top1:.2f} %  ({_data_name(self)}, {self.num_images} images, "
             f"{self.dtype})"
         )
+
+
+def _data_name(result: Metrics | Accuracy) -> str:
+    """What was measured on, as `c4 en validation`."""
+    parts = (result.dataset, result.dataset_config, result.split)
+    return " ".join(part for part in parts if part is not None)
 
 
 def measure(config: EvalConfig, console: Console = QUIET) -> Metrics | Accuracy:
@@ -109,15 +117,18 @@ def classify(config: EvalConfig, console: Console = QUIET) -> Accuracy:
     checkpoint = Checkpoint.open(config.model)
     find_task(checkpoint, IMAGE_CLASSIFICATION)
     device = resolve_device(config.device)
-    model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
-    processor = Processor(checkpoint, model)
-    images = load_images(config.data, "evaluation", checkpoint, model)
-    with progress_bar(console, "evaluating", len(images.labels), "images") as advance:
-        value = top1(model, images, processor, config.batch_size, advance)
+    with memory_errors("give a smaller --batch-size"):
+        model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
+        processor = Processor(checkpoint, model)
+        images = load_images(config.data, "evaluation", checkpoint, model)
+        with progress_bar(console, "evaluating", len(images.labels), "images") as advance:
+            value = top1(model, images, processor, config.batch_size, advance)
     return Accuracy(
         top1=value,
         model=config.model,
         dataset=config.data.name,
+        dataset_config=config.data.config,
+        split=split_name(config.data, "evaluation"),
         revision=images.revision,
         num_images=len(images.labels),
         dtype=dtype_name(model.dtype),
@@ -139,16 +150,19 @@ def evaluate_each(
     windows, revision = _windows(config, checkpoint)
     for name in models:
         checkpoint = Checkpoint.open(name)
-        model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
-        check_tokens(windows, checkpoint, model)
-        with progress_bar(
-            console, "evaluating", len(windows), "windows", windows.shape[1]
-        ) as advance:
-            value = perplexity(model, windows, config.batch_size, advance)
+        with memory_errors("give a smaller --batch-size or --seq-len, or --dtype bfloat16"):
+            model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
+            check_tokens(windows, checkpoint, model)
+            with progress_bar(
+                console, "evaluating", len(windows), "windows", windows.shape[1]
+            ) as advance:
+                value = perplexity(model, windows, config.batch_size, advance)
         yield Metrics(
             perplexity=value,
             model=name,
             dataset=config.data.name,
+            dataset_config=config.data.config,
+            split=split_name(config.data, "evaluation"),
             revision=revision,
             num_windows=len(windows),
             seq_len=windows.shape[1],

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gradpipe.errors import InputError
+from gradpipe.pipeline.command import check_counts
 from gradpipe.pipeline.destination import check_store
 from gradpipe.stages.checkpoint import Checkpoint
 from gradpipe.stages.gblm_files import match_layers, read_gblm_file
@@ -47,10 +48,9 @@ class ImportConfig:
         """Refuse what cannot be meant."""
         if self.l1 is None and self.l2 is None:
             raise InputError("nothing to import: give --l1 FILE, --l2 FILE or both")
-        if self.num_samples < 1 or not 0 < self.scale < float("inf"):
-            raise InputError(
-                f"--num-samples {self.num_samples} --scale {self.scale}: expected more than 0"
-            )
+        check_counts(self, {"num_samples": 1})
+        if not 0 < self.scale < float("inf"):
+            raise InputError(f"--scale {self.scale}: expected a finite number, more than 0")
 
 
 def import_gblm(config: ImportConfig) -> GradientStore:

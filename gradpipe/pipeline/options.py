@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from gradpipe.errors import InputError
 from gradpipe.stages.score import METHODS
 from gradpipe.store.schema import DEFAULT_STATISTICS, OBJECTIVES, STATISTICS
 
+
+def _print_version(wanted: bool) -> None:  # noqa: FBT001 (typer calls it with the flag)
+    if wanted:
+        typer.echo(f"pipe {version('gradpipe')}")
+        raise typer.Exit
+
+
+def _share(text: str) -> float:
+    """A sparsity as the user wrote it; its range is the config's to check."""
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"--sparsity {text}: expected one number in [0, 1), the share to prune, as 0.5; repeat "
+            "--sparsity for several"
+        ) from None
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", help="Print the version, and stop.", callback=_print_version, is_eager=True
+    ),
+]
 Model = Annotated[str, typer.Argument(help="Model directory, Hub id, or `embedded`.")]
 Include = Annotated[list[str], typer.Option(help="Regex on layer names; repeatable.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")]
-Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16, float16.")]
+Dtype = Annotated[
+    str,
+    typer.Option(help="auto (the checkpoint's; float32 for float64), float32, bfloat16, float16."),
+]
 Task = Annotated[
     str | None, typer.Option(help=f"{', '.join(OBJECTIVES)} [default: by the architecture].")
 ]
@@ -31,12 +60,16 @@ TextColumn = Annotated[str, typer.Option(help="Column that holds the text.")]
 SeqLen = Annotated[
     int | None, typer.Option(help="Tokens of a window [default: 2048, or the model's maximum].")
 ]
-BatchSize = Annotated[int, typer.Option(help="Samples in one pass; results do not depend on it.")]
+BatchSize = Annotated[
+    int, typer.Option(help="Samples in one pass; results depend on it up to rounding.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result here; - for stdout.")]
 Blocks = Annotated[str | None, typer.Option(help="Path of the block list, as model.layers.")]
 Statistics = Annotated[
-    str | None,
-    typer.Option(help=f"Of {', '.join(STATISTICS)} [default: {','.join(DEFAULT_STATISTICS)}]."),
+    list[str],
+    typer.Option(
+        help=f"Of {', '.join(STATISTICS)}, repeatable [default: {','.join(DEFAULT_STATISTICS)}]."
+    ),
 ]
 Recipe = Annotated[
     str | None, typer.Option(help="best: the recommended options; other flags change them.")
@@ -65,6 +98,8 @@ Pruned = Annotated[
     typer.Option(
         "--sparsity",
         help="Share to prune, repeatable [default: 0.5, or of an allocation file its mean].",
+        parser=_share,
+        metavar="FLOAT",
     ),
 ]
 Patterns = Annotated[

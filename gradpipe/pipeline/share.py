@@ -21,6 +21,7 @@ from gradpipe.errors import Interrupted, StoreError
 from gradpipe.pipeline.interrupt import stop_requests
 from gradpipe.pipeline.progress import progress_bar
 from gradpipe.stages.batch import Batch, calibration_batch
+from gradpipe.stages.device import memory_errors
 from gradpipe.stages.experts import split_experts
 from gradpipe.stages.model import Blocks, Skeleton, attach, load_model
 from gradpipe.stages.plan import Plan
@@ -72,11 +73,14 @@ class Job:
 def run_share(job: Job, console: Console) -> None:
     """Collect the share, whose lock the caller holds; alone, finish the store.
 
-    Raises Interrupted on a signal, all saved.
+    Raises Interrupted on a signal, all saved; GradpipeError if memory runs out.
     """
     partial = Partial(job.store, job.shard)
     console.print(f"schedule {job.plan.schedule}: {job.plan.reason}", highlight=False)
-    with stop_requests() as stop_requested:
+    smaller = "with --overwrite a smaller --batch-size or --seq-len"
+    if job.plan.schedule == "resident":
+        smaller = f"--schedule streamed, or {smaller}"
+    with stop_requests() as stop_requested, memory_errors(f"run again {smaller}"):
         run = _run_resident if job.plan.schedule == "resident" else _run_streamed
         run(job, partial, console, stop_requested)
 

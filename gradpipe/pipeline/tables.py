@@ -17,7 +17,7 @@ def store_table(store: GradientStore) -> Table:
     """What a store holds, and of what."""
     spec, sizes = store.spec, store.sizes()
     num_weights = sum(layer.num_weights for layer in spec.layers)
-    table = Table(title=Text(printable(f"gradient store {store.url}")), show_header=False)
+    table = Table(title=_text(f"gradient store {store.url}"), show_header=False)
     rows = {
         "model": f"{spec.model.name} ({spec.model.architecture}, {spec.model.dtype})",
         "samples": f"{spec.samples.num_samples} x {_sample(spec.samples)} of "
@@ -29,7 +29,7 @@ def store_table(store: GradientStore) -> Table:
         "digest": store.digest,
     }
     for name, value in rows.items():
-        table.add_row(name, Text(printable(value)))  # a store's words, not markup
+        table.add_row(name, _text(value))
     return table
 
 
@@ -43,12 +43,12 @@ def _sample(samples: SampleSpec) -> str:
 
 def layer_table(result: PruneResult) -> Table:
     """Sparsity asked for and found, of each layer and in total."""
-    table = Table(title=f"{result.folder}", show_footer=True)
+    table = Table(title=_text(f"{result.folder}"), show_footer=True)
     table.add_column("layer", "total")
     table.add_column("requested", f"{result.requested:.4f}", justify="right")
     table.add_column("achieved", f"{result.achieved:.4f}", justify="right")
     for layer in result.layers:
-        table.add_row(layer.name, f"{layer.requested:.4f}", f"{layer.achieved:.4f}")
+        table.add_row(_text(layer.name), f"{layer.requested:.4f}", f"{layer.achieved:.4f}")
     return table
 
 
@@ -69,6 +69,11 @@ def plan_table(plan: Plan) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _text(words: str) -> Text:
+    """A user's or a store's words: no markup, nothing that a terminal would obey."""
+    return Text(printable(words))
 
 
 def _gib(num_bytes: int) -> str:

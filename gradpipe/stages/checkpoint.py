@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,8 @@ NOT_COPIED = (  # weights in any format, and the model card, which an output wri
 _FETCHED = (  # from the Hub: weights as safetensors alone, and small files
     *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"),
 )
+_TEMPLATES = "additional_chat_templates/*.jinja"  # the one subfolder that transformers reads
+_OTHER_FORMATS = (".gguf", ".h5", ".msgpack", ".onnx", ".tflite")
 _COPY_BYTES = 16 << 20
 EMBEDDED_NAME = "embedded"  # the model that ships with the package
 EMBEDDED_MODEL = Path(__file__).parents[1] / "embedded" / "tiny-llama"
@@ -86,7 +88,8 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         for file in files:
             tensors.update(_read_header(outline.folder / file))
-        _check_index(name, outline.folder, tensors)
+        if files != (SINGLE_NAME,):
+            _check_index(name, outline.folder, tensors)
         return replace(outline, files=files, tensors=tensors)
 
     @classmethod
@@ -126,10 +129,22 @@ class Checkpoint:
             config_digest=self.config_digest,
         )
 
+    def companions(self) -> Iterator[Path]:
+        """The files beside the weights that a copy needs, relative to the folder."""
+        unread = (INDEX_NAME,) if self.files == (SINGLE_NAME,) else ()
+        for path in sorted((*self.folder.iterdir(), *self.folder.glob(_TEMPLATES))):
+            if path.is_file() and not path.name.endswith((*NOT_COPIED, *unread)):
+                yield path.relative_to(self.folder)
+
     def layer_spec(self, key: str, block: int | None, *, transposed: bool = False) -> LayerSpec:
-        """What a store says of the layer behind a tensor, less the digest of its bytes."""
+        """What a store says of the layer behind a tensor, less the digest of its bytes.
+
+        Raises InputError for one whose values are no floats.
+        """
+        name = key.removesuffix(".weight")
+        check_type(name, self.tensors[key])
         return LayerSpec(
-            name=key.removesuffix(".weight"),
+            name=name,
             weight_key=key,
             shape=matrix_shape(self.tensors[key], transposed=transposed),
             block=block,
@@ -155,6 +170,15 @@ class Checkpoint:
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU, in its own dtype and shape."""
         return as_tensor(self.read_bytes(key), self.tensors[key])
+
+
+def check_type(layer: str, info: TensorInfo) -> None:
+    """Raises InputError for weights that are no floats: quantized ones cannot be pruned."""
+    if info.dtype not in FLOAT_TYPES:
+        raise InputError(
+            f"layer {layer} is of type {info.dtype}: expected F16, BF16, F32 or F64 weights: give "
+            "the model before it was quantized"
+        )
 
 
 def as_tensor(data: bytearray, info: TensorInfo) -> Tensor:
@@ -194,29 +218,48 @@ def _download(name: str, fetched: tuple[str, ...]) -> tuple[Path, str | None]:
 
 
 def _weight_files(name: str, folder: Path) -> tuple[str, ...]:
-    """Names of the safetensors files, all of them present."""
-    if (folder / INDEX_NAME).is_file():
-        weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{folder / INDEX_NAME} has no weight_map: restore it")
-        files = tuple(sorted(set(map(str, weight_map.values()))))
-        if odd := [file for file in files if Path(file).name != file]:
-            raise InputError(f"{folder / INDEX_NAME} names a file outside the checkpoint: {odd[0]}")
-        if missing := [file for file in files if not (folder / file).is_file()]:
-            raise InputError(
-                f"{name} lacks {len(missing)} of {len(files)} shards, first {missing[0]}: fetch it"
-            )
-        return files
+    """Names of the safetensors files, all of them present; as transformers, one file first."""
     if (folder / SINGLE_NAME).is_file():
         return (SINGLE_NAME,)
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in {".bin", ".pt", ".pth"})
-    if pickles:
+    if not (folder / INDEX_NAME).is_file():
+        raise _no_weights(name, folder)
+    weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / INDEX_NAME} has no weight_map: restore it")
+    files = tuple(sorted(set(map(str, weight_map.values()))))
+    if odd := [file for file in files if Path(file).name != file]:
+        raise InputError(f"{folder / INDEX_NAME} names a file outside the checkpoint: {odd[0]}")
+    if missing := [file for file in files if not (folder / file).is_file()]:
         raise InputError(
+            f"{name} lacks {len(missing)} of {len(files)} shards, first {missing[0]}: fetch it"
+        )
+    return files
+
+
+def _no_weights(name: str, folder: Path) -> InputError:
+    """The error of a folder without safetensors files to load: what is there, and what to do."""
+    names = sorted(path.name for path in folder.iterdir())
+    if broken := [x for x in (SINGLE_NAME, INDEX_NAME) if x in names]:
+        return InputError(f"{name}: {broken[0]} is a link to nothing, or no file: fetch it again")
+    if shards := [x for x in names if x.endswith(".safetensors")]:
+        return InputError(
+            f"{name} has safetensors files such as {shards[0]}, but neither {SINGLE_NAME} nor "
+            f"{INDEX_NAME}, which says what is in them: fetch that too"
+        )
+    if pickles := [x for x in names if Path(x).suffix in {".bin", ".pt", ".pth"}]:
+        return InputError(
             f"{name} holds its weights as pickle ({pickles[0]}), which can run code when loaded: "
             "convert it with AutoModel.from_pretrained(…).save_pretrained(…, "
             "safe_serialization=True) and give the new folder"
         )
-    raise InputError(f"{name} has no weights: expected {SINGLE_NAME} or {INDEX_NAME}")
+    if others := [x for x in names if x.endswith(_OTHER_FORMATS)]:
+        return InputError(
+            f"{name} holds its weights as {others[0]}, expected {SINGLE_NAME} or {INDEX_NAME}: "
+            "give the safetensors model that it was made from"
+        )
+    return InputError(
+        f"{name} has no weights, expected {SINGLE_NAME} or {INDEX_NAME}: fetch it again"
+    )
 
 
 def _read_header(path: Path) -> dict[str, TensorInfo]:
@@ -248,8 +291,6 @@ def _read_header(path: Path) -> dict[str, TensorInfo]:
 
 def _check_index(name: str, folder: Path, tensors: dict[str, TensorInfo]) -> None:
     """The index and the files must tell of the same tensors in the same places."""
-    if not (folder / INDEX_NAME).is_file():
-        return
     for key, file in _read_json(folder / INDEX_NAME)["weight_map"].items():
         if key not in tensors or tensors[key].file != file:
             raise InputError(
@@ -260,7 +301,7 @@ def _check_index(name: str, folder: Path, tensors: dict[str, TensorInfo]) -> Non
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if not isinstance(document, dict):
         raise InputError(f"{path} holds {type(document).__name__}, expected a JSON object")

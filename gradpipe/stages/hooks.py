@@ -82,7 +82,10 @@ class LayerHooks:
     def _check_once(self, name: str) -> None:
         """A sample's gradient is only whole if the layer runs once in a pass."""
         if name in self._seen:
-            raise GradpipeError(f"layer {name} runs twice in one pass (shared weights): exclude it")
+            raise GradpipeError(
+                f"layer {name} runs twice in one pass (shared weights): name blocks without it by "
+                "--blocks, or leave out --include; a model that shares a block is not supported"
+            )
         self._seen.add(name)
 
     def _check_shared(self, spec: LayerSpec, tensor: Tensor) -> None:

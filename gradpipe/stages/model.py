@@ -21,8 +21,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
-from gradpipe.errors import InputError
+from gradpipe.errors import GradpipeError, InputError
 from gradpipe.stages.checkpoint import FLOAT_TYPES, Checkpoint, TensorInfo
+from gradpipe.stages.device import is_out_of_memory
 from gradpipe.stages.experts import split_experts
 from gradpipe.stages.tasks import auto_class, noun
 from gradpipe.stages.tensor_names import weight_keys
@@ -30,6 +31,7 @@ from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
 
 _MAX_SEQ_LEN = 2048  # the literature's window
+_TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -62,14 +64,9 @@ class Skeleton:
 
 def sequence_length(asked: int | None, checkpoint: Checkpoint) -> int:
     """`asked`, or 2048 capped by the model's positions; InputError if the model has fewer."""
-    try:
-        with _silence():
-            config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    config = _read_config(checkpoint)
+    with _loading(checkpoint):
         limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    except Exception as error:  # each config has validators of its own
-        raise InputError(
-            f"{checkpoint.name}: transformers cannot read its config.json: {_first_line(error)}"
-        ) from error
     if asked is not None and limit is not None and asked > limit:
         raise InputError(
             f"--seq-len {asked}: {checkpoint.name} has {limit} positions: give at most that"
@@ -77,15 +74,31 @@ def sequence_length(asked: int | None, checkpoint: Checkpoint) -> int:
     return asked or min(_MAX_SEQ_LEN, limit or _MAX_SEQ_LEN)
 
 
+def _read_config(checkpoint: Checkpoint) -> Any:
+    """`config.json` as transformers understands it. Remote code is never run."""
+    try:
+        with _silence():
+            return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # each config has validators of its own
+        raise InputError(
+            f"{checkpoint.name}: transformers cannot read its config.json: {_first_line(error)}"
+        ) from error
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
-    """The checkpoint's tokenizer; InputError if it has none."""
+    """The checkpoint's tokenizer; InputError if it has none, which transformers might make up."""
+    if not any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise InputError(
+            f"{checkpoint.name} has no tokenizer, such as tokenizer.json: fetch it again, or copy "
+            "it from the model that this one was made of"
+        )
     try:
         with _silence():
             return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise from many families, in Python and in Rust
         raise InputError(
-            f"{checkpoint.name}: cannot load its tokenizer, such as tokenizer.json: "
-            f"{_first_line(error)}"
+            f"{checkpoint.name}: cannot load its tokenizer ({_first_line(error)}): fetch its files "
+            "again, such as tokenizer.json"
         ) from error
 
 
@@ -100,7 +113,10 @@ def check_tokens(ids: npt.NDArray[np.integer[Any]], checkpoint: Checkpoint, mode
 
 
 def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
-    """`auto` is the checkpoint's own: its config's dtype, else its first weight's."""
+    """`auto` is the checkpoint's own: its config's dtype, else its first weight's.
+
+    float64 is computed in float32: sums are no finer.
+    """
     if asked != "auto":
         if asked not in DTYPES:
             raise InputError(f"--dtype {asked}: expected auto or one of {', '.join(DTYPES)}")
@@ -111,7 +127,7 @@ def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
     kinds = [FLOAT_TYPES[t.dtype] for t in checkpoint.tensors.values() if t.dtype in FLOAT_TYPES]
     if not kinds:
         raise InputError(f"{checkpoint.name} holds no float weights: give --dtype")
-    return kinds[0]
+    return torch.float32 if kinds[0] is torch.float64 else kinds[0]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -124,9 +140,11 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
 
     It costs no memory and reads no weights. Buffers that no checkpoint holds (rotary frequencies,
     embedding scales) are computed as `from_pretrained` computes them. Remote code is never run.
+    InputError if the checkpoint's weights are quantized.
     """
+    _check_unquantized(checkpoint)
+    config = _read_config(checkpoint)
     with _loading(checkpoint):
-        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = auto_class(checkpoint).from_config(config, dtype=dtype)
         split_experts(model, checkpoint)
@@ -142,13 +160,25 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     return _frozen(model)
 
 
+def _check_unquantized(checkpoint: Checkpoint) -> None:
+    """Codes have no gradients, and cannot be pruned."""
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise InputError(
+            f"{checkpoint.name} is quantized ({method or 'quantization_config'} in its "
+            "config.json), expected float weights: give the model before it was quantized"
+        )
+
+
 def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
     """The checkpoint that `config.json` promises: tensors as transformers would save them.
 
     They have names, types and shapes, and lie in no file.
     """
+    _check_unquantized(outline)
+    config = _read_config(outline)
     with _loading(outline):
-        config = AutoConfig.from_pretrained(outline.folder, trust_remote_code=False)
         with torch.device("meta"):
             model: Any = auto_class(outline).from_config(config)
         saved = revert_weight_conversion(model, model.state_dict())
@@ -185,6 +215,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
 
 def _frozen(model: Any) -> Any:
     """Ready to be measured: its loss the tokens' alone, not the balance of a mixture's router."""
+    with _silence():  # transformers says of some models, as GPT-2, that they have no loss's name
+        model.loss_function = model.loss_function
     if getattr(model.config, "output_router_logits", False):
         model.config.output_router_logits = False
     return model.eval().requires_grad_(requires_grad=False)
@@ -196,7 +228,9 @@ def _loading(checkpoint: Checkpoint) -> Iterator[None]:
     try:
         with _silence():
             yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # each model's code raises what it likes
+        if isinstance(error, GradpipeError) or is_out_of_memory(error):
+            raise
         raise InputError(
             f"{checkpoint.name}: transformers cannot load it as {noun(checkpoint)}: "
             f"{_first_line(error)}"

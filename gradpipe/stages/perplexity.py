@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from gradpipe.errors import GradpipeError
+
 
 @torch.no_grad()
 def perplexity(
@@ -21,12 +23,20 @@ def perplexity(
     batch_size: int,
     advance: Callable[[int], None] = lambda _: None,
 ) -> float:
-    """Perplexity of `model` on `windows` (windows, tokens); `advance` hears of windows done."""
+    """Perplexity of `model` on `windows` (windows, tokens); `advance` hears of windows done.
+
+    Infinite where it is beyond a float. Raises GradpipeError for a loss that is not finite.
+    """
     total = 0.0
     for start in range(0, len(windows), batch_size):
         ids_BT = torch.from_numpy(windows[start : start + batch_size]).to(model.device)
-        loss = model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-        total += float(loss) * len(ids_BT)
+        loss = float(model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss)
+        if not math.isfinite(loss):
+            raise GradpipeError(
+                f"the model's loss is {loss} on window {start + 1} of {len(windows)}: try --dtype "
+                "bfloat16 or float32, or mend the checkpoint"
+            )
+        total += loss * len(ids_BT)
         advance(len(ids_BT))
     mean = total / len(windows)
     return math.exp(mean) if mean < 700 else math.inf

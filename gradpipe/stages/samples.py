@@ -28,11 +28,17 @@ from gradpipe.store.gradients import Calibration
 from gradpipe.store.schema import SampleSpec
 
 Use = Literal["calibration", "evaluation"]
-PRESETS = ("c4", "wikitext2", "stdlib")
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
+_TEXT_COLUMN = "text"
 _C4 = ("allenai/c4", "607bd4c8450a42878aa9ddc051a65a055450ef87")
 _WIKITEXT = ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3")
+_SPLITS: dict[str, dict[Use, str]] = {
+    "c4": {"calibration": "train", "evaluation": "validation"},
+    "wikitext2": {"calibration": "train", "evaluation": "test"},
+    "stdlib": {"calibration": "train", "evaluation": "heldout"},
+}
+PRESETS = tuple(_SPLITS)
 _C4_EVALUATION = (1100, 256)  # documents joined, windows kept: the literature's choice
 
 
@@ -44,7 +50,7 @@ class DataConfig:
     config: str | None = None  # Hub only: the dataset's configuration
     split: str | None = None  # Hub only: default train to calibrate, test to evaluate
     revision: str | None = None  # Hub only: a commit; default the newest, which is recorded
-    text_column: str = "text"
+    text_column: str = _TEXT_COLUMN
 
     @property
     def label(self) -> str:
@@ -55,6 +61,13 @@ class DataConfig:
         """Refuse an empty name, which would be the current folder, and options without effect."""
         if not self.name:
             raise InputError(f"--dataset '': expected one of {', '.join(PRESETS)}, a path or an id")
+        if self.text_column != _TEXT_COLUMN and (
+            self.name in PRESETS or self.name.endswith((".txt", ".npy"))
+        ):
+            raise InputError(
+                f"--text-column {self.text_column}: only tables have columns, --dataset "
+                f"{self.name} does not: leave it out"
+            )
         if self.name not in PRESETS and not Path(self.name).exists():
             return
         options = {"dataset-config": self.config, "split": self.split, "revision": self.revision}
@@ -75,6 +88,15 @@ class Text:
     separator: str  # between documents when they are joined
     joined: bool  # draw windows from the joined text, not from single documents
     max_windows: int | None = None
+
+
+def split_name(data: DataConfig, use: Use) -> str | None:
+    """The split that is read of `data`; None for a local file or folder, which has none."""
+    if data.name in _SPLITS:
+        return _SPLITS[data.name][use]
+    if Path(data.name).exists():
+        return None
+    return data.split or ("train" if use == "calibration" else "test")
 
 
 def load_text(data: DataConfig, use: Use) -> Text:
@@ -208,7 +230,7 @@ def _too_short(name: str, num_tokens: int, seq_len: int) -> InputError:
 def _load_c4(use: Use) -> Text:
     """One shard of C4, as the field uses it."""
     hub_id, revision = _C4
-    split = "train" if use == "calibration" else "validation"
+    split = _SPLITS["c4"][use]
     num_files = 1024 if use == "calibration" else 8
     file = f"en/c4-{split}.00000-of-{num_files:05d}.json.gz"
     rows = _load_file(hub_id, file, revision)
@@ -227,7 +249,7 @@ def _load_c4(use: Use) -> Text:
 def _load_wikitext2(use: Use) -> Text:
     """WikiText-2 raw; train rows joined by spaces to calibrate, test rows by blank lines."""
     hub_id, revision = _WIKITEXT
-    split, separator = ("train", " ") if use == "calibration" else ("test", "\n\n")
+    split, separator = _SPLITS["wikitext2"][use], " " if use == "calibration" else "\n\n"
     rows = _load_file(hub_id, f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet", revision)
     return Text(documents=rows["text"], revision=revision, separator=separator, joined=True)
 
@@ -253,7 +275,7 @@ def _load_hub(data: DataConfig, use: Use) -> Text:
 
 def load_rows(data: DataConfig, use: Use) -> tuple[Any, str]:
     """The rows of any dataset of the Hub, and their commit, which is to be recorded."""
-    split = data.split or ("train" if use == "calibration" else "test")
+    split = split_name(data, use)
     revision = _commit(data.name, data.revision)
     try:
         builder = datasets.load_dataset_builder(data.name, data.config, revision=revision)
@@ -305,7 +327,7 @@ def _file_documents(path: Path, column: str) -> list[str]:
     kind = _kind(path)
     try:
         if kind == "text":
-            return [path.read_text(encoding="utf-8")]
+            return [path.read_text(encoding="utf-8-sig")]
         values = _json_values(path, column) if kind == "json" else _parquet_values(path, column)
     except InputError:
         raise

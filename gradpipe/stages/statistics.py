@@ -106,7 +106,8 @@ class LayerAccumulator:
         """The sums on the host; GradpipeError if the layer never ran or a sum is not finite."""
         if not self.num_samples:
             raise GradpipeError(
-                f"layer {self.spec.name} never ran: exclude it, or name the blocks with --blocks"
+                f"layer {self.spec.name} never ran: name the blocks with --blocks; a model that "
+                "leaves some of their layers out is not supported"
             )
         for name, sums in self.sums.items():
             if not bool(torch.isfinite(sums).all()):
