@@ -27,7 +27,6 @@ from gradpipe.pipeline.prune_files import PruneJob, Written, score_of, write_fil
 from gradpipe.pipeline.select_layers import select_layers
 from gradpipe.pipeline.staging import SharedStaging, Staging
 from gradpipe.stages.checkpoint import (
-    NOT_COPIED,
     Checkpoint,
     as_tensor,
     count_zeros,
@@ -235,9 +234,9 @@ def _finish(
     results = []
     for target in job.targets:
         folder = job.folder(staging, target)
-        for path in sorted(job.checkpoint.folder.iterdir()):
-            if path.is_file() and not path.name.endswith(NOT_COPIED):
-                shutil.copyfile(path, folder / path.name)
+        for path in job.checkpoint.companions():
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(job.checkpoint.folder / path, folder / path)
         result = PruneResult(
             folder=job.folder(config.out, target),
             label=target.label,

@@ -40,7 +40,7 @@ class Places:
         return locked(self._beside(f"{shard.name}.lock"), of=self.out, wait=False)
 
     def _beside(self, name: str) -> Path:
-        return self.out.with_name(f".{self.out.name}.{name}")
+        return self.out.parent / f".{self.out.name}.{name}"
 
     def refuse_shards(self) -> None:
         """Raises InputError if shards have begun to fill the folder, and are not done."""

@@ -27,7 +27,7 @@ from gradpipe.store.schema import LayerSpec, ModelSpec
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-NOT_COPIED = (  # weights in any format, and the model card, which an output writes anew
+_NOT_COPIED = (  # weights in any format, and the model card, which an output writes anew
     *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
     *(".bin.index.json", "README.md"),
 )
@@ -133,7 +133,7 @@ class Checkpoint:
         """The files beside the weights that a copy needs, relative to the folder."""
         unread = (INDEX_NAME,) if self.files == (SINGLE_NAME,) else ()
         for path in sorted((*self.folder.iterdir(), *self.folder.glob(_TEMPLATES))):
-            if path.is_file() and not path.name.endswith((*NOT_COPIED, *unread)):
+            if path.is_file() and not path.name.endswith((*_NOT_COPIED, *unread)):
                 yield path.relative_to(self.folder)
 
     def layer_spec(self, key: str, block: int | None, *, transposed: bool = False) -> LayerSpec:
