@@ -3,6 +3,14 @@
 import os
 import sys
 
+# Read when huggingface_hub is imported, tokenizers or CUDA are first used; and by subprocesses.
+os.environ |= {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
 import pytest
 import torch
 from hypothesis import settings
@@ -10,14 +18,6 @@ from hypothesis import settings
 from tests.workplace import refused, stores, workplace
 
 __all__ = ["refused", "stores", "workplace"]  # fixtures
-
-# Read when huggingface_hub, tokenizers or CUDA are first used, and inherited by subprocesses.
-os.environ |= {
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}
 
 
