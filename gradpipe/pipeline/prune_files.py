@@ -16,6 +16,7 @@ from torch import Tensor
 from gradpipe.errors import GradpipeError, InputError, one_line
 from gradpipe.pipeline.allocation import Allocation, Budgets
 from gradpipe.stages.checkpoint import Checkpoint, TensorInfo, as_tensor, rewrite, tensor_bytes
+from gradpipe.stages.device import memory_errors
 from gradpipe.stages.prune import (
     Budget,
     Procedure,
@@ -146,11 +147,8 @@ def _each_target(job: PruneJob, item: _Loaded, written: Written) -> Iterator[Ten
 def _device_errors(layer: str) -> Iterator[None]:
     """Say which layer it was that the device, or its solvers, could not do."""
     try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise GradpipeError(
-            f"layer {layer}: the device has too little memory for it: use --device cpu"
-        ) from error
+        with memory_errors(f"layer {layer} is too large for the device: use another --device"):
+            yield
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise GradpipeError(
             f"layer {layer}: its second moments cannot be decomposed: {one_line(error)}; use a "
