@@ -6,7 +6,6 @@ Alone, a worker writes the store itself; as one of several shards it leaves raw 
 from __future__ import annotations
 
 import ctypes
-import gc
 import shutil
 import sys
 import time
@@ -205,7 +204,6 @@ def _stream(
     stop_requested: Callable[[], bool],
 ) -> None:
     """Collect the blocks that are not done, and commit each of them."""
-    gc.freeze()  # what is there by now need not be looked through after each block
     run = Streamed(job.skeleton, job.samples(), job.batch_size, scratch, job.device)
     with _bar(job, console, 2 * len(job.share) * len(job.skeleton.blocks.modules)) as advance:
 
@@ -221,7 +219,6 @@ def _stream(
             else:
                 partial.write(name, job.share, ((x.spec, x.result()) for x in sums))
             _trim_heap()
-    gc.unfreeze()
 
 
 def _write_block(writer: StoreWriter, sums: Sequence[LayerAccumulator]) -> CommitRecord:
@@ -234,11 +231,7 @@ def _write_block(writer: StoreWriter, sums: Sequence[LayerAccumulator]) -> Commi
 
 
 def _trim_heap() -> None:
-    """Give freed memory back: glibc keeps it, in pieces, and the peak would grow with the depth.
-
-    First of all what is free but for cycles of references, which Python looks for when it likes.
-    """
-    gc.collect()
+    """Give freed memory back: glibc keeps it, in pieces, and the peak would grow with the depth."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # musl has none
         trim(0)
