@@ -5,9 +5,7 @@ Alone, a worker writes the store itself; as one of several shards it leaves raw 
 
 from __future__ import annotations
 
-import ctypes
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -218,7 +216,6 @@ def _stream(
                 partial.commit(name, _write_block(writer, sums))
             else:
                 partial.write(name, job.share, ((x.spec, x.result()) for x in sums))
-            _trim_heap()
 
 
 def _write_block(writer: StoreWriter, sums: Sequence[LayerAccumulator]) -> CommitRecord:
@@ -228,13 +225,6 @@ def _write_block(writer: StoreWriter, sums: Sequence[LayerAccumulator]) -> Commi
         record.objects.update(writer.write_layer(x.spec, x.result()).objects)
         x.free()
     return record
-
-
-def _trim_heap() -> None:
-    """Give freed memory back: glibc keeps it, in pieces, and the peak would grow with the depth."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # musl has none
-        trim(0)
 
 
 def _done_blocks(job: Job, partial: Partial) -> set[int | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -39,6 +41,8 @@ class WeightLoader:
         finally:
             for name in names:
                 self._set(name, self._meta(name))
+            tied.clear()
+            _trim_heap()
 
     def _load(self, name: str, tied: dict[str, nn.Parameter]) -> None:
         key = self._keys[name]
@@ -71,3 +75,10 @@ class WeightLoader:
             if inside(name) and not buffer.is_meta and buffer.device != self._device:
                 owner, _, leaf = name.rpartition(".")
                 self._model.get_submodule(owner)._buffers[leaf] = buffer.to(self._device)  # noqa: SLF001
+
+
+def _trim_heap() -> None:
+    """Give freed memory back: glibc keeps it, in pieces, and the peak would grow with the depth."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # musl has none
+        trim(0)
