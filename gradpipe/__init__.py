@@ -5,8 +5,48 @@ store. Stage two, `prune`, sparsifies the checkpoint from the store, at as many 
 asked, and never runs the model.
 """
 
-import lazy_loader
+from importlib import import_module
+from typing import Any
 
-# What `__init__.pyi` imports, brought when it is first asked for: `pipe` answers signals, and
-# `import gradpipe` returns, before torch and transformers are loaded.
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
+    "Accuracy": "pipeline.reports.results",
+    "CollectConfig": "pipeline.collect.config",
+    "DataConfig": "stages.data.config",
+    "DemoResult": "pipeline.reports.results",
+    "EvalConfig": "pipeline.evaluate",
+    "GradientStore": "store.reader",
+    "GradpipeError": "errors",
+    "ImportConfig": "pipeline.collect.import_gblm",
+    "InputError": "errors",
+    "Interrupted": "errors",
+    "LayerResult": "pipeline.reports.results",
+    "Metrics": "pipeline.reports.results",
+    "PruneConfig": "pipeline.prune.config",
+    "PruneResult": "pipeline.reports.results",
+    "Shard": "store.shard",
+    "StoreError": "errors",
+    "classify": "pipeline.evaluate",
+    "collect": "pipeline.collect.run",
+    "collect_shard": "pipeline.collect.run",
+    "demo": "pipeline.demo",
+    "evaluate": "pipeline.evaluate",
+    "import_gblm": "pipeline.collect.import_gblm",
+    "merge": "pipeline.collect.merge",
+    "open_store": "store.reader",
+    "plan": "pipeline.collect.run",
+    "prune": "pipeline.prune.run",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: `import gradpipe` loads no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradpipe' has no attribute {name!r}")
+    value = getattr(import_module(f"gradpipe.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

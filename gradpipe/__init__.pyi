@@ -1,15 +1,22 @@
-from .errors import GradpipeError, InputError, Interrupted, StoreError
-from .pipeline.collect import CollectConfig, collect, collect_shard, plan
-from .pipeline.demo import DemoResult, demo
-from .pipeline.evaluate import Accuracy, EvalConfig, Metrics, classify, evaluate
-from .pipeline.import_gblm import ImportConfig, import_gblm
-from .pipeline.merge import merge
-from .pipeline.output import LayerResult, PruneResult
-from .pipeline.prune import prune
-from .pipeline.prune_config import PruneConfig
-from .stages.samples import DataConfig
-from .store.gradients import GradientStore, open_store
-from .store.partial import Shard
+from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
+from gradpipe.pipeline.collect.config import CollectConfig
+from gradpipe.pipeline.collect.import_gblm import ImportConfig, import_gblm
+from gradpipe.pipeline.collect.merge import merge
+from gradpipe.pipeline.collect.run import collect, collect_shard, plan
+from gradpipe.pipeline.demo import demo
+from gradpipe.pipeline.evaluate import EvalConfig, classify, evaluate
+from gradpipe.pipeline.prune.config import PruneConfig
+from gradpipe.pipeline.prune.run import prune
+from gradpipe.pipeline.reports.results import (
+    Accuracy,
+    DemoResult,
+    LayerResult,
+    Metrics,
+    PruneResult,
+)
+from gradpipe.stages.data.config import DataConfig
+from gradpipe.store.reader import GradientStore, open_store
+from gradpipe.store.shard import Shard
 
 __all__ = [
     "Accuracy",

@@ -16,13 +16,13 @@ from typing import Annotated
 import typer
 
 from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
-from gradpipe.pipeline import collect as collecting
 from gradpipe.pipeline import demo as demonstrating
 from gradpipe.pipeline import evaluate as evaluating
-from gradpipe.pipeline import import_gblm as importing
-from gradpipe.pipeline import merge as merging
-from gradpipe.pipeline import prune as pruning
-from gradpipe.pipeline.options import (
+from gradpipe.pipeline.collect import import_gblm as importing
+from gradpipe.pipeline.collect import merge as merging
+from gradpipe.pipeline.collect import run as collecting
+from gradpipe.pipeline.collect.config import CollectConfig
+from gradpipe.pipeline.flags import (
     AllocationName,
     AllocationScore,
     AllowMismatch,
@@ -62,13 +62,14 @@ from gradpipe.pipeline.options import (
     Update,
     Version,
 )
-from gradpipe.pipeline.prune_config import RECIPE_STATISTICS, PruneConfig, recipe_options
-from gradpipe.pipeline.tables import demo_table, layer_table, plan_table, store_table
+from gradpipe.pipeline.prune import run as pruning
+from gradpipe.pipeline.prune.config import RECIPE_STATISTICS, PruneConfig, recipe_options
+from gradpipe.pipeline.reports.tables import demo_table, layer_table, plan_table, store_table
 from gradpipe.pipeline.terminal import Output, complain, prepare_streams, say, stderr, stdout
-from gradpipe.stages.samples import DataConfig
-from gradpipe.store.gradients import GradientStore
-from gradpipe.store.partial import Shard
-from gradpipe.store.schema import DEFAULT_STATISTICS
+from gradpipe.stages.data.config import DataConfig
+from gradpipe.store.reader import GradientStore
+from gradpipe.store.shard import Shard
+from gradpipe.store.statistics import DEFAULT_STATISTICS
 
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
@@ -119,7 +120,7 @@ def collect_grads(
     dry_run: DryRun = False,
 ) -> None:
     """Stage one: stream calibration samples through a model and write a gradient store."""
-    config = collecting.CollectConfig(
+    config = CollectConfig(
         model=model,
         store=store,
         task=task,

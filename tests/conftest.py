@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.workplace import refused, stores, workplace
+from tests.support.workplace import refused, stores, workplace
 
 __all__ = ["refused", "stores", "workplace"]  # fixtures
 THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.collect import CollectConfig, collect
+from gradpipe.pipeline.collect.config import CollectConfig
+from gradpipe.pipeline.collect.run import collect
 from gradpipe.pipeline.evaluate import EvalConfig, evaluate_each
-from gradpipe.pipeline.output import PruneResult
 from gradpipe.pipeline.progress import QUIET
-from gradpipe.pipeline.prune import prune
-from gradpipe.pipeline.prune_config import RECIPES, PruneConfig
-from gradpipe.stages.checkpoint import EMBEDDED_NAME
-from gradpipe.stages.samples import DataConfig
-from gradpipe.store.gradients import is_begun, is_complete
-from gradpipe.store.schema import DEFAULT_STATISTICS, SECOND_MOMENTS
+from gradpipe.pipeline.prune.config import RECIPES, PruneConfig
+from gradpipe.pipeline.prune.run import prune
+from gradpipe.pipeline.reports.results import DemoResult, PruneResult
+from gradpipe.stages.checkpoint.folder import EMBEDDED_NAME
+from gradpipe.stages.data.config import DataConfig
+from gradpipe.store.folder import is_begun, is_complete
+from gradpipe.store.statistics import DEFAULT_STATISTICS, SECOND_MOMENTS
 
 SPARSITIES = (0.5, 0.6, 0.7)
+
 PATTERNS = ("2:4", "4:8")
+
 ROWS: tuple[tuple[str, dict[str, Any]], ...] = (  # name, options
     ("magnitude", {"method": "magnitude"}),
     ("wanda", {"method": "wanda"}),
@@ -35,21 +37,16 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (  # name, options
     ("alps", {"method": "alps"}),
     ("best", RECIPES["best"]),
 )
+
 _SEQ_LEN = 256  # what the embedded model was trained at
+
 _MAX_WINDOWS = 64  # 16,384 tokens: enough to tell the methods apart
+
 _DATA = DataConfig(name="stdlib")
+
 _EVALUATION = EvalConfig(
     model=EMBEDDED_NAME, data=_DATA, seq_len=_SEQ_LEN, batch_size=8, max_windows=_MAX_WINDOWS
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DemoResult:
-    """Perplexities by row (method) and column (target), and where everything lies."""
-
-    folder: Path
-    dense: float  # perplexity of the unpruned model
-    perplexities: dict[str, dict[str, float]]
 
 
 def demo(out: Path, console: Console = QUIET) -> DemoResult:

@@ -10,23 +10,26 @@ import numpy.typing as npt
 from rich.console import Console
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.command import check_counts
+from gradpipe.pipeline.options import check_counts
 from gradpipe.pipeline.progress import QUIET, progress_bar
-from gradpipe.stages.checkpoint import Checkpoint
+from gradpipe.pipeline.reports.results import Accuracy, Metrics
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.data.config import DataConfig, split_name
+from gradpipe.stages.data.images import Processor, load_images
+from gradpipe.stages.data.text import load_text
+from gradpipe.stages.data.tokens import is_tokens, token_windows, window_length
+from gradpipe.stages.data.windows import evaluation_windows
 from gradpipe.stages.device import memory_errors, resolve_device
-from gradpipe.stages.images import Processor, load_images
-from gradpipe.stages.model import (
+from gradpipe.stages.evaluate.perplexity import perplexity
+from gradpipe.stages.evaluate.top1 import top1
+from gradpipe.stages.model.load import (
     check_tokens,
     dtype_name,
     load_model,
     load_tokenizer,
     resolve_dtype,
 )
-from gradpipe.stages.perplexity import perplexity
-from gradpipe.stages.samples import DataConfig, evaluation_windows, load_text, split_name
-from gradpipe.stages.tasks import check_task, find_task
-from gradpipe.stages.tokens import is_tokens, token_windows, window_length
-from gradpipe.stages.top1 import top1
+from gradpipe.stages.model.tasks import check_task, find_task
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 
 
@@ -47,58 +50,6 @@ class EvalConfig:
         """Refuse what cannot be meant."""
         check_task(self.task)
         check_counts(self, {"seq_len": 2, "max_windows": 1, "batch_size": 1})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Metrics:
-    """A perplexity, and what one must know to compare it."""
-
-    perplexity: float
-    model: str
-    dataset: str
-    dataset_config: str | None
-    split: str | None  # None for a local file or folder, which has none
-    revision: str | None
-    num_windows: int
-    seq_len: int
-    num_tokens: int
-    dtype: str
-
-    @property
-    def summary(self) -> str:
-        """The measure and its conditions, on one line."""
-        return (
-            f"perplexity {self.perplexity:.4f}  ({_data_name(self)}, {self.num_windows} windows "
-            f"of {self.seq_len} = {self.num_tokens} tokens, {self.dtype})"
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Accuracy:
-    """A top-1 accuracy, and what one must know to compare it."""
-
-    top1: float  # 0 to 1
-    model: str
-    dataset: str
-    dataset_config: str | None
-    split: str | None  # None for a local file or folder, which has none
-    revision: str | None
-    num_images: int
-    dtype: str
-
-    @property
-    def summary(self) -> str:
-        """The measure and its conditions, on one line."""
-        return (
-            f"top-1 {100 * self.top1:.2f} %  ({_data_name(self)}, {self.num_images} images, "
-            f"{self.dtype})"
-        )
-
-
-def _data_name(result: Metrics | Accuracy) -> str:
-    """What was measured on, as `c4 en validation`."""
-    parts = (result.dataset, result.dataset_config, result.split)
-    return " ".join(part for part in parts if part is not None)
 
 
 def measure(config: EvalConfig, console: Console = QUIET) -> Metrics | Accuracy:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gradpipe.errors import GradpipeError, InputError, printable
-from gradpipe.pipeline.destination import is_writable
+from gradpipe.pipeline.places import is_writable
 
 
 def prepare_streams() -> None:

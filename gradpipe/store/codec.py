@@ -30,20 +30,31 @@ import numpy as np
 import numpy.typing as npt
 
 from gradpipe.errors import StoreError
-from gradpipe.store.schema import SECOND_MOMENTS, LayerSpec, StatisticSpec
+from gradpipe.store.schema import LayerSpec, StatisticSpec
+from gradpipe.store.statistics import SECOND_MOMENTS
 
 Sums = npt.NDArray[np.float32]
+
 Levels = npt.NDArray[np.int32]
+
 Levels16 = npt.NDArray[np.int16]
+
 Parts = dict[str, npt.NDArray[Any]]
 
 ENCODINGS = ("compact", "float32", "float16")
+
 SQUARED = ("grad_l2", "act_l2")  # sums of squares, whose roots are the norms
+
 STEPS = 16  # levels of a factor of two
+
 ESCAPE = 15
+
 UNIT = 32767  # a correlation of 1
+
 SPECIAL = 1 << 14  # levels below −this stand for 0, above it for ∞
+
 _CHUNK_VALUES = 1 << 20
+
 LOWEST, HIGHEST = -126 * STEPS - 1, 128 * STEPS  # one beyond float32's normal numbers
 
 _COMPACT = {"grad_l1": "log", "grad_l2": "log", "grad_sum": "float16"}  # the rest as float32

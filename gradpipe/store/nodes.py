@@ -11,6 +11,7 @@ from gradpipe.store import arrays
 from gradpipe.store.objects import ObjectReader, ObjectWriter
 
 ATTRIBUTE = "gradpipe"  # everything that a node says of itself stands under this key
+
 _ROOT_BYTES, _NODE_BYTES = 1 << 26, 1 << 20  # metadata's limits: the root consolidates all others
 
 

@@ -11,31 +11,23 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from gradpipe.errors import StoreError
+from gradpipe.store.statistics import GRADIENT_STATISTICS, SECOND_MOMENTS, STATISTICS
 
 FORMAT_VERSION = 1
 
 CAUSAL_LM = "causal-lm"  # the mean cross-entropy of a sample's next tokens
+
 IMAGE_CLASSIFICATION = "image-classification"  # the cross-entropy of a sample's label
+
 OBJECTIVES = (CAUSAL_LM, IMAGE_CLASSIFICATION)
 
-GRADIENT_STATISTICS = ("grad_l1", "grad_l2", "grad_sum")  # (out, in)
-ACTIVATION_STATISTICS = ("act_l2", "act_sum")  # (in,)
-SECOND_MOMENTS = ("hessian", "grad_cov")  # (in, in) and (out, out), as packed triangles
-DEFAULT_STATISTICS = ("grad_l1", "grad_l2", "act_l2")
-STATISTICS = GRADIENT_STATISTICS + ACTIVATION_STATISTICS + SECOND_MOMENTS
-
 _DIGEST = re.compile(r"[0-9a-f]{32}")
+
 _NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
-
-
-def needs_backward(statistics: Iterable[str]) -> bool:
-    """True if any of them is of gradients."""
-    return not {*GRADIENT_STATISTICS, "grad_cov"}.isdisjoint(statistics)
 
 
 class JsonSpec:

@@ -41,40 +41,14 @@ import typer
 from rich.console import Console
 
 import gradpipe.cli
-import gradpipe.pipeline.collect
-import gradpipe.pipeline.merge
-import gradpipe.pipeline.prune
-import gradpipe.pipeline.share
-import gradpipe.pipeline.staging
-import gradpipe.stages.streamed
-import gradpipe.store.gradients
 from gradpipe.store.objects import digest
-from tests.models import save_tiny
-from tests.texts import write_text
+from tests.support.models import save_tiny
+from tests.support.phases import PHASES
+from tests.support.texts import write_text
 
 SETTINGS = ["--num-samples", "9", "--seq-len", "16", "--batch-size", "2"]
 SECONDS_TO_HANG = 60.0
 
-# phase -> what is running in it: the owner and the name of a function. Listed from the outer to
-# the inner: while an inner one runs, its phase is the phase.
-PHASES: Mapping[str, tuple[Any, str]] = {
-    "tokenising": (gradpipe.pipeline.collect, "_draw"),
-    "beginning": (gradpipe.store.gradients.StoreWriter, "begin"),
-    "loading": (gradpipe.pipeline.share, "load_model"),
-    "accumulating": (gradpipe.pipeline.share, "resident_batch"),
-    "snapshotting": (gradpipe.pipeline.share, "_save"),
-    "finalising": (gradpipe.pipeline.share, "_finish"),
-    "merging": (gradpipe.pipeline.collect, "finalize"),
-    "streaming forward": (gradpipe.stages.streamed.Streamed, "_forward"),
-    "streaming the head": (gradpipe.stages.streamed.Streamed, "_run_head"),
-    "streaming backward": (gradpipe.stages.streamed.Streamed, "_run_block"),
-    "writing a layer": (gradpipe.store.gradients.StoreWriter, "write_encoded"),
-    "committing": (gradpipe.store.gradients.StoreWriter, "commit"),
-    "tidying": (gradpipe.store.gradients, "tidy"),
-    "pruning": (gradpipe.pipeline.prune, "write_file"),
-    "reporting": (gradpipe.pipeline.prune, "_finish"),
-    "publishing": (gradpipe.pipeline.staging.Places, "publish"),
-}
 _NAMES = ("starting", *PHASES)
 
 

@@ -1,0 +1,1 @@
+"""Stage one as a run: fix the samples, work through them, finish the store."""

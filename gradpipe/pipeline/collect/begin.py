@@ -1,0 +1,158 @@
+"""The begin of a collection: fix its samples, or find them fixed; refuse another collection."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from gradpipe.errors import InputError, StoreError
+from gradpipe.pipeline.collect.config import CollectConfig
+from gradpipe.pipeline.collect.merge import check_same
+from gradpipe.pipeline.options import changed_options, recorded_command
+from gradpipe.stages.data.images import Processor, draw_images, load_images
+from gradpipe.stages.data.text import load_text
+from gradpipe.stages.data.tokens import is_tokens, token_samples, window_length
+from gradpipe.stages.data.windows import draw_samples
+from gradpipe.stages.model.layers import Skeleton
+from gradpipe.stages.model.load import check_tokens, dtype_name, load_tokenizer
+from gradpipe.stages.model.shared_inputs import image_tokens
+from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
+from gradpipe.store.folder import (
+    LOCK_NAME,
+    PARTIAL,
+    Calibration,
+    clear,
+    is_begun,
+    is_complete,
+    read_begun,
+    tidy,
+)
+from gradpipe.store.lock import locked
+from gradpipe.store.reader import GradientStore
+from gradpipe.store.schema import (
+    CAUSAL_LM,
+    FORMAT_VERSION,
+    IMAGE_CLASSIFICATION,
+    SampleSpec,
+    StoreSpec,
+)
+from gradpipe.store.shard import Shard
+from gradpipe.store.snapshots import Partial, begun_shards
+from gradpipe.store.statistics import STATISTICS
+from gradpipe.store.writer import StoreWriter
+
+_MAX_TOKENS = 2**31  # of all samples: they are kept in memory, and in the store
+
+_NOT_RESULTS = {  # fields that leave the store's content as it is
+    *("model", "task", "store", "data", "overwrite", "device", "schedule", "scratch"),
+    *("checkpoint_every", "shard", "finalize"),
+}
+
+
+def begin(
+    config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack
+) -> tuple[StoreSpec, Calibration] | None:
+    """Fix the samples, or find them fixed; None if the same command has finished before.
+
+    The shard's lock, taken under the store's, is left with `held`.
+    """
+    folder, samples = config.store, None
+    if is_complete(folder) and not config.overwrite:
+        store = GradientStore.open(folder)
+        if _spec(config, skeleton, store.spec.samples) != store.spec:
+            raise InputError(
+                f"store {folder} exists and is complete: give another name or --overwrite"
+            )
+        tidy(folder)
+        return None
+    if config.overwrite or not is_begun(folder):
+        samples = _draw(config, skeleton)
+    with locked(folder / LOCK_NAME, of=folder, wait=True):
+        if is_complete(folder) and not config.overwrite:
+            return None  # another process was faster
+        if config.overwrite or not is_begun(folder):
+            if not config.overwrite and begun_shards(folder):
+                raise StoreError(
+                    f"store {folder} holds shards, but the record of its samples has vanished: "
+                    "restore partial/calibration.json, or start anew with --overwrite"
+                )
+            if samples is None:
+                raise StoreError(f"store {folder} was removed meanwhile: run the command again")
+            clear(folder)
+            spec = _spec(config, skeleton, samples[0])
+            StoreWriter(folder, spec).begin(samples[1])
+        _check_count(folder, shard)
+        spec, calibration = read_begun(folder)
+        check_same(folder, _spec(config, skeleton, spec.samples), spec)
+        held.enter_context(locked(Partial(folder, shard).lock, of=folder, wait=False))
+        return spec, calibration
+
+
+def _check_count(folder: Path, shard: Shard) -> None:
+    """Raises InputError if shards of another number have been begun: they do not add up."""
+    other = sorted(x.count for x in begun_shards(folder) if x.count != shard.count)
+    for lock in (folder / PARTIAL).glob("*-of-*.lock"):
+        if not lock.stem.endswith(f"-of-{shard.count}"):
+            with locked(lock, of=folder, wait=False):
+                pass  # or raise that it is at work
+    if other:
+        raise InputError(
+            f"store {folder} was begun as {other[0]} shards, not {shard.count}: go on with "
+            "that many, give another store or --overwrite"
+        )
+
+
+def _draw(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
+    is_of_images = find_task(skeleton.checkpoint) == IMAGE_CLASSIFICATION
+    spec, calibration = (_draw_images if is_of_images else _draw_windows)(config, skeleton)
+    return replace(spec, dataset=config.data.label), calibration
+
+
+def _draw_images(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
+    model, checkpoint = skeleton.model, skeleton.checkpoint
+    check_loss_of_labels(model)
+    num_tokens = image_tokens(model, skeleton.blocks)
+    processor = Processor(checkpoint, model)
+    images = load_images(config.data, "calibration", checkpoint, model)
+    return draw_images(images, processor, config.num_samples, num_tokens, config.seed)
+
+
+def _draw_windows(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
+    name, checkpoint = config.data.name, skeleton.checkpoint
+    seq_len = window_length(name, config.seq_len, checkpoint)
+    if config.num_samples * seq_len >= _MAX_TOKENS:
+        raise InputError(
+            f"--num-samples {config.num_samples} of {seq_len} tokens are "
+            f"{config.num_samples * seq_len}, expected less than {_MAX_TOKENS}: ask for fewer"
+        )
+    if is_tokens(name):
+        drawn = token_samples(name, config.num_samples, seq_len)
+    else:
+        tokenizer = load_tokenizer(checkpoint)
+        text = load_text(config.data, "calibration")
+        drawn = draw_samples(name, text, tokenizer, config.num_samples, seq_len, config.seed)
+    check_tokens(drawn[1].arrays["input_ids"], checkpoint, skeleton.model)
+    return drawn
+
+
+def _spec(config: CollectConfig, skeleton: Skeleton, samples: SampleSpec) -> StoreSpec:
+    checkpoint = skeleton.checkpoint
+    task = find_task(checkpoint)
+    options = {"task": None if task == CAUSAL_LM else task}
+    options |= changed_options(config, leave_out=_NOT_RESULTS)
+    data = changed_options(config.data, leave_out={"name", "config"})
+    options |= {"dataset": config.data.label, "dataset-config": config.data.config, **data}
+    options |= {"statistics": ",".join(config.statistics)}
+    return StoreSpec(
+        version=FORMAT_VERSION,
+        gradpipe=version("gradpipe"),
+        objective=task,
+        model=checkpoint.model_spec(dtype_name(skeleton.model.dtype)),
+        samples=samples,
+        statistics=tuple(name for name in STATISTICS if name in config.statistics),
+        encoding=config.encoding,
+        layers=tuple(layer.spec for layer in skeleton.layers),
+        command=recorded_command("collect-grads", (checkpoint.label, "STORE"), options),
+    )

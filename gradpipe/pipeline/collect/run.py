@@ -1,0 +1,160 @@
+"""Stage one: stream calibration samples once through a model, and write the gradient store."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from gradpipe.errors import InputError, Interrupted
+from gradpipe.pipeline.collect.begin import begin
+from gradpipe.pipeline.collect.config import CollectConfig
+from gradpipe.pipeline.collect.merge import finalize, is_last
+from gradpipe.pipeline.collect.worker import Job, begun_schedule, run_share
+from gradpipe.pipeline.places import check_scratch, check_store
+from gradpipe.pipeline.progress import QUIET
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.collect.estimate import Plan, Workload, make_plan
+from gradpipe.stages.data.tokens import window_length
+from gradpipe.stages.device import resolve_device
+from gradpipe.stages.model.experts import fused_weights
+from gradpipe.stages.model.layers import Skeleton, find_blocks, find_layers
+from gradpipe.stages.model.load import (
+    build_skeleton,
+    resolve_dtype,
+    sequence_length,
+    with_expected_tensors,
+)
+from gradpipe.stages.model.shared_inputs import image_tokens, share_hessians
+from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
+from gradpipe.store.folder import LOCK_NAME, is_complete
+from gradpipe.store.lock import locked
+from gradpipe.store.reader import GradientStore
+from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
+from gradpipe.store.shard import Shard
+
+
+def collect(config: CollectConfig, console: Console = QUIET) -> GradientStore:
+    """Run stage one, and return the finished store; the same call again finishes a killed one.
+
+    Raises InputError before anything is written if the model, the data or the store's folder
+    cannot be used; GradpipeError if the model yields NaN or the disk fails; Interrupted on a
+    signal. After the last two the store can be resumed.
+    """
+    if config.shard is not None:
+        raise InputError("--shard: use collect_shard, which may leave the store unfinished")
+    _run(config, Shard(0, 1), console)
+    return GradientStore.open(config.store)
+
+
+def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientStore | None:
+    """Run one shard of stage one; returns the store if this finished it (`finalize`).
+
+    Raises as `collect` does.
+    """
+    if config.shard is None:
+        raise InputError("--shard: expected I/N, the job's number among N")
+    _run(config, config.shard, console)
+    if config.finalize and not is_complete(config.store):
+        with locked(config.store / LOCK_NAME, of=config.store, wait=True):
+            if not is_complete(config.store) and is_last(config.store):
+                finalize(config.store)
+    return GradientStore.open(config.store) if is_complete(config.store) else None
+
+
+def plan(config: CollectConfig) -> Plan:
+    """What stage one would take, from `config.json` alone: no weight is read, none is fetched."""
+    checkpoint = with_expected_tensors(Checkpoint.outline(config.model))
+    device, shard = resolve_device(config.device), config.shard or Shard(0, 1)
+    skeleton = _skeleton(config, checkpoint, with_digests=False)
+    if find_task(checkpoint) == IMAGE_CLASSIFICATION:
+        check_loss_of_labels(skeleton.model)
+        seq_len = image_tokens(skeleton.model, skeleton.blocks)
+    else:
+        seq_len = window_length(config.data.name, config.seq_len, checkpoint)
+    return _plan(config, shard, skeleton, _workload(config, shard, seq_len), device)
+
+
+def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
+    """Collect one share, and finish the store if it is all there is."""
+    sources = (Path(config.model), Path(config.data.name))
+    check_store(config.store, sources)
+    if config.scratch is not None:
+        check_scratch(config.scratch)
+    checkpoint = Checkpoint.open(config.model)
+    device = resolve_device(config.device)
+    skeleton = _skeleton(config, checkpoint, with_digests=True)
+    if fused := fused_weights(skeleton.model):
+        console.print(
+            f"{len(fused)} tensors hold several experts each, as {fused[0]} does: they are no "
+            "layers, and stay dense",
+            highlight=False,
+            markup=False,
+        )
+    with ExitStack() as held:
+        begun = begin(config, shard, skeleton, held)
+        if begun is None:
+            return
+        spec, calibration = begun
+        work = _workload(config, shard, spec.samples.seq_len)
+        job = Job(
+            skeleton=skeleton,
+            spec=spec,
+            calibration=calibration,
+            plan=_plan(config, shard, skeleton, work, device),
+            device=device,
+            store=config.store,
+            shard=shard,
+            batch_size=config.batch_size,
+            scratch=config.scratch,
+            checkpoint_every=config.checkpoint_every,
+        )
+        try:
+            run_share(job, console)
+        except Interrupted as error:
+            again = ", without --overwrite," if config.overwrite else ""
+            raise Interrupted(f"{error}: run the same command again{again} to go on") from error
+
+
+def _plan(
+    config: CollectConfig, shard: Shard, skeleton: Skeleton, work: Workload, device: torch.device
+) -> Plan:
+    """As `make_plan`, but `auto` goes on as was begun: another schedule would start anew."""
+    begun = begun_schedule(config.store, shard) if config.schedule == "auto" else None
+    planned = make_plan(begun or config.schedule, skeleton, work, device)
+    return planned if begun is None else replace(planned, reason="as it was begun")
+
+
+def _check_windows(config: CollectConfig, checkpoint: Checkpoint) -> None:
+    """Raises InputError if the checkpoint is not for the task, or cannot have such windows."""
+    if find_task(checkpoint, config.task) == CAUSAL_LM:
+        sequence_length(config.seq_len, checkpoint)
+    elif config.seq_len is not None:
+        raise InputError(
+            f"--seq-len {config.seq_len}: {checkpoint.name} classifies images, which have no "
+            "windows: leave it out"
+        )
+
+
+def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_digests: bool) -> Skeleton:
+    """The model taken apart; InputError if it cannot be, or is not for what is asked."""
+    _check_windows(config, checkpoint)
+    model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
+    blocks = find_blocks(model, config.blocks)
+    layers = find_layers(model, blocks, checkpoint, config.include, with_digests=with_digests)
+    if "hessian" in config.statistics:
+        layers = share_hessians(model, layers)
+    return Skeleton(checkpoint=checkpoint, model=model, blocks=blocks, layers=layers)
+
+
+def _workload(config: CollectConfig, shard: Shard, seq_len: int) -> Workload:
+    return Workload(
+        num_samples=len(shard.share(config.num_samples)),
+        seq_len=seq_len,
+        batch_size=config.batch_size,
+        statistics=config.statistics,
+        encoding=config.encoding,
+    )

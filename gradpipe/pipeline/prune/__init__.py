@@ -1,0 +1,1 @@
+"""Stage two as a run: plan, verify, write file by file, publish."""

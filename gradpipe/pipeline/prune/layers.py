@@ -1,0 +1,176 @@
+"""Which layers are pruned, each checked against the checkpoint, the store and the options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+
+from gradpipe.errors import InputError
+from gradpipe.pipeline.prune.config import PruneConfig
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.tensors import check_type, matrix_shape
+from gradpipe.stages.prune.mask import check_pattern
+from gradpipe.store.reader import GradientStore
+from gradpipe.store.schema import LayerSpec
+from gradpipe.store.statistics import ACTIVATION_STATISTICS
+
+_PLAIN = ("none", "input", "uniform")  # values of options that ask for nothing
+
+_HEADS = ("lm_head", "embed_out")  # as transformers names them
+
+_IMPORTED_BY = {
+    "grad_l1": "import-gblm --l1 FILE",
+    "grad_l2": "import-gblm --l2 FILE",
+    **dict.fromkeys(ACTIVATION_STATISTICS, "import-gblm --activations STORE"),
+}
+
+
+def select_layers(
+    config: PruneConfig, checkpoint: Checkpoint, store: GradientStore
+) -> dict[str, LayerSpec]:
+    """The layers to prune, by weight key, each checked against checkpoint, store and pattern."""
+    candidates = {layer.weight_key: layer for layer in store.spec.layers}
+    blocks = {_list_of(x.name) for x in store.spec.layers if x.block is not None}
+    for info in checkpoint.tensors.values():
+        is_bare = info.key not in candidates and info.is_matrix and info.key.endswith(".weight")
+        if is_bare and _list_of(info.key) not in blocks:  # an embedding or a head, not a router
+            candidates[info.key] = checkpoint.layer_spec(info.key, block=None)
+    _check_patterns(config, checkpoint, [*candidates.values()])
+    layers = {key: layer for key, layer in candidates.items() if _is_selected(config, layer)}
+    if not layers:
+        raise InputError("no layer is left to prune: check --include and --exclude")
+    for layer in layers.values():
+        _check_tensor(config, checkpoint, store, layer)
+    _check_tied(checkpoint, [*candidates.values()], layers)
+    _check_statistics(config, store, layers.values())
+    for target in config.targets():
+        for layer in layers.values():
+            if target.pattern is not None:
+                check_pattern(target.pattern, layer.name, layer.shape[1])
+    return layers
+
+
+def _check_patterns(
+    config: PruneConfig, checkpoint: Checkpoint, candidates: Sequence[LayerSpec]
+) -> None:
+    """A regex that matches nothing is a slip of the pen, and would prune what was to stay."""
+    for flag, patterns in (("include", config.include), ("exclude", config.exclude)):
+        for pattern in patterns:
+            if any(re.search(pattern, layer.name) for layer in candidates):
+                continue
+            embedding = _embedding(checkpoint, candidates)
+            if embedding and any(re.search(pattern, head) for head in _HEADS):
+                raise InputError(
+                    f"--{flag} {pattern}: the head of {config.model} is tied to {embedding}: give "
+                    f"--{flag} {embedding}"
+                )
+            raise InputError(
+                f"--{flag} {pattern}: matches no layer of {config.model}, which has such as "
+                f"{candidates[0].name}"
+            )
+
+
+def _embedding(checkpoint: Checkpoint, candidates: Sequence[LayerSpec]) -> str | None:
+    """The layer with a row for each token, where the head may be tied to it."""
+    if not _may_tie(checkpoint):
+        return None
+    size = checkpoint.config.get("vocab_size")
+    return next((x.name for x in candidates if x.block is None and x.shape[0] == size), None)
+
+
+def _may_tie(checkpoint: Checkpoint) -> bool:
+    """True unless `config.json` denies it: some models' default is to tie."""
+    return checkpoint.config.get("tie_word_embeddings") is not False
+
+
+def _check_tied(
+    checkpoint: Checkpoint, candidates: Sequence[LayerSpec], layers: Mapping[str, LayerSpec]
+) -> None:
+    """An embedding and a head that are equal are one matrix to transformers, if it ties them."""
+    outside = [x for x in candidates if x.block is None and x.weight_key in checkpoint.tensors]
+    chosen = [x for x in outside if x.weight_key in layers]
+    for one, other in product(chosen, outside) if _may_tie(checkpoint) else ():
+        if other.weight_key in layers or other.shape != one.shape:
+            continue
+        if checkpoint.read_bytes(one.weight_key) == checkpoint.read_bytes(other.weight_key):
+            raise InputError(
+                f"layers {one.name} and {other.name} of {checkpoint.name} are tied, and equal: "
+                f"prune both, with --include {other.name} as well, or neither"
+            )
+
+
+def _list_of(name: str) -> str | None:
+    """The list of blocks that a name is in: `model.layers` for `model.layers.0.mlp.gate`."""
+    found = re.match(r"(.+?)\.\d+\.", name)
+    return found[1] if found else None
+
+
+def _is_selected(config: PruneConfig, layer: LayerSpec) -> bool:
+    if any(re.search(pattern, layer.name) for pattern in config.exclude):
+        return False
+    if config.include:
+        return any(re.search(pattern, layer.name) for pattern in config.include)
+    return layer.block is not None
+
+
+def _check_tensor(
+    config: PruneConfig, checkpoint: Checkpoint, store: GradientStore, layer: LayerSpec
+) -> None:
+    """The checkpoint has this layer, and in a shape and type that can be pruned."""
+    info = checkpoint.tensors.get(layer.weight_key)
+    if info is None:
+        raise InputError(
+            f"store {store.url} is of another model ({store.spec.model.name}): "
+            f"{config.model} has no {layer.weight_key}"
+        )
+    shape = matrix_shape(info, transposed=layer.transposed)
+    if shape != layer.shape:
+        raise InputError(
+            f"store {store.url} is of another model ({store.spec.model.name}): layer {layer.name} "
+            f"is {layer.shape} there, {shape} in {config.model}"
+        )
+    check_type(layer.name, info)
+
+
+def _check_statistics(
+    config: PruneConfig, store: GradientStore, layers: Iterable[LayerSpec]
+) -> None:
+    """The store holds what the options read of each layer."""
+    collected = {layer.name for layer in store.spec.layers}
+    needed = config.statistics
+    lacking = [name for name in needed if name not in store.spec.statistics]
+    for layer in layers:
+        if needed and (lacking or layer.name not in collected):
+            statistic = (*lacking, *needed)[0]
+            raise InputError(
+                f"store {store.url} lacks {statistic} of layer {layer.name}, which {_wish(config)} "
+                f"needs: {_remedy(store, layer, lacking, is_collected=layer.name in collected)}"
+            )
+
+
+def _remedy(
+    store: GradientStore, layer: LayerSpec, lacking: Sequence[str], *, is_collected: bool
+) -> str:
+    """How to get statistics that a store lacks."""
+    if lacking and store.spec.samples.sampling == "imported" and lacking[0] in _IMPORTED_BY:
+        return f"import again with {_IMPORTED_BY[lacking[0]]}"
+    wanted = ",".join(dict.fromkeys((*store.spec.statistics, *lacking)))
+    collect = f"collect again with --statistics {wanted}"
+    if is_collected:
+        return collect
+    return (
+        f"{collect} --include {layer.name}; an embedding has no statistics: --method magnitude "
+        "alone prunes it"
+    )
+
+
+def _wish(config: PruneConfig) -> str:
+    """What asked for a statistic, as the user named it."""
+    extras = {
+        "update": config.update,
+        "curvature": config.curvature,
+        "allocation": config.allocation,
+    }
+    named = [f"--{flag} {value}" for flag, value in extras.items() if value not in _PLAIN]
+    return " with ".join([config.score or config.method, *named])

@@ -1,0 +1,91 @@
+"""Results as tables for a terminal."""
+
+from __future__ import annotations
+
+from rich.table import Table
+from rich.text import Text
+
+from gradpipe.errors import printable
+from gradpipe.pipeline.reports.results import DemoResult, PruneResult
+from gradpipe.stages.collect.estimate import Plan
+from gradpipe.store.reader import GradientStore
+from gradpipe.store.schema import SampleSpec
+
+
+def store_table(store: GradientStore) -> Table:
+    """What a store holds, and of what."""
+    spec, sizes = store.spec, store.sizes()
+    num_weights = sum(layer.num_weights for layer in spec.layers)
+    table = Table(title=_text(f"gradient store {store.url}"), show_header=False)
+    rows = {
+        "model": f"{spec.model.name} ({spec.model.architecture}, {spec.model.dtype})",
+        "samples": f"{spec.samples.num_samples} x {_sample(spec.samples)} of "
+        f"{spec.samples.dataset} ({spec.samples.sampling}, seed {spec.samples.seed})",
+        "layers": f"{len(spec.layers)}, {num_weights:,} weights",
+        "encoding": spec.encoding,
+        **{name: f"{size / num_weights:.3f} bytes per weight" for name, size in sizes.items()},
+        "size": f"{sum(sizes.values()):,} bytes",
+        "digest": store.digest,
+    }
+    for name, value in rows.items():
+        table.add_row(name, _text(value))
+    return table
+
+
+def _sample(samples: SampleSpec) -> str:
+    """What one sample is."""
+    if samples.image_shape is None:
+        return f"{samples.seq_len} tokens"
+    _, height, width = samples.image_shape
+    return f"{height} x {width} pixels ({samples.seq_len} tokens)"
+
+
+def layer_table(result: PruneResult) -> Table:
+    """Sparsity asked for and found, of each layer and in total."""
+    table = Table(title=_text(f"{result.folder}"), show_footer=True)
+    table.add_column("layer", "total")
+    table.add_column("requested", f"{result.requested:.4f}", justify="right")
+    table.add_column("achieved", f"{result.achieved:.4f}", justify="right")
+    for layer in result.layers:
+        table.add_row(_text(layer.name), f"{layer.requested:.4f}", f"{layer.achieved:.4f}")
+    return table
+
+
+def plan_table(plan: Plan) -> Table:
+    """What a collection would take."""
+    table = Table(title="collect-grads would take", show_header=False)
+    rows = {
+        "schedule": f"{plan.schedule} ({plan.reason})",
+        "parameters": f"{plan.num_parameters:,}",
+        "memory on the device": f"{_gib(plan.device_bytes)} of {_gib(plan.free_bytes)} free",
+        "  resident / streamed": f"{_gib(plan.resident_bytes)} / {_gib(plan.streamed_bytes)}",
+        "memory on the host": _gib(plan.host_bytes),
+        "scratch": _gib(plan.scratch_bytes),
+        "store": _gib(plan.store_bytes),
+        "weights read": _gib(plan.read_bytes),
+        "operations": f"{plan.flops:.2e}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _text(words: str) -> Text:
+    """A user's or a store's words: no markup, nothing that a terminal would obey."""
+    return Text(printable(words))
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
+
+
+def demo_table(result: DemoResult) -> Table:
+    """Perplexity of each method at each target."""
+    table = Table(title=f"Perplexity on held-out text (dense {result.dense:.2f})")
+    table.add_column("method")
+    labels = next(iter(result.perplexities.values()))
+    for label in labels:
+        table.add_column(label, justify="right")
+    for name, row in result.perplexities.items():
+        table.add_row(name, *(f"{row[label]:.2f}" for label in labels))
+    return table

@@ -1,0 +1,1 @@
+"""Model files without a model: both stages read them."""

@@ -1,0 +1,246 @@
+"""Checkpoints: Hugging Face model directories, read and rewritten without building a model.
+
+A safetensors file is an 8-byte length, a JSON header and the tensors' bytes; `Checkpoint` knows
+where each tensor lies, and reads just those bytes. Weights in pickle files are refused: loading
+one runs whatever code is in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import snapshot_download
+from torch import Tensor
+
+from gradpipe.errors import InputError, one_line
+from gradpipe.stages.checkpoint.tensors import (
+    TensorInfo,
+    _read_header,
+    as_tensor,
+    check_type,
+    matrix_shape,
+)
+from gradpipe.store.objects import digest
+from gradpipe.store.schema import LayerSpec, ModelSpec
+
+INDEX_NAME = "model.safetensors.index.json"
+
+SINGLE_NAME = "model.safetensors"
+
+_NOT_COPIED = (  # weights in any format, and the model card, which an output writes anew
+    *(".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx"),
+    *(".bin.index.json", "README.md"),
+)
+
+_FETCHED = (  # from the Hub: weights as safetensors alone, and small files
+    *("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*"),
+)
+
+_TEMPLATES = "additional_chat_templates/*.jinja"  # the one subfolder that transformers reads
+
+_OTHER_FORMATS = (".gguf", ".h5", ".msgpack", ".onnx", ".tflite")
+
+EMBEDDED_NAME = "embedded"  # the model that ships with the package
+
+EMBEDDED_MODEL = Path(__file__).parents[2] / "embedded" / "tiny-llama"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint directory: opened, its files were all found and their headers checked."""
+
+    name: str  # as the user gave it
+    revision: str | None  # the Hub's commit, None for a local folder
+    folder: Path
+    config: dict[str, Any]
+    files: tuple[str, ...]  # safetensors files, in name order
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, name: str) -> Self:
+        """Open a local model directory, a Hub id, or `embedded`.
+
+        Raises InputError if there is none, if its weights are only in pickle files, or if a
+        shard is missing or truncated.
+        """
+        outline = cls.outline(name, fetched=_FETCHED)
+        files = _weight_files(name, outline.folder)
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            tensors.update(_read_header(outline.folder / file))
+        if files != (SINGLE_NAME,):
+            _check_index(name, outline.folder, tensors)
+        return replace(outline, files=files, tensors=tensors)
+
+    @classmethod
+    def outline(cls, name: str, fetched: tuple[str, ...] = ("config.json",)) -> Self:
+        """What `config.json` alone tells: a checkpoint without files and tensors.
+
+        From the Hub only files of these names are `fetched`. Raises InputError if there is none.
+        """
+        folder, revision = _locate(name, fetched)
+        config = _read_json(folder / "config.json")
+        return cls(name=name, revision=revision, folder=folder, config=config, files=(), tensors={})
+
+    @property
+    def label(self) -> str:
+        """The name that stores record: the Hub id, or the last part of a local path."""
+        is_path = self.revision is None and self.name != EMBEDDED_NAME
+        return Path(self.name).resolve().name if is_path else self.name
+
+    @property
+    def architecture(self) -> str:
+        """The first of `config.json`'s architectures."""
+        names = self.config.get("architectures")
+        return str(names[0]) if isinstance(names, list) and names else "unknown"
+
+    @property
+    def config_digest(self) -> str:
+        """xxh3-128 of `config.json`."""
+        return digest((self.folder / "config.json").read_bytes())
+
+    def model_spec(self, dtype: str) -> ModelSpec:
+        """What a store says of this checkpoint; `dtype` is what the model computed in."""
+        return ModelSpec(
+            name=self.label,
+            revision=self.revision,
+            architecture=self.architecture,
+            dtype=dtype,
+            config_digest=self.config_digest,
+        )
+
+    def companions(self) -> Iterator[Path]:
+        """The files beside the weights that a copy needs, relative to the folder."""
+        unread = (INDEX_NAME,) if self.files == (SINGLE_NAME,) else ()
+        for path in sorted((*self.folder.iterdir(), *self.folder.glob(_TEMPLATES))):
+            if path.is_file() and not path.name.endswith((*_NOT_COPIED, *unread)):
+                yield path.relative_to(self.folder)
+
+    def layer_spec(self, key: str, block: int | None, *, transposed: bool = False) -> LayerSpec:
+        """What a store says of the layer behind a tensor, less the digest of its bytes.
+
+        Raises InputError for one whose values are no floats.
+        """
+        name = key.removesuffix(".weight")
+        check_type(name, self.tensors[key])
+        return LayerSpec(
+            name=name,
+            weight_key=key,
+            shape=matrix_shape(self.tensors[key], transposed=transposed),
+            block=block,
+            transposed=transposed,
+            digest="",
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.stop - info.start for info in self.tensors.values())
+
+    def read_bytes(self, key: str) -> bytearray:
+        """The raw bytes of one tensor."""
+        info = self.tensors[key]
+        data = bytearray(info.stop - info.start)
+        with (self.folder / info.file).open("rb") as file:
+            file.seek(info.start)
+            if file.readinto(data) != len(data):
+                raise InputError(f"{self.folder / info.file} became shorter while it was read")
+        return data
+
+    def read(self, key: str) -> Tensor:
+        """One tensor, on the CPU, in its own dtype and shape."""
+        return as_tensor(self.read_bytes(key), self.tensors[key])
+
+
+def _locate(name: str, fetched: tuple[str, ...]) -> tuple[Path, str | None]:
+    """Folder and Hub commit of a model, of which at least the files `fetched` are there."""
+    folder = EMBEDDED_MODEL if name == EMBEDDED_NAME else Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise InputError(f"{name} is not a model directory: it has no config.json")
+        return folder, None
+    if folder.exists():
+        raise InputError(f"{name} is a file, expected a model directory or a Hub id")
+    return _download(name, fetched)
+
+
+def _download(name: str, fetched: tuple[str, ...]) -> tuple[Path, str | None]:
+    """Fetch a model's files of these names from the Hub, or its cache."""
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=[*fetched]))
+    except Exception as error:  # the Hub client raises from many families
+        raise InputError(
+            f"{name} is neither a model directory nor a Hub id that can be fetched: "
+            f"{one_line(error)}"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name} has no config.json on the Hub: expected a transformers model")
+    return folder, folder.name
+
+
+def _weight_files(name: str, folder: Path) -> tuple[str, ...]:
+    """Names of the safetensors files, all of them present; as transformers, one file first."""
+    if (folder / SINGLE_NAME).is_file():
+        return (SINGLE_NAME,)
+    if not (folder / INDEX_NAME).is_file():
+        raise _no_weights(name, folder)
+    weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise InputError(f"{folder / INDEX_NAME} has no weight_map: restore it")
+    files = tuple(sorted(set(map(str, weight_map.values()))))
+    if odd := [file for file in files if Path(file).name != file]:
+        raise InputError(f"{folder / INDEX_NAME} names a file outside the checkpoint: {odd[0]}")
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise InputError(
+            f"{name} lacks {len(missing)} of {len(files)} shards, first {missing[0]}: fetch it"
+        )
+    return files
+
+
+def _no_weights(name: str, folder: Path) -> InputError:
+    """The error of a folder without safetensors files to load: what is there, and what to do."""
+    names = sorted(path.name for path in folder.iterdir())
+    if broken := [x for x in (SINGLE_NAME, INDEX_NAME) if x in names]:
+        return InputError(f"{name}: {broken[0]} is a link to nothing, or no file: fetch it again")
+    if shards := [x for x in names if x.endswith(".safetensors")]:
+        return InputError(
+            f"{name} has safetensors files such as {shards[0]}, but neither {SINGLE_NAME} nor "
+            f"{INDEX_NAME}, which says what is in them: fetch that too"
+        )
+    if pickles := [x for x in names if Path(x).suffix in {".bin", ".pt", ".pth"}]:
+        return InputError(
+            f"{name} holds its weights as pickle ({pickles[0]}), which can run code when loaded: "
+            "convert it with AutoModel.from_pretrained(…).save_pretrained(…, "
+            "safe_serialization=True) and give the new folder"
+        )
+    if others := [x for x in names if x.endswith(_OTHER_FORMATS)]:
+        return InputError(
+            f"{name} holds its weights as {others[0]}, expected {SINGLE_NAME} or {INDEX_NAME}: "
+            "give the safetensors model that it was made from"
+        )
+    return InputError(
+        f"{name} has no weights, expected {SINGLE_NAME} or {INDEX_NAME}: fetch it again"
+    )
+
+
+def _check_index(name: str, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    """The index and the files must tell of the same tensors in the same places."""
+    for key, file in _read_json(folder / INDEX_NAME)["weight_map"].items():
+        if key not in tensors or tensors[key].file != file:
+            raise InputError(
+                f"{name}: {INDEX_NAME} says that {key} is in {file}, which does not hold it"
+            )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} holds {type(document).__name__}, expected a JSON object")
+    return document

@@ -1,0 +1,94 @@
+"""Where each tensor of a safetensors file lies; its bytes as a tensor, and back."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gradpipe.errors import InputError
+
+FLOAT_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorInfo:
+    """Where one tensor lies."""
+
+    key: str
+    file: str  # name of the safetensors file
+    dtype: str  # safetensors' name: F32, BF16 ...
+    shape: tuple[int, ...]
+    start: int  # first byte in the file
+    stop: int  # byte after the last
+
+    @property
+    def is_matrix(self) -> bool:
+        """True for a 2-D float tensor, which is what can be pruned."""
+        return len(self.shape) == 2 and self.dtype in FLOAT_TYPES
+
+
+def check_type(layer: str, info: TensorInfo) -> None:
+    """Raises InputError for weights that are no floats: quantized ones cannot be pruned."""
+    if info.dtype not in FLOAT_TYPES:
+        raise InputError(
+            f"layer {layer} is of type {info.dtype}: expected F16, BF16, F32 or F64 weights: give "
+            "the model before it was quantized"
+        )
+
+
+def as_tensor(data: bytearray, info: TensorInfo) -> Tensor:
+    """`data` seen as the float tensor that `info` describes, without a copy."""
+    return torch.frombuffer(data, dtype=FLOAT_TYPES[info.dtype]).view(info.shape)
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    return tensor.view(torch.uint8).numpy().data
+
+
+def _read_header(path: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one safetensors file, once the library has found the file sound."""
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{path} is not a whole safetensors file ({error}): fetch it again"
+        ) from error
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    base = 8 + length
+    return {
+        key: TensorInfo(
+            key=key,
+            file=path.name,
+            dtype=entry["dtype"],
+            shape=tuple(entry["shape"]),
+            start=base + entry["data_offsets"][0],
+            stop=base + entry["data_offsets"][1],
+        )
+        for key, entry in header.items()
+    }
+
+
+def matrix_shape(info: TensorInfo, *, transposed: bool) -> tuple[int, ...]:
+    """(out, in) of a tensor on disk."""
+    return info.shape[::-1] if transposed else info.shape
+
+
+def count_zeros(tensor: Tensor) -> int:
+    """How many of a float tensor's values are zero."""
+    return int((tensor == 0).count_nonzero())  # counting floats directly takes ten times as long

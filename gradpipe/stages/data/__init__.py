@@ -1,0 +1,1 @@
+"""What a model is calibrated and measured on."""

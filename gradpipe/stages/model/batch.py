@@ -1,0 +1,68 @@
+"""A batch: what the model is called with, whatever the task.
+
+The schedules move, split and run batches, and know nothing of what is in them. The loss of a batch
+is the mean of its samples' losses: `batch.forward(model).loss`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from gradpipe.store.folder import Calibration
+from gradpipe.store.schema import SampleSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Samples, and their labels."""
+
+    inputs: dict[str, Tensor]  # argument of the model -> (samples, …); `labels` is among them
+    use_cache: bool | None = None  # as given to the model; None: it takes no such argument
+
+    @classmethod
+    def of_tokens(cls, ids_BT: Tensor) -> Self:
+        """Windows of tokens, each the label of those before it."""
+        return cls(inputs={"input_ids": ids_BT, "labels": ids_BT}, use_cache=False)
+
+    @classmethod
+    def of_images(cls, pixels_BCHW: Tensor, labels_B: Tensor) -> Self:
+        """Images, each of one class."""
+        return cls(inputs={"pixel_values": pixels_BCHW, "labels": labels_B})
+
+    def __len__(self) -> int:
+        return len(self.inputs["labels"])
+
+    def __getitem__(self, part: slice) -> Self:
+        return replace(self, inputs={name: x[part] for name, x in self.inputs.items()})
+
+    def split(self, size: int) -> list[Self]:
+        """Batches of `size` samples, the last one of what is left."""
+        return [self[start : start + size] for start in range(0, len(self), size)]
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return replace(self, inputs={name: x.to(device) for name, x in self.inputs.items()})
+
+    def forward(self, model: Any) -> Any:
+        """What the model makes of the batch."""
+        options = {} if self.use_cache is None else {"use_cache": self.use_cache}
+        inputs = {
+            n: x.to(model.dtype) if x.is_floating_point() else x for n, x in self.inputs.items()
+        }
+        return model(**inputs, **options)
+
+
+def calibration_batch(calibration: Calibration, spec: SampleSpec, share: range) -> Batch:
+    """The store's samples with these ids, as one batch on the CPU."""
+    arrays = {
+        name: torch.from_numpy(array[share.start : share.stop])
+        for name, array in calibration.arrays.items()
+    }
+    if spec.image_shape is None:
+        return Batch.of_tokens(arrays["input_ids"].long())
+    pixels_BCHW = arrays["pixel_values"].reshape(-1, *spec.image_shape)
+    return Batch.of_images(pixels_BCHW, arrays["labels"])

@@ -1,0 +1,140 @@
+"""A model taken apart: its blocks, and the prunable layers in them.
+
+No table of architectures: the blocks are the module list that holds most of the model's
+parameters, and a layer is a linear map inside one. `--blocks` names the list by hand.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from gradpipe.errors import InputError
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.model.tensor_names import weight_keys
+from gradpipe.store.objects import digest
+from gradpipe.store.schema import LayerSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """One prunable linear map of a model."""
+
+    path: str  # of its module in the model
+    spec: LayerSpec
+    module: nn.Module
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Blocks:
+    """The repeated blocks of a loaded model, in order, with their path (`model.layers`)."""
+
+    path: str
+    modules: tuple[nn.Module, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skeleton:
+    """A checkpoint's model without its weights, taken apart."""
+
+    checkpoint: Checkpoint
+    model: Any  # on the meta device, its buffers real
+    blocks: Blocks
+    layers: tuple[Layer, ...]
+
+
+def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
+    """The repeated blocks: those at `path`, else the largest list of modules of one class.
+
+    Raises InputError that says what was looked for.
+    """
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and _is_block_list(module)
+    }
+    if path is not None:
+        if path not in lists:
+            raise InputError(
+                f"--blocks {path}: expected the path of a list of blocks with linear layers; "
+                f"this model has {', '.join(lists) or 'none'}"
+            )
+        return Blocks(path=path, modules=tuple(lists[path]))
+    if not lists:
+        raise InputError(
+            f"no blocks found in {type(model).__name__}: looked for an nn.ModuleList whose "
+            "modules share one class and hold linear layers; name its path with --blocks PATH"
+        )
+    largest = max(lists, key=lambda name: _num_parameters(lists[name]))
+    return Blocks(path=largest, modules=tuple(lists[largest]))
+
+
+def find_layers(
+    model: nn.Module,
+    blocks: Blocks,
+    checkpoint: Checkpoint,
+    include: tuple[str, ...] = (),
+    *,
+    with_digests: bool = True,
+) -> tuple[Layer, ...]:
+    """Every linear map in the blocks, and those outside whose name matches an `include` regex.
+
+    Each is tied to its tensor in the checkpoint. Raises InputError for one that has none, and for
+    a regex without a match. Digests need the weights to be read.
+    """
+    prefix = blocks.path + "."
+    keys = weight_keys(model, checkpoint)
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    outside = {name: keys[f"{name}.weight"] for name in linears if not name.startswith(prefix)}
+    included = {name for pattern in include for name in _matches(pattern, outside, checkpoint)}
+    layers = []
+    for name, module in linears.items():
+        inside = name.startswith(prefix)
+        if inside or name in included:
+            block = int(name.removeprefix(prefix).split(".")[0]) if inside else None
+            transposed = isinstance(module, Conv1D)
+            spec = checkpoint.layer_spec(keys[f"{name}.weight"], block, transposed=transposed)
+            if with_digests:
+                data = checkpoint.read_bytes(spec.weight_key)
+                spec = replace(spec, digest=digest(data))
+            layers.append(Layer(path=name, spec=spec, module=module))
+    return tuple(layers)
+
+
+def attach(layers: Iterable[Layer], model: nn.Module) -> tuple[Layer, ...]:
+    """The same layers, of another instance of the model."""
+    return tuple(replace(layer, module=model.get_submodule(layer.path)) for layer in layers)
+
+
+def _matches(pattern: str, outside: dict[str, str], checkpoint: Checkpoint) -> list[str]:
+    """The modules meant by an `include` regex, by their own name or their tensor's."""
+    found = [
+        name
+        for name, key in outside.items()
+        if re.search(pattern, name) or re.search(pattern, key.removesuffix(".weight"))
+    ]
+    if not found:
+        raise InputError(
+            f"--include {pattern}: matches no linear layer outside the blocks; "
+            f"{checkpoint.name} has {', '.join(outside) or 'none'}"
+        )
+    return found
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for the modules whose `weight` is one matrix applied to the last dimension."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _is_block_list(modules: nn.ModuleList) -> bool:
+    kinds = {type(module) for module in modules}
+    return len(kinds) == 1 and any(is_linear(m) for m in modules[0].modules())
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

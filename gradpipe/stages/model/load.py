@@ -1,0 +1,239 @@
+"""Load a transformers model, its tokenizer and its config; or its skeleton, without weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoConfig, AutoTokenizer
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import logging as hf_logging
+
+from gradpipe.errors import GradpipeError, InputError
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo
+from gradpipe.stages.device import is_out_of_memory
+from gradpipe.stages.model.experts import split_experts
+from gradpipe.stages.model.tasks import auto_class, noun
+
+_MAX_SEQ_LEN = 2048  # the literature's window
+
+_TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def sequence_length(asked: int | None, checkpoint: Checkpoint) -> int:
+    """`asked`, or 2048 capped by the model's positions; InputError if the model has fewer."""
+    config = _read_config(checkpoint)
+    with _loading(checkpoint):
+        limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if asked is not None and limit is not None and asked > limit:
+        raise InputError(
+            f"--seq-len {asked}: {checkpoint.name} has {limit} positions: give at most that"
+        )
+    return asked or min(_MAX_SEQ_LEN, limit or _MAX_SEQ_LEN)
+
+
+def _read_config(checkpoint: Checkpoint) -> Any:
+    """`config.json` as transformers understands it. Remote code is never run."""
+    try:
+        with _silence():
+            return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # each config has validators of its own
+        raise InputError(
+            f"{checkpoint.name}: transformers cannot read its config.json: {_first_line(error)}"
+        ) from error
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The checkpoint's tokenizer; InputError if it has none, which transformers might make up."""
+    if not any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        raise InputError(
+            f"{checkpoint.name} has no tokenizer, such as tokenizer.json: fetch it again, or copy "
+            "it from the model that this one was made of"
+        )
+    try:
+        with _silence():
+            return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise from many families, in Python and in Rust
+        raise InputError(
+            f"{checkpoint.name}: cannot load its tokenizer ({_first_line(error)}): fetch its files "
+            "again, such as tokenizer.json"
+        ) from error
+
+
+def check_tokens(ids: npt.NDArray[np.integer[Any]], checkpoint: Checkpoint, model: Any) -> None:
+    """Refuse token ids that the model has no embedding for."""
+    size = model.get_input_embeddings().num_embeddings
+    if int(ids.max()) >= size:
+        raise InputError(
+            f"{checkpoint.name}: the text holds token {ids.max()}, the embedding has {size}: its "
+            "tokenizer, or the file of tokens, belongs to another model"
+        )
+
+
+def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
+    """`auto` is the checkpoint's own: its config's dtype, else its first weight's.
+
+    float64 is computed in float32: sums are no finer.
+    """
+    if asked != "auto":
+        if asked not in DTYPES:
+            raise InputError(f"--dtype {asked}: expected auto or one of {', '.join(DTYPES)}")
+        return DTYPES[asked]
+    name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
+    if isinstance(name, str) and name in DTYPES:
+        return DTYPES[name]
+    kinds = [FLOAT_TYPES[t.dtype] for t in checkpoint.tensors.values() if t.dtype in FLOAT_TYPES]
+    if not kinds:
+        raise InputError(f"{checkpoint.name} holds no float weights: give --dtype")
+    return torch.float32 if kinds[0] is torch.float64 else kinds[0]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The model on the meta device, in eval mode, frozen, its buffers real.
+
+    It costs no memory and reads no weights. Buffers that no checkpoint holds (rotary frequencies,
+    embedding scales) are computed as `from_pretrained` computes them. Remote code is never run.
+    InputError if the checkpoint's weights are quantized.
+    """
+    _check_unquantized(checkpoint)
+    config = _read_config(checkpoint)
+    with _loading(checkpoint):
+        with torch.device("meta"):
+            model: Any = auto_class(checkpoint).from_config(config, dtype=dtype)
+        split_experts(model, checkpoint)
+        owners = set()
+        for name, buffer in model.named_non_persistent_buffers():
+            owner, _, leaf = name.rpartition(".")
+            real = torch.empty_like(buffer, device="cpu")
+            model.get_submodule(owner).register_buffer(leaf, real, persistent=False)
+            owners.add(owner)
+        for owner in sorted(owners):
+            model._init_weights(model.get_submodule(owner))  # noqa: SLF001 (from_pretrained's way)
+        model.tie_weights()
+    return _frozen(model)
+
+
+def _check_unquantized(checkpoint: Checkpoint) -> None:
+    """Codes have no gradients, and cannot be pruned."""
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise InputError(
+            f"{checkpoint.name} is quantized ({method or 'quantization_config'} in its "
+            "config.json), expected float weights: give the model before it was quantized"
+        )
+
+
+def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
+    """The checkpoint that `config.json` promises: tensors as transformers would save them.
+
+    They have names, types and shapes, and lie in no file.
+    """
+    _check_unquantized(outline)
+    config = _read_config(outline)
+    with _loading(outline):
+        with torch.device("meta"):
+            model: Any = auto_class(outline).from_config(config)
+        saved = revert_weight_conversion(model, model.state_dict())
+    types = {dtype: name for name, dtype in FLOAT_TYPES.items()}
+    tensors = {
+        key: TensorInfo(
+            key=key,
+            file="",
+            dtype=types.get(tensor.dtype, ""),
+            shape=tuple(tensor.shape),
+            start=0,
+            stop=0,
+        )
+        for key, tensor in saved.items()
+    }
+    return replace(outline, tensors=tensors)
+
+
+def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model with its weights, in eval mode, frozen. No remote code is run."""
+    with _loading(checkpoint):
+        loaded: Any = auto_class(checkpoint).from_pretrained(
+            checkpoint.folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+        )
+    model, report = loaded
+    _check_whole(checkpoint, report)
+    return _frozen(model.to(device))
+
+
+def _frozen(model: Any) -> Any:
+    """Ready to be measured: its loss the tokens' alone, not the balance of a mixture's router."""
+    with _silence():  # transformers says of some models, as GPT-2, that they have no loss's name
+        model.loss_function = model.loss_function
+    if getattr(model.config, "output_router_logits", False):
+        model.config.output_router_logits = False
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+@contextmanager
+def _loading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise InputError for what transformers cannot build."""
+    try:
+        with _silence():
+            yield
+    except Exception as error:  # each model's code raises what it likes
+        if isinstance(error, GradpipeError) or is_out_of_memory(error):
+            raise
+        raise InputError(
+            f"{checkpoint.name}: transformers cannot load it as {noun(checkpoint)}: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def _check_whole(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
+    """Refuse what transformers would make up: it draws missing weights at random."""
+    for key, found, expected in sorted(report["mismatched_keys"]):
+        raise InputError(
+            f"{checkpoint.name}: tensor {key} is {tuple(found)}, by its config.json "
+            f"{tuple(expected)}: weights and config.json are of different models"
+        )
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(
+            f"{checkpoint.name} lacks {len(missing)} tensors that its config.json asks for, "
+            f"first {missing[0]}: fetch it again"
+        )
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Silence what transformers writes by itself: bars, reports, advice. We say what matters."""
+    was_on, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if was_on:
+            hf_logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says first; libraries write paragraphs."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

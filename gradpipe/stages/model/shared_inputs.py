@@ -1,0 +1,93 @@
+"""Which layers read the same input: they share one Hessian.
+
+q, k and v read one tensor, and so do gate and up. A pass on the meta device, which holds no
+values and costs next to nothing, shows it for any architecture. Where such a pass is impossible
+(a model whose control flow asks for values), each layer that it did not reach keeps its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradpipe.errors import InputError
+from gradpipe.stages.model.layers import Blocks, Layer
+
+_TOKENS = 4
+
+_IMAGE_SIZE = 224  # of models that take any
+
+
+def share_hessians(model: Any, layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """The layers, each with the first one of its block that reads the same input."""
+    firsts = _first_readers(model, layers)
+    owners = {layer.path: layer.spec for layer in layers}
+    shared = []
+    for layer in layers:
+        owner = owners[firsts.get(layer.path, layer.path)]
+        is_shared = owner.name != layer.spec.name and owner.block == layer.spec.block
+        name = owner.name if is_shared else None
+        shared.append(replace(layer, spec=replace(layer.spec, hessian_of=name)))
+    return tuple(shared)
+
+
+def _first_readers(model: Any, layers: Sequence[Layer]) -> dict[str, str]:
+    """Path of each layer that ran -> path of the first layer with the same input."""
+    on_meta = copy.deepcopy(model).to("meta")
+    best: dict[str, str] = {}
+    for inputs in _attempts(model):
+        seen: list[tuple[Tensor, str]] = []  # tensors are held, so that no id is used twice
+        handles = [_record(on_meta, layer.path, seen) for layer in layers]
+        with suppress(Exception), torch.no_grad():  # what has run until then is known
+            on_meta(**inputs)
+        for handle in handles:
+            handle.remove()
+        firsts: dict[int, str] = {}
+        found = {path: firsts.setdefault(id(tensor), path) for tensor, path in seen}
+        best = max(best, found, key=len)
+    return best
+
+
+def image_shape(model: Any) -> tuple[int, int, int]:
+    """(channels, height, width) of the images that a model takes, by its config."""
+    config = getattr(model.config, "vision_config", model.config)
+    size = getattr(config, "image_size", _IMAGE_SIZE)
+    height, width = (size, size) if isinstance(size, int) else size
+    return getattr(config, "num_channels", 3), height, width
+
+
+def image_tokens(model: Any, blocks: Blocks) -> int:
+    """How many tokens the blocks see of an image; InputError if a pass does not tell."""
+    on_meta = copy.deepcopy(model).to("meta")
+    seen: list[tuple[Tensor, str]] = []
+    _record(on_meta, f"{blocks.path}.0", seen)
+    with suppress(Exception), torch.no_grad():  # what has run until then is known
+        on_meta(**_attempts(model)[0])
+    if not seen or seen[0][0].ndim != 3:
+        raise InputError(f"blocks {blocks.path} of {type(model).__name__} do not work on tokens")
+    return seen[0][0].shape[1]
+
+
+def _attempts(model: Any) -> tuple[Mapping[str, Any], ...]:
+    """What to call a model with on the meta device.
+
+    Most language models need a ready mask not to look into it; a few build theirs without looking.
+    """
+    if model.main_input_name == "pixel_values":
+        return ({"pixel_values": torch.zeros(1, *image_shape(model), device="meta")},)
+    ids_BT = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+    text = {"input_ids": ids_BT, "use_cache": False}
+    return (text | {"attention_mask": torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta")}, text)
+
+
+def _record(model: nn.Module, path: str, seen: list[tuple[Tensor, str]]) -> Any:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append((inputs[0], path))
+
+    return model.get_submodule(path).register_forward_pre_hook(hook)

@@ -1,0 +1,1 @@
+"""Stage two: which weights of a layer go, and what becomes of the rest."""

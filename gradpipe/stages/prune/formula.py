@@ -1,0 +1,173 @@
+"""Scores as formulas: `abs(W) * (a*G + X)`, parsed into a tree that is walked, never evaluated.
+
+    W       the weights, (O, I)
+    X       ‖X‖₂ of each input, (I,)
+    G1, G2  ‖G‖₁ and ‖G‖₂ over samples, (O, I)
+    GS      ΣG over samples, with its sign, (O, I)
+    G       the one that --grad-norm names, of the last its size
+    a       --alpha
+    ri(W)   relative importance: |W| / Σ of its row's + |W| / Σ of its column's (RIA)
+
+with numbers, + - * / **, parentheses, abs, sqrt and log. Shapes: O out, I in.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Self, TypeGuard
+
+import torch
+from torch import Tensor
+
+from gradpipe.errors import InputError
+
+_STATISTICS = {"X": "act_l2", "G1": "grad_l1", "G2": "grad_l2", "GS": "grad_sum"}
+
+_MATRICES = ("W", "G1", "G2", "GS", "G")
+
+_BINARY: Mapping[type[ast.operator], Callable[[Tensor, Tensor], Tensor]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+}
+
+_IN_PLACE: Mapping[type[ast.operator], Callable[[Tensor, Tensor], Tensor]] = {
+    ast.Add: Tensor.add_,
+    ast.Sub: Tensor.sub_,
+    ast.Mult: Tensor.mul_,
+    ast.Div: Tensor.div_,
+    ast.Pow: Tensor.pow_,
+}
+
+_MAX_CHARACTERS = 500
+
+
+def relative_importance(weight_OI: Tensor) -> Tensor:
+    """|W_ij| / Σ_j|W_ij| + |W_ij| / Σ_i|W_ij| (RIA: Zhang et al., 2024); 0 where a sum is 0."""
+    size_OI = weight_OI.float().abs()
+    tiny = torch.finfo(torch.float32).tiny
+    rows_O1 = size_OI.sum(dim=1, keepdim=True).clamp_min(tiny)
+    columns_I = size_OI.sum(dim=0).clamp_min(tiny)
+    return size_OI / rows_O1 + size_OI / columns_I
+
+
+_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "abs": lambda x: x.float().abs(),
+    "sqrt": torch.sqrt,
+    "log": torch.log,
+    "ri": relative_importance,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Expression:
+    """A formula that has been checked."""
+
+    text: str
+    names: frozenset[str]
+    tree: ast.expr = field(compare=False, repr=False)
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The formula in `text`; InputError says what in it is not understood."""
+        if len(text) > _MAX_CHARACTERS:
+            raise InputError(f"--score of {len(text)} characters, expected {_MAX_CHARACTERS}")
+        try:
+            tree = ast.parse(text.strip(), mode="eval").body
+            names = frozenset(_check(tree, text))
+        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+            raise InputError(
+                f"--score {text!r}: not a formula: expected one such as abs(W)*(a*G+X)"
+            ) from error
+        for node in ast.walk(tree):
+            if _is_constant(node) and not bool(torch.isfinite(_walk(node, {})[0])):
+                part = ast.get_source_segment(text.strip(), node)
+                raise InputError(f"--score {text!r}: {part} is no finite number in float32")
+        if "W" not in names:
+            raise InputError(f"--score {text!r}: it does not depend on the weights, W")
+        return cls(text, names, tree)
+
+    @property
+    def spans_rows(self) -> bool:
+        """True if a weight's value depends on other rows: by `ri`, on its column's sum."""
+        return "ri" in {node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)}
+
+    def statistics(self, grad_norm: str) -> tuple[str, ...]:
+        """What must be read to compute it."""
+        table = {**_STATISTICS, "G": f"grad_{grad_norm}"}
+        return tuple(dict.fromkeys(table[x] for x in sorted(self.names) if x in table))
+
+    def evaluate(self, values: Mapping[str, Callable[[], Tensor]]) -> Tensor:
+        """The formula over values that are asked for as they are needed; float32, (O, I)."""
+        result, _ = _walk(self.tree, values)
+        return result.float()
+
+
+def _check(node: ast.expr, text: str) -> set[str]:
+    """The names in a tree of allowed nodes; InputError for any other."""
+    match node:
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
+            return _check(left, text) | _check(right, text)
+        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
+            return _check(operand, text)
+        case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
+            names = _check(argument, text)
+            if name == "ri" and names.isdisjoint(_MATRICES):
+                raise InputError(f"--score {text!r}: ri() is of a matrix: {', '.join(_MATRICES)}")
+            return names
+        case ast.Constant(value=int() | float() as number) if not isinstance(
+            number, bool
+        ) and math.isfinite(float(number)):
+            return set()
+        case ast.Name(id=name) if name in {*_STATISTICS, "W", "G", "a"}:
+            return {name}
+    part = ast.get_source_segment(text.strip(), node) or text
+    known = ", ".join(("W", *_STATISTICS, "G", "a", *(f"{x}()" for x in _FUNCTIONS)))
+    raise InputError(
+        f"--score {text!r}: {part[:80]!r} is not understood, expected {known}, numbers, "
+        "parentheses and + - * / ** (a power)"
+    )
+
+
+def _is_constant(node: ast.AST) -> TypeGuard[ast.expr]:
+    """True for an operand that depends on nothing, of a tree that was checked."""
+    names = (x.id for x in ast.walk(node) if isinstance(x, ast.Name))
+    return isinstance(node, ast.BinOp | ast.UnaryOp | ast.Call | ast.Constant) and all(
+        name in _FUNCTIONS for name in names
+    )
+
+
+def _walk(node: ast.expr, values: Mapping[str, Callable[[], Tensor]]) -> tuple[Tensor, bool]:
+    """A node's value, and whether it may be overwritten."""
+    match node:
+        case ast.BinOp(left=left, op=op, right=right):
+            return _binary(type(op), _walk(left, values), _walk(right, values))
+        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
+            return _walk(operand, values)
+        case ast.UnaryOp(operand=operand):
+            return -_walk(operand, values)[0], True
+        case ast.Call(func=ast.Name(id=name), args=[argument]):
+            return _FUNCTIONS[name](_walk(argument, values)[0]), True
+        case ast.Constant(value=number):
+            return torch.tensor(float(number)), False  # type: ignore[arg-type]
+        case ast.Name(id=name):
+            return values[name](), name in {"G", "G1", "G2", "GS"}
+    raise AssertionError(ast.dump(node))  # pragma: no cover (`_check` lets no other through)
+
+
+def _binary(
+    op: type[ast.operator], left: tuple[Tensor, bool], right: tuple[Tensor, bool]
+) -> tuple[Tensor, bool]:
+    """Layers are large: the result takes an operand's place where it can."""
+    (a, a_is_free), (b, b_is_free) = left, right
+    if a_is_free and b.ndim <= a.ndim:
+        return _IN_PLACE[op](a, b), True
+    if b_is_free and op in {ast.Add, ast.Mult} and a.ndim <= b.ndim:
+        return _IN_PLACE[op](b, a), True
+    return _BINARY[op](a, b), True

@@ -1,0 +1,148 @@
+"""The gradient store: written by stage one, read layer by layer by stage two.
+
+    zarr.json                                StoreSpec, and a consolidated copy of all metadata
+    calibration/input_ids, …/sources         the samples: text, or
+    calibration/pixel_values, …/labels       images
+    layers/<layer>/<statistic>/<part>        plain Zarr arrays; StatisticSpec on the statistic
+    partial/…                                while collecting: see `gradpipe.store.partial`
+    commit.json                              written last: key, size, digest of every object
+
+A store is complete when it has its commit record, and begun when it has the record of its
+calibration samples, which every worker, resumption and shard then reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from gradpipe.errors import InputError, StoreError
+from gradpipe.store import codec
+from gradpipe.store.folder import Calibration, read_calibration
+from gradpipe.store.nodes import read_array, read_attributes
+from gradpipe.store.objects import ObjectReader
+from gradpipe.store.schema import LayerSpec, StatisticSpec, StoreSpec
+
+
+class GradientStore:
+    """A complete gradient store, read-only, local or remote; every byte is verified when read."""
+
+    def __init__(self, objects: ObjectReader) -> None:
+        """Use `GradientStore.open`."""
+        self._objects = objects
+        self.spec = StoreSpec.from_json(read_attributes(objects, ""))
+        self.digest = objects.record_digest  # names the whole content
+
+    @classmethod
+    def open(cls, url: str | Path, options: dict[str, Any] | None = None) -> Self:
+        """Open the store at a path or fsspec URL (`s3://…`, `hf://…`).
+
+        Raises InputError if there is none, StoreError if it is incomplete or damaged.
+        """
+        return cls(ObjectReader(str(url), options))
+
+    @property
+    def url(self) -> str:
+        """Where the store was opened."""
+        return self._objects.url
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder that it lies in, None if it is remote."""
+        return self._objects.local_folder
+
+    def read(self, layer: LayerSpec, statistics: Iterable[str]) -> dict[str, codec.Encoded]:
+        """Statistics of one layer as stored, with the bases that they are coded against.
+
+        Raises InputError if the store lacks one, StoreError if it is damaged.
+        """
+        encoded: dict[str, codec.Encoded] = {}
+        waiting = list(statistics)
+        if missing := [name for name in waiting if name not in self.spec.statistics]:
+            raise InputError(
+                f"store {self.url} has no {missing[0]}, it has "
+                f"{', '.join(self.spec.statistics)}: collect again with --statistics"
+            )
+        while waiting:
+            statistic = waiting.pop()
+            if statistic not in encoded:
+                encoded[statistic] = item = self._read_statistic(layer, statistic)
+                waiting.extend([item.spec.base] if item.spec.base else [])
+        codec.check_bases(encoded)
+        return encoded
+
+    def read_norms(self, layer: LayerSpec, statistic: str) -> codec.Sums:
+        """One statistic of a layer as float32 norms: Σ|G|, √ΣG², ΣG, (out, in); √Σx², Σx, (in,).
+
+        Second moments are packed triangles. Raises as `read` does.
+        """
+        return codec.decode_layer(self.read(layer, [statistic]))[statistic]
+
+    def calibration(self) -> Calibration:
+        """The calibration samples; InputError if the store was imported."""
+        if not self.spec.samples.digest:
+            raise InputError(f"store {self.url} was imported: it does not have its samples")
+        return read_calibration(self._objects, self.spec)
+
+    def input_ids(self) -> npt.NDArray[np.int32]:
+        """The calibration tokens, (samples, tokens); InputError if the store has none."""
+        if self.spec.samples.image_shape is not None:
+            raise InputError(f"store {self.url} holds images: it has no tokens")
+        return self.calibration().arrays["input_ids"]
+
+    def is_unseen(self, layer: LayerSpec) -> bool:
+        """True if no calibration token reached this layer: an expert that was never chosen."""
+        if not self.spec.samples.digest:
+            return False  # imported: its tokens were not counted
+        statistic = self.spec.statistics[0]
+        return self._statistic_spec(_key(layer, statistic)).num_tokens == 0
+
+    def verify(self) -> None:
+        """Read every object; raise StoreError naming the first that is not as it was written."""
+        for key in self._objects.record.objects:
+            self._objects.verify(key)
+
+    def validate(self) -> None:
+        """Verify, then decode everything; StoreError names the first that is not as it must be."""
+        self.verify()
+        for layer in self.spec.layers:
+            encoded = self.read(layer, layer.own(self.spec.statistics))
+            for statistic, item in encoded.items():
+                if not codec.is_sound(statistic, item):
+                    raise StoreError(
+                        f"store {self.url}: {statistic} of {layer.name} is not finite, or negative"
+                    )
+        if self.spec.samples.digest:
+            self.calibration()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes on disk of each statistic, over all layers; everything else under `other`."""
+        sizes = dict.fromkeys((*self.spec.statistics, "other"), 0)
+        for key, (size, _) in self._objects.record.objects.items():
+            steps = key.split("/")
+            statistic = steps[2] if steps[0] == "layers" and len(steps) > 3 else "other"
+            sizes[statistic if statistic in sizes else "other"] += size
+        return sizes
+
+    def _read_statistic(self, layer: LayerSpec, statistic: str) -> codec.Encoded:
+        key = _key(layer, statistic)
+        spec = self._statistic_spec(key)
+        types = codec.part_types(spec, layer, statistic)
+        parts = {name: read_array(self._objects, f"{key}/{name}", *types[name]) for name in types}
+        return codec.Encoded(spec=spec, parts=parts)
+
+    def _statistic_spec(self, key: str) -> StatisticSpec:
+        return StatisticSpec.from_json(read_attributes(self._objects, key))
+
+
+def open_store(url: str | Path, options: dict[str, Any] | None = None) -> GradientStore:
+    """As `GradientStore.open`."""
+    return GradientStore.open(url, options)
+
+
+def _key(layer: LayerSpec, statistic: str) -> str:
+    return f"layers/{layer.keeper(statistic)}/{statistic}"

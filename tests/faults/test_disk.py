@@ -1,0 +1,214 @@
+"""Disks that are full, read-only, or lose a file: one clear line, and the store goes on after."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gradpipe import CollectConfig, DataConfig, GradpipeError, PruneConfig, collect, prune
+from gradpipe.errors import InputError, StoreError
+from gradpipe.pipeline.collect import worker
+from gradpipe.stages.collect.resident import resident_batch
+from gradpipe.stages.collect.streamed import Streamed
+from tests.support.models import save_tiny
+from tests.support.texts import write_text
+
+SCHEDULES = ("resident", "streamed")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a text, and the store that an untroubled run writes."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny("llama", folder / "model")
+    write_text(folder / "text.txt")
+    collect(config(folder, folder / "store"))
+    return folder
+
+
+def config(inputs: Path, store: Path, **options: object) -> CollectConfig:
+    """A small run."""
+    settings: dict[str, object] = {
+        "model": str(inputs / "model"),
+        "store": store,
+        "data": DataConfig(name=str(inputs / "text.txt")),
+        "num_samples": 6,
+        "seq_len": 16,
+        "batch_size": 2,
+        "schedule": "resident",
+        "checkpoint_every": 2,
+    }
+    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KiB of its own, in memory; skips where this process may not mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    with mounted(folder, "size=300k"):
+        yield folder
+
+
+@contextmanager
+def mounted(folder: Path, options: str) -> Iterator[None]:
+    """A tmpfs at `folder`."""
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    if mount is None or umount is None:
+        pytest.skip("no mount command")
+    command = [mount, "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"may not mount a tmpfs: {done.stderr.decode().strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run([umount, "-l", str(folder)], check=True)
+
+
+def remount(folder: Path, options: str) -> None:
+    """Change a mounted tmpfs."""
+    mount = shutil.which("mount")
+    assert mount is not None  # or there would be no disk
+    subprocess.run([mount, "-o", f"remount,{options}", str(folder)], check=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Take all space of a disk but a few KiB; returns the file that takes it."""
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+    with ballast.open("r+b") as file:
+        file.truncate(max(0, ballast.stat().st_size - leave * 1024))
+    return ballast
+
+
+def digest(inputs: Path) -> str:
+    """Of the store that an untroubled run writes."""
+    return collect(config(inputs, inputs / "store")).digest
+
+
+def check_line(error: GradpipeError) -> None:
+    """A failure of the machine, told in one line that says what to do."""
+    assert type(error) is GradpipeError  # exit code 1
+    assert "\n" not in str(error)
+    assert "run the same command again" in str(error)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("leave", [0, 8, 40, 100])
+def test_a_full_disk(inputs: Path, disk: Path, schedule: str, leave: int) -> None:
+    """Wherever the space ends, the line says so; with room again, the same call finishes."""
+    ballast = fill(disk, leave)
+    run = config(inputs, disk / "store", schedule=schedule)
+    with pytest.raises(GradpipeError, match="No space left on device") as caught:
+        collect(run)
+    check_line(caught.value)
+    ballast.unlink()
+    remount(disk, "size=8m")
+    assert collect(run).digest == digest(inputs)
+
+
+def test_a_full_disk_for_scratch(inputs: Path, tmp_path: Path, disk: Path) -> None:
+    """A scratch folder of its own fills up: the same, and the store is elsewhere."""
+    ballast = fill(disk, 4)
+    run = config(inputs, tmp_path / "store", schedule="streamed", scratch=disk / "scratch")
+    with pytest.raises(
+        GradpipeError, match=r"scratch.*No space left on device.*--scratch"
+    ) as caught:
+        collect(run)
+    check_line(caught.value)
+    ballast.unlink()
+    assert collect(run).digest == digest(inputs)
+
+
+def test_a_full_disk_for_a_checkpoint(inputs: Path, disk: Path) -> None:
+    """Pruning leaves nothing on a full disk, and works once there is room."""
+    ballast = fill(disk, 60)
+    run = PruneConfig(
+        model=str(inputs / "model"), store=str(inputs / "store"), out=disk / "deep" / "out"
+    )
+    with pytest.raises(GradpipeError, match="No space left on device") as caught:
+        prune(run)
+    check_line(caught.value)
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
+    ballast.unlink()
+    prune(run)
+
+
+def test_a_read_only_disk(inputs: Path, disk: Path) -> None:
+    """Nothing can be begun there; writable again, it is."""
+    remount(disk, "ro")
+    run = config(inputs, disk / "store")
+    target = PruneConfig(model=str(inputs / "model"), store=str(inputs / "store"), out=disk / "out")
+    for call in (lambda: collect(run), lambda: prune(target)):
+        with pytest.raises(GradpipeError, match="Read-only file system") as caught:
+            call()
+        assert type(caught.value) is GradpipeError
+        assert "\n" not in str(caught.value)
+    remount(disk, "rw,size=8m")
+    assert collect(run).digest == digest(inputs)
+
+
+def test_a_file_that_vanishes(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A missing input is a line that names it; with the file back, the same call finishes."""
+    run = config(inputs, tmp_path / "store", model=str(tmp_path / "model"))
+    save_tiny("llama", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    away = weights.rename(tmp_path / "away")
+    with pytest.raises(InputError, match=r"model\.safetensors"):
+        collect(run)
+    away.rename(weights)
+    step = resident_batch
+
+    def vanishing(*arguments: Any) -> None:
+        (run.store / "zarr.json").unlink(missing_ok=True)
+        step(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "resident_batch", vanishing)
+        expected = collect(run)  # what is in memory is written again at the end
+    assert expected.digest == digest(inputs)
+
+
+@pytest.mark.parametrize("key", ["zarr.json", "calibration/input_ids/c/0/0"])
+def test_an_object_that_vanishes_from_a_finished_store(
+    inputs: Path, tmp_path: Path, key: str
+) -> None:
+    """It is named, with what to do; collecting anew over it gives the store again."""
+    run = config(inputs, tmp_path / "store")
+    store = collect(run)
+    (run.store / key).unlink()
+    with pytest.raises(StoreError, match=f"object {key} is missing"):
+        store.validate()
+    assert collect(replace(run, overwrite=True)).digest == store.digest
+
+
+def test_a_scratch_file_that_vanishes_meanwhile(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line that names it; the same call computes it again."""
+    run = config(inputs, tmp_path / "store", schedule="streamed", scratch=tmp_path / "scratch")
+    step = Streamed._run_block  # noqa: SLF001
+
+    def vanishing(*arguments: Any, **options: Any) -> Any:
+        for path in (tmp_path / "scratch").glob("*/inputs-0000"):
+            path.unlink()
+        return step(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Streamed, "_run_block", vanishing)
+        with pytest.raises(GradpipeError, match="inputs-0000: No such file") as caught:
+            collect(run)
+    check_line(caught.value)
+    assert collect(run).digest == digest(inputs)

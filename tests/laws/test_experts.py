@@ -1,0 +1,251 @@
+"""Mixtures of experts: one layer for each matrix, routed tokens only, experts never chosen."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from gradpipe import (
+    CollectConfig,
+    DataConfig,
+    PruneConfig,
+    Shard,
+    collect,
+    collect_shard,
+    merge,
+    open_store,
+    prune,
+)
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.model.experts import RoutedLinear, split_experts
+from gradpipe.stages.model.load import load_model
+from tests.support.models import VOCAB_SIZE, random_ids, save_tiny, tiny_model
+from tests.support.reference import reference_mask, reference_nm_mask, with_plain_experts
+from tests.support.texts import write_text
+
+FAMILIES = ("mixtral", "qwen3_moe")
+NUM_EXPERTS, EXPERTS_A_TOKEN = 4, 2
+ALL = ("grad_l1", "grad_l2", "act_l2", "hessian", "grad_cov")
+
+
+def config(root: Path, family: str = "mixtral", **options: Any) -> CollectConfig:
+    """A collection of everything, from a model and a text made in `root`."""
+    settings: dict[str, Any] = {
+        "model": str(save_tiny(family, root / "model", max_shard_size="40KB")),
+        "store": root / "store",
+        "data": DataConfig(name=str(write_text(root / "text.txt"))),
+        "num_samples": 4,
+        "seq_len": 16,
+        "statistics": ALL,
+        "encoding": "float32",
+    }
+    return CollectConfig(**{**settings, **options})
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def scarce(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and a store of one sample of two tokens, which reach only some experts."""
+    root = tmp_path_factory.mktemp(request.param)
+    collect(config(root, request.param, num_samples=1, seq_len=2))
+    return root
+
+
+def unseen(root: Path) -> set[str]:
+    """Names of the store's layers that saw no token."""
+    store = open_store(root / "store")
+    return {x.name for x in store.spec.layers if store.is_unseen(x)}
+
+
+def pruned(root: Path, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
+    """Weights and report of one pruned checkpoint, and what was said."""
+    said = io.StringIO()
+    settings = {"model": str(root / "model"), "store": str(root / "store"), "out": root / "out"}
+    prune(PruneConfig(**{**settings, "overwrite": True, **options}), Console(file=said, width=200))
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted((root / "out").glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors, json.loads((root / "out" / "pruning.json").read_text()), said.getvalue()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_taken_apart_are_the_same_model(family: str, tmp_path: Path) -> None:
+    """Logits of the fused model, of ours and of the reference's agree; no weight is copied."""
+    checkpoint = Checkpoint.open(str(save_tiny(family, tmp_path / "model")))
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    ids = random_ids(VOCAB_SIZE, 2, 12, seed=3)
+    fused = model(ids).logits
+    storage = model.model.layers[1].mlp.experts.down_proj.untyped_storage().data_ptr()
+    split_experts(model, checkpoint)
+    torch.testing.assert_close(model(ids).logits, fused, rtol=1e-5, atol=1e-5)
+    plain = with_plain_experts(tiny_model(family))
+    torch.testing.assert_close(plain(ids).logits, fused, rtol=1e-5, atol=1e-5)
+    routed = [m for m in model.modules() if isinstance(m, RoutedLinear)]
+    assert len(routed) == 2 * NUM_EXPERTS * 3
+    assert storage in {m.weight.untyped_storage().data_ptr() for m in routed}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_token_is_counted_at_its_experts(family: str, tmp_path: Path) -> None:
+    """Layers are the checkpoint's tensors; a block's experts share K times the tokens."""
+    store = collect(config(tmp_path, family))
+    weights = Checkpoint.open(str(tmp_path / "model")).tensors
+    assert {x.weight_key for x in store.spec.layers} == {
+        key for key in weights if key.endswith("_proj.weight") or ".experts." in key
+    }
+    for block in (0, 1):
+        first = ("w1", "gate_proj")
+        gates = [x for x in store.spec.layers if x.block == block and x.name.endswith(first)]
+        gates = [x for x in gates if ".experts." in x.name]
+        counts = [store.read(x, ["grad_l1"])["grad_l1"].spec.num_tokens for x in gates]
+        assert len(counts) == NUM_EXPERTS
+        assert sum(counts) == 4 * 16 * EXPERTS_A_TOKEN
+        assert len(set(counts)) > 1  # or the routing would not show
+
+
+def test_shards_of_a_mixture_merge_to_one_run(tmp_path: Path) -> None:
+    """Also where a shard's few tokens reached only some experts."""
+    whole = collect(config(tmp_path, num_samples=3, seq_len=2))
+    parts = config(tmp_path, num_samples=3, seq_len=2, store=tmp_path / "sharded")
+    for i in range(3):
+        collect_shard(replace(parts, shard=Shard(i, 3)))
+    merge([tmp_path / "sharded"])
+    merged = open_store(tmp_path / "sharded")
+    for layer in whole.spec.layers:
+        for statistic in layer.own(ALL):
+            torch.testing.assert_close(
+                torch.from_numpy(merged.read_norms(layer, statistic)),
+                torch.from_numpy(whole.read_norms(layer, statistic)),
+                rtol=1e-5,
+                atol=1e-7,
+            )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "wanda"},
+        {"method": "gblm"},
+        {"method": "fisher", "group": "output"},
+        {"method": "wanda", "update": "obs", "group": "output"},
+        {"method": "gblm", "update": "lsq", "curvature": "kfac"},
+    ],
+    ids=str,
+)
+def test_an_expert_that_saw_no_token_is_pruned_by_magnitude(
+    scarce: Path, options: dict[str, Any]
+) -> None:
+    """It is listed in the report and said aloud; the others are not."""
+    missing = unseen(scarce)
+    assert missing
+    assert len(missing) < 2 * NUM_EXPERTS * 3
+    tensors, report, said = pruned(scarce, sparsities=(0.5,), **options)
+    assert set(report["unseen_layers"]) == missing
+    assert f"{len(missing)} layers that no calibration token reached" in said
+    dense = Checkpoint.open(str(scarce / "model"))
+    for name in missing:
+        weight = dense.read(f"{name}.weight")
+        mask = reference_mask(weight.double().abs(), 0.5, "output")
+        assert torch.equal(tensors[f"{name}.weight"], weight * mask)
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_solvers_leave_unseen_experts_to_magnitude(scarce: Path, method: str) -> None:
+    """There is no curvature to solve with: 2:4 by magnitude."""
+    tensors, report, _ = pruned(scarce, patterns=("2:4",), method=method)
+    dense = Checkpoint.open(str(scarce / "model"))
+    assert set(report["unseen_layers"]) == unseen(scarce)
+    for name in unseen(scarce):
+        weight = dense.read(f"{name}.weight")
+        mask = reference_nm_mask(weight.double().abs(), 2, 4)
+        assert torch.equal(tensors[f"{name}.weight"], weight * mask)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "wanda", "allocation": "owl"},
+        {"method": "wanda", "allocation": "dlp"},
+        {"method": "alps", "allocation": "sensitivity"},
+        {"method": "fisher", "group": "global"},
+        {"method": "wanda", "allocation": "a file"},
+    ],
+    ids=str,
+)
+def test_allocations_do_not_empty_unseen_experts(scarce: Path, options: dict[str, Any]) -> None:
+    """Their scores say nothing: they get the target, and the rest meets it without them."""
+    layers = open_store(scarce / "store").spec.layers
+    if options.get("allocation") == "a file":
+        seen = {x.name: 0.3 if x.block else 0.6 for x in layers if x.name not in unseen(scarce)}
+        wish = seen | dict.fromkeys(unseen(scarce), 0.1)
+        (scarce / "wish.json").write_text(json.dumps(wish))
+        options = options | {"allocation": str(scarce / "wish.json")}
+    tensors, _, _ = pruned(scarce, sparsities=(0.5,), **options)
+    zeros = {x.name: int((tensors[x.weight_key] == 0).sum()) for x in layers}
+    sizes = {x.name: x.shape[0] * x.shape[1] for x in layers}
+    for name in unseen(scarce):
+        assert zeros[name] == sizes[name] // 2
+    assert sum(zeros.values()) == pytest.approx(sum(sizes.values()) / 2, abs=len(layers))
+
+
+def test_a_router_is_never_meant(scarce: Path) -> None:
+    """A pattern that its name happens to match leaves it dense, with or without statistics."""
+    dense = Checkpoint.open(str(scarce / "model"))
+    for method in ("wanda", "magnitude"):
+        tensors, report, _ = pruned(scarce, method=method, include=("layers.0",))
+        assert not any(name.endswith("gate") for name in report["layers"])
+        for key in dense.tensors:
+            if key.endswith("gate.weight"):
+                assert torch.equal(tensors[key], dense.read(key))
+
+
+def test_layers_that_need_no_statistics_are_never_unseen(scarce: Path) -> None:
+    """Magnitude itself falls back on nothing."""
+    _, report, said = pruned(scarce, method="magnitude")
+    assert report["unseen_layers"] == []
+    assert "no calibration token" not in said
+
+
+def test_a_pruned_mixture_opens_in_transformers(tmp_path: Path) -> None:
+    """Fused again by transformers, half of each expert is zero and the logits are finite."""
+    collect(config(tmp_path, "qwen3_moe"))
+    pruned(tmp_path, method="gblm", sparsities=(0.5,))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for block in model.model.layers:
+        for fused in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
+            assert float((fused == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+        assert bool((block.mlp.gate.weight != 0).all())  # the router stays dense
+    assert bool(model(random_ids(VOCAB_SIZE, 1, 8, seed=0)).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("schedule", ["resident", "streamed"])
+def test_a_router_s_balancing_loss_is_left_out(schedule: str, tmp_path: Path) -> None:
+    """Where config.json asks for it, the gradients are still those of the tokens' loss."""
+    settings = config(tmp_path, schedule=schedule, statistics=("grad_sum",))
+    plain = collect(settings)
+    path = Path(settings.model) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"output_router_logits": True}))
+    balanced = collect(replace(settings, store=tmp_path / "balanced"))
+    for layer in plain.spec.layers:
+        first, second = (x.read_norms(layer, "grad_sum") for x in (plain, balanced))
+        assert (first == second).all(), layer.name
+
+
+@pytest.mark.parametrize("schedule", ["resident", "streamed"])
+def test_experts_fused_in_the_checkpoint_stay_dense(schedule: str, tmp_path: Path) -> None:
+    """One line says so; attention is collected as ever."""
+    settings = config(tmp_path, schedule=schedule)
+    folder = Path(settings.model)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tiny_model("mixtral").state_dict(), folder / "model.safetensors")
+    said = io.StringIO()
+    store = collect(settings, Console(file=said, width=200))
+    assert "4 tensors hold several experts each" in said.getvalue()
+    assert len(store.spec.layers) == 2 * 4

@@ -1,0 +1,687 @@
+"""Image classification: ViT and DeiT from labelled images to a store, a pruned model and top-1."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification
+
+from gradpipe import (
+    CollectConfig,
+    DataConfig,
+    EvalConfig,
+    GradientStore,
+    GradpipeError,
+    InputError,
+    PruneConfig,
+    Shard,
+    StoreError,
+    classify,
+    cli,
+    collect,
+    collect_shard,
+    evaluate,
+    merge,
+    plan,
+    prune,
+)
+from gradpipe.pipeline.collect import worker
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.collect.streamed import Streamed
+from gradpipe.stages.model.tensor_names import weight_keys
+from gradpipe.store.arrays import encode_array
+from gradpipe.store.objects import CommitRecord, digest
+from gradpipe.store.schema import SampleSpec
+from gradpipe.store.statistics import SECOND_MOMENTS, STATISTICS
+from tests.support import hub as hubs
+from tests.support.models import save_tiny
+from tests.support.reference import (
+    layer_statistics,
+    reference_mask,
+    reference_nm_mask,
+    reference_score,
+)
+from tests.support.texts import write_text
+from tests.support.vision import (
+    CLASSES,
+    FAMILIES,
+    NUM_TOKENS,
+    SIZE,
+    image_table,
+    save_classifier,
+    tiny_classifier,
+    write_images,
+)
+
+ROOT = Path(__file__).parents[2]
+NUM_SAMPLES = 7
+STEPS = {"resident": (worker, "resident_batch"), "streamed": (Streamed, "_run_block")}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both models, a folder of 12 images, and the same images as a table."""
+    folder = tmp_path_factory.mktemp("vision")
+    for family in FAMILIES:
+        save_classifier(family, folder / family)
+    write_images(folder / "images")
+    image_table(folder / "images").to_parquet(folder / "images.parquet")
+    return folder
+
+
+def config(workplace: Path, store: Path, family: str = "vit", **options: object) -> CollectConfig:
+    """A small run."""
+    settings: dict[str, object] = {
+        "model": str(workplace / family),
+        "store": store,
+        "data": DataConfig(name=str(workplace / "images")),
+        "num_samples": NUM_SAMPLES,
+        "batch_size": 2,
+        "encoding": "float32",
+        "schedule": "resident",
+    }
+    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def store(workplace: Path, family: str, tmp_path_factory: pytest.TempPathFactory) -> GradientStore:
+    """Every statistic of the family's model."""
+    folder = tmp_path_factory.mktemp(family) / "store"
+    return collect(config(workplace, folder, family, statistics=STATISTICS))
+
+
+def collected(run: CollectConfig) -> SampleSpec:
+    """Write a store; what it says of its samples."""
+    return collect(run).spec.samples
+
+
+def pixels_of(workplace: Path, family: str) -> tuple[Tensor, Tensor]:
+    """All images of the folder, in path order, and labels, by the model's own recipe in numpy."""
+    files = sorted((workplace / "images").rglob("*.png"))
+    settings = json.loads((workplace / family / "preprocessor_config.json").read_text())
+    mean, std = (np.array(settings[name], np.float32) for name in ("image_mean", "image_std"))
+    size, margin = settings["size"]["height"], (settings["size"]["height"] - SIZE) // 2
+    resized = [
+        np.asarray(Image.open(file).resize((size, size), settings["resample"]), np.float32)
+        for file in files
+    ]
+    cropped = [x[margin : margin + SIZE, margin : margin + SIZE] for x in resized]
+    scaled = [((x / 255 - mean) / std).transpose(2, 0, 1) for x in cropped]
+    labels = [CLASSES.index(file.parent.name) for file in files]
+    return torch.from_numpy(np.stack(scaled)), torch.tensor(labels)
+
+
+@pytest.fixture(scope="module")
+def reference(workplace: Path, family: str, store: GradientStore) -> dict[str, dict[str, Tensor]]:
+    """Statistics by plain autograd, one drawn image at a time, by name in the checkpoint."""
+    model = tiny_classifier(family)
+    pixels, labels = pixels_of(workplace, family)
+    drawn = store.calibration().arrays["sources"][:, 0].tolist()
+
+    def loss_of(index: Tensor) -> Tensor:
+        logits = model(pixel_values=pixels[index]).logits
+        return nn.functional.cross_entropy(logits, labels[index])
+
+    prefix = f"{family}.layers."
+    layers = {
+        n: m for n, m in model.named_modules() if n.startswith(prefix) and isinstance(m, nn.Linear)
+    }
+    found = layer_statistics(layers, loss_of, [torch.tensor([index]) for index in drawn])
+    keys = weight_keys(model, Checkpoint.open(str(workplace / family)))
+    return {keys[f"{name}.weight"].removesuffix(".weight"): x for name, x in found.items()}
+
+
+# ---- collecting ----
+
+
+def test_samples_are_the_images_as_the_model_takes_them(
+    workplace: Path, family: str, store: GradientStore
+) -> None:
+    """A store has different images, their pixels and labels, and where they come from."""
+    arrays, spec = store.calibration().arrays, store.spec
+    pixels, labels = pixels_of(workplace, family)
+    drawn = arrays["sources"][:, 0]
+    assert len(set(drawn.tolist())) == NUM_SAMPLES
+    got = arrays["pixel_values"].reshape(NUM_SAMPLES, 3, SIZE, SIZE)
+    np.testing.assert_allclose(got, pixels[drawn], atol=1e-6)
+    np.testing.assert_array_equal(arrays["labels"], labels[drawn])
+    assert (spec.objective, spec.samples.sampling) == ("image-classification", "images")
+    assert (spec.samples.seq_len, spec.samples.image_shape) == (NUM_TOKENS[family], (3, SIZE, SIZE))
+    assert spec.command.startswith(f"pipe collect-grads {family} STORE --task image-classification")
+    with pytest.raises(InputError, match="images"):
+        store.input_ids()
+
+
+def test_statistics_equal_plain_autograd(
+    store: GradientStore, reference: dict[str, dict[str, Tensor]]
+) -> None:
+    """Every statistic of every layer is within 1e-5 of plain autograd's, norms rooted."""
+    assert {layer.name for layer in store.spec.layers} == set(reference)
+    for layer in store.spec.layers:
+        for statistic in STATISTICS:
+            expected = reference[layer.name][statistic]
+            if statistic in SECOND_MOMENTS:
+                expected = expected[*torch.triu_indices(*expected.shape)]
+            if statistic in {"grad_l2", "act_l2"}:
+                expected = expected.sqrt()
+            rms = float(expected.square().mean().sqrt())
+            got = store.read_norms(layer, statistic)
+            np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5 * rms)
+
+
+def test_attention_shares_one_hessian(store: GradientStore) -> None:
+    """Query, key and value read one input, which a pass over an image shows."""
+    owners = {layer.name: layer.hessian_of for layer in store.spec.layers}
+    shared = {name.rsplit(".", 1)[-1] for name, owner in owners.items() if owner}
+    assert shared == {"key", "value"}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_the_batch_size_does_not_matter(
+    workplace: Path, tmp_path: Path, store: GradientStore, family: str, batch_size: int
+) -> None:
+    """An image counts alike in any batch."""
+    other = collect(
+        config(workplace, tmp_path / "store", family, statistics=STATISTICS, batch_size=batch_size)
+    )
+    for layer in store.spec.layers:
+        for statistic in STATISTICS:
+            expected = store.read_norms(layer, statistic)
+            rms = float(np.sqrt(np.square(expected).mean()))
+            got = other.read_norms(layer, statistic)
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * rms)
+
+
+def test_streamed_is_resident_bit_for_bit(
+    workplace: Path, tmp_path: Path, store: GradientStore, family: str
+) -> None:
+    """Every object of the store has the same bytes under either schedule."""
+    run = config(workplace, tmp_path / "store", family, statistics=STATISTICS, schedule="streamed")
+    assert collect(run).digest == store.digest
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_classifier_is_collected_too(workplace: Path, tmp_path: Path, dtype: str) -> None:
+    """A layer outside the blocks, which sees one token, has the same sums under either schedule."""
+    run = config(workplace, tmp_path / "resident", dtype=dtype, include=("classifier",))
+    resident = collect(run)
+    streamed = collect(replace(run, store=tmp_path / "streamed", schedule="streamed"))
+    assert resident.spec.layers[-1].name == "classifier"
+    assert streamed.digest == resident.digest
+
+
+def test_thin_and_grey_images_are_images(workplace: Path, tmp_path: Path) -> None:
+    """Three rows of pixels are not three colours, and grey is one of the colours."""
+    folder = write_images(tmp_path / "images", count=1)
+    Image.new("RGB", (9, 3), (255, 0, 0)).save(folder / "circle" / "00.png")
+    Image.new("L", (1, 1), 128).save(folder / "cross" / "00.png")
+    run = config(workplace, tmp_path / "store", data=DataConfig(name=str(folder)), num_samples=3)
+    arrays = collect(run).calibration().arrays
+    pixels = arrays["pixel_values"][arrays["labels"].argsort()].reshape(3, 3, SIZE * SIZE)
+    np.testing.assert_allclose(pixels[0], np.repeat([[1], [-1], [-1]], SIZE * SIZE, 1))
+    np.testing.assert_allclose(pixels[1], 128 / 127.5 - 1, atol=1e-6)
+
+
+def test_a_table_is_the_same_as_a_folder(workplace: Path, tmp_path: Path) -> None:
+    """The same images in a parquet file give the same samples and sums."""
+    folder = collect(config(workplace, tmp_path / "folder"))
+    data = DataConfig(name=str(workplace / "images.parquet"))
+    table = collect(config(workplace, tmp_path / "table", data=data))
+    assert folder.spec.samples.digest == table.spec.samples.digest
+    names = [store.spec.samples.dataset for store in (folder, table)]
+    assert names == ["images", "images.parquet"]
+    for layer in folder.spec.layers:
+        np.testing.assert_array_equal(
+            folder.read_norms(layer, "grad_l1"), table.read_norms(layer, "grad_l1")
+        )
+
+
+def test_data_sets_of_the_hub(workplace: Path, tmp_path: Path) -> None:
+    """A repository of tables, or of files, gives what the folder does; its commit is recorded."""
+    (tmp_path / "table" / "data").mkdir(parents=True)
+    shutil.copy(workplace / "images.parquet", tmp_path / "table" / "data" / "train-0.parquet")
+    shutil.copytree(workplace / "images", tmp_path / "files" / "train")
+    expected = collect(config(workplace, tmp_path / "local")).spec.samples.digest
+    with hubs.serve() as hub:
+        commits = {
+            f"me/{name}": hub.commit(f"datasets/me/{name}", tmp_path / name)
+            for name in ("table", "files")
+        }
+        with hubs.client(hub.endpoint, tmp_path / "cache") as pool:
+            for name, commit in commits.items():
+                run = config(workplace, tmp_path / name, data=DataConfig(name=name))
+                samples = pool.submit(collected, run).result()
+                assert (samples.dataset, samples.revision) == (name, commit)
+                assert samples.digest == expected
+
+
+@pytest.mark.parametrize("schedule", ["resident", "streamed"])
+def test_a_run_that_broke_off_needs_no_images_to_end_as_if_it_had_not(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
+) -> None:
+    """Stopped after a batch, or a block, the same call gives the same store, data gone or not."""
+    images = write_images(tmp_path / "images")
+    whole = collect(config(workplace, tmp_path / "whole"))
+    data = DataConfig(name=str(images))
+    run = config(workplace, tmp_path / "store", data=data, schedule=schedule, checkpoint_every=2)
+    owner, name = STEPS[schedule]
+    step, calls = getattr(owner, name), iter([True, False])
+
+    def crashing(*arguments: Any, **named: Any) -> Any:
+        if not next(calls):
+            raise GradpipeError("crash")
+        return step(*arguments, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, crashing)
+        with pytest.raises(GradpipeError, match="crash"):
+            collect(run)
+    for file in images.rglob("*.png"):
+        file.write_bytes(b"")
+    assert collect(run).digest == whole.digest
+
+
+@pytest.mark.parametrize("schedule", ["resident", "streamed"])
+def test_shards_merge_to_one_run(workplace: Path, tmp_path: Path, schedule: str) -> None:
+    """Three jobs on one store give the sums of one."""
+    whole = collect(config(workplace, tmp_path / "whole"))
+    run = config(workplace, tmp_path / "store", schedule=schedule)
+    for index in range(3):
+        collect_shard(replace(run, shard=Shard(index, 3)))
+    merged = merge([tmp_path / "store"])
+    assert merged.spec == whole.spec
+    for layer in whole.spec.layers:
+        for statistic in whole.spec.statistics:
+            expected = whole.read_norms(layer, statistic)
+            np.testing.assert_allclose(
+                merged.read_norms(layer, statistic), expected, rtol=1e-4, atol=1e-6
+            )
+
+
+def test_a_plan_knows_images(workplace: Path, tmp_path: Path, family: str) -> None:
+    """What it would take is told from the config alone; tokens are those that the blocks see."""
+    run = config(workplace, tmp_path / "store", family, schedule="auto")
+    planned = plan(replace(run, data=DataConfig(name="c4")))
+    parameters = sum(p.numel() for p in tiny_classifier(family).parameters())
+    assert planned.num_parameters == parameters
+    assert planned.flops == 6 * parameters * NUM_SAMPLES * NUM_TOKENS[family]
+
+
+# ---- pruning and evaluating ----
+
+
+@pytest.mark.parametrize("method", ["gblm", "wanda"])
+def test_masks_equal_the_reference(
+    workplace: Path,
+    tmp_path: Path,
+    family: str,
+    store: GradientStore,
+    reference: dict[str, dict[str, Tensor]],
+    method: str,
+) -> None:
+    """Pruned weights are those of float64 scores on plain autograd's statistics, in their names."""
+    model = str(workplace / family)
+    out = tmp_path / "out"
+    prune(
+        PruneConfig(
+            model=model,
+            store=store.url,
+            out=out,
+            method=method,
+            sparsities=(0.5,),
+            patterns=("2:4",),
+        )
+    )
+    dense = Checkpoint.open(model)
+    pruned = {name: Checkpoint.open(str(out / name)) for name in ("s0.50", "2-4")}
+    for name, statistics in reference.items():
+        weight = dense.read(f"{name}.weight")
+        score = reference_score(method, weight, statistics, NUM_SAMPLES, grad_norm="l1")
+        masks = {
+            "s0.50": reference_mask(score, 0.5, "output"),
+            "2-4": reference_nm_mask(score, 2, 4),
+        }
+        for target, mask in masks.items():
+            kept = pruned[target].read(f"{name}.weight")
+            assert torch.equal(kept, torch.where(mask, weight, 0)), name
+    for key in dense.tensors.keys() - {f"{name}.weight" for name in reference}:
+        assert torch.equal(dense.read(key), pruned["s0.50"].read(key)), key
+    assert (out / "s0.50" / "preprocessor_config.json").is_file()
+
+
+@pytest.mark.parametrize("data", ["images", "images.parquet"])
+def test_top1_is_the_share_of_right_answers(workplace: Path, family: str, data: str) -> None:
+    """Accuracy is that of transformers' model on pixels made by hand, in any batch."""
+    model = AutoModelForImageClassification.from_pretrained(workplace / family)
+    pixels, labels = pixels_of(workplace, family)
+    expected = float((model(pixel_values=pixels).logits.argmax(-1) == labels).float().mean())
+    run = EvalConfig(model=str(workplace / family), data=DataConfig(name=str(workplace / data)))
+    for batch_size in (1, 5):
+        got = classify(replace(run, batch_size=batch_size))
+        assert got.top1 == pytest.approx(expected)
+        assert got.num_images == len(labels)
+
+
+def test_the_command_evaluates_images(
+    workplace: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`pipe eval` finds out what the model is for, and prints top-1, or writes it."""
+    model, images = str(workplace / "vit"), str(workplace / "images")
+    expected = classify(EvalConfig(model=model, data=DataConfig(name=images)))
+    assert run_pipe(monkeypatch, "eval", model, "--dataset", images) == 0
+    assert capsys.readouterr().out.startswith(f"top-1 {100 * expected.top1:.2f} %  (")
+    arguments = ("--task", "image-classification", "--dataset", images, "--json", "-")
+    assert run_pipe(monkeypatch, "eval", model, *arguments) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["top1"], document["num_images"]) == (expected.top1, 12)
+
+
+def test_class_names_decide_labels_or_else_their_order(workplace: Path, tmp_path: Path) -> None:
+    """Folders with the model's names go by them; as many others go by their order."""
+    config_file = tmp_path / "model" / "config.json"
+    save_classifier("vit", tmp_path / "model")
+    document = json.loads(config_file.read_text())
+    reverse = {name: 2 - label for name, label in document["label2id"].items()}
+    ids = {str(label): name for name, label in reverse.items()}
+    config_file.write_text(json.dumps(document | {"label2id": reverse, "id2label": ids}))
+    right = {"images": 0, "renamed": 0}
+    write_images(tmp_path / "renamed", names=("a", "b", "c"))
+    for name, folder in (("images", workplace / "images"), ("renamed", tmp_path / "renamed")):
+        run = config(workplace, tmp_path / name / "store", model=str(tmp_path / "model"))
+        store = collect(replace(run, data=DataConfig(name=str(folder))))
+        arrays = store.calibration().arrays
+        folders = arrays["sources"][:, 0] // 4  # four images each, in path order
+        right[name] = int((arrays["labels"] == folders).sum())
+        if name == "images":
+            np.testing.assert_array_equal(arrays["labels"], 2 - folders)
+    assert right["renamed"] == NUM_SAMPLES
+
+
+# ---- the user's mistakes ----
+
+
+def run_pipe(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["pipe", *arguments])
+    try:
+        cli.main()
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0
+
+
+@pytest.mark.parametrize("verb", ["collect-grads", "eval"])
+@pytest.mark.parametrize(
+    ("task", "model", "says"),
+    [
+        ("segmentation", "vit", "expected one of causal-lm, image-classification"),
+        ("causal-lm", "vit", "is a ViTForImageClassification, not a causal language model"),
+        ("image-classification", "llama", "is a LlamaForCausalLM, not an image classifier"),
+    ],
+)
+def test_a_task_that_is_none_or_another_models_is_refused(
+    workplace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    verb: str,
+    task: str,
+    model: str,
+    says: str,
+) -> None:
+    """One line that says what the model is, and exit code 2; nothing is written."""
+    folder = save_tiny("llama", tmp_path / "llama") if model == "llama" else workplace / model
+    capsys.readouterr()
+    place = (str(tmp_path / "store"),) if verb == "collect-grads" else ()
+    images = str(workplace / "images")
+    assert (
+        run_pipe(monkeypatch, verb, str(folder), *place, "--task", task, "--dataset", images) == 2
+    )
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert says in error[0]
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.fixture
+def broken(workplace: Path, tmp_path: Path) -> dict[str, Path]:
+    """Folders and tables that cannot be used, by what is wrong with them."""
+    write_images(tmp_path / "two", names=("a", "b"))
+    write_images(tmp_path / "other", names=("circle", "cross", "star"))
+    write_images(tmp_path / "torn")
+    torn = tmp_path / "torn" / "cross" / "01.png"
+    torn.write_bytes(torn.read_bytes()[:100])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("no images")
+    table = image_table(workplace / "images")
+    table.remove_columns("label").to_parquet(tmp_path / "bare.parquet")
+    features = table.features
+    unlabelled = table.remove_columns("label").add_column("label", [-1] * 12)
+    unlabelled.cast(features).to_parquet(tmp_path / "unlabelled.parquet")
+    (tmp_path / "torn.parquet").write_bytes(b"PAR1")
+    return {path.name: path for path in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("two", "has 2 classes (a, b), .* has 3 (circle, cross, square)"),
+        ("other", "has 3 classes (circle, cross, star)"),
+        ("torn", "cross/01.png is not an image that can be read"),
+        ("empty", "expected one folder for each class"),
+        ("text.txt", "expected a folder of images, or a .parquet file"),
+        ("bare.parquet", "expected one column of images and one of class labels; it has image"),
+        ("unlabelled.parquet", "row 1 has no label: choose another with --split"),
+        ("torn.parquet", "cannot read it as parquet"),
+    ],
+)
+def test_data_that_cannot_be_used_is_named(
+    workplace: Path, tmp_path: Path, broken: dict[str, Path], name: str, says: str
+) -> None:
+    """What was found and what was expected, before anything is written."""
+    pattern = says.replace("(", r"\(").replace(")", r"\)")
+    data = DataConfig(name=str(broken[name]))
+    with pytest.raises(InputError, match=pattern):
+        collect(config(workplace, tmp_path / "store", data=data, num_samples=12))
+    assert not (tmp_path / "store" / "zarr.json").exists()
+    with pytest.raises(InputError, match=pattern):
+        classify(EvalConfig(model=str(workplace / "vit"), data=data))
+
+
+def test_other_mistakes(workplace: Path, tmp_path: Path) -> None:
+    """Too few images, text for an image model, windows of images, and the other way round."""
+    run = config(workplace, tmp_path / "store")
+    with pytest.raises(InputError, match="has 12 images, --num-samples is 13"):
+        collect(replace(run, num_samples=13))
+    with pytest.raises(InputError, match="--dataset c4 is text"):
+        collect(replace(run, data=DataConfig()))
+    with pytest.raises(InputError, match=r"dataset me/typo: expected .* of images"):
+        collect(replace(run, data=DataConfig(name="me/typo")))
+    with pytest.raises(InputError, match=r"--seq-len 8: .* no windows"):
+        collect(replace(run, seq_len=8))
+    evaluation = EvalConfig(model=run.model, data=run.data)
+    with pytest.raises(InputError, match="--max-windows: images have no windows"):
+        classify(replace(evaluation, max_windows=1))
+    with pytest.raises(InputError, match="not a causal language model"):
+        evaluate(evaluation)
+    text = str(write_text(tmp_path / "text.txt"))
+    model = str(save_tiny("llama", tmp_path / "llama"))
+    with pytest.raises(InputError, match="not an image classifier"):
+        classify(EvalConfig(model=model, data=DataConfig(name=text)))
+
+
+def test_without_an_image_processor(tmp_path: Path, workplace: Path) -> None:
+    """A model without its preprocessor_config.json, or with another's, is refused by name."""
+    model = save_classifier("vit", tmp_path / "model")
+    run = config(workplace, tmp_path / "store", model=str(model))
+    settings = json.loads((model / "preprocessor_config.json").read_text())
+    other = settings | {"size": {"height": 8, "width": 8}}
+    (model / "preprocessor_config.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match=r"makes \(3, 8, 8\) .* expects \(3, 16, 16\)"):
+        collect(run)
+    (model / "preprocessor_config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot load its image processor"):
+        collect(run)
+    (model / "preprocessor_config.json").unlink()
+    with pytest.raises(InputError, match=r"model has no preprocessor_config\.json"):
+        collect(run)
+
+
+def test_without_pillow(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line says how to install it."""
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(InputError, match=r"pip install 'gradpipe\[images\]'"):
+        collect(config(workplace, tmp_path / "store"))
+
+
+def test_a_model_without_a_loss_is_refused(tmp_path: Path, workplace: Path) -> None:
+    """DeiT's pair of heads takes no labels: there is nothing to differentiate."""
+    model = save_classifier("deit", tmp_path / "model")
+    document = json.loads((model / "config.json").read_text())
+    name = "DeiTForImageClassificationWithTeacher"
+    (model / "config.json").write_text(json.dumps(document | {"architectures": [name]}))
+    with pytest.raises(InputError, match=f"{name} takes no labels"):
+        plan(config(workplace, tmp_path / "store", model=str(model)))
+    (model / "config.json").write_text(
+        json.dumps(document | {"problem_type": "multi_label_classification"})
+    )
+    with pytest.raises(InputError, match="problem_type multi_label_classification: expected"):
+        collect(config(workplace, tmp_path / "store", model=str(model)))
+
+
+# ---- stores that were tampered with ----
+
+
+def honest(folder: Path, store: GradientStore) -> Path:
+    """A copy of a store."""
+    return Path(shutil.copytree(store.url, folder / "store"))
+
+
+def forge(store: Path, edits: dict[str, object], arrays: dict[str, np.ndarray]) -> GradientStore:
+    """Change fields of the samples and arrays of a store, and make its record fit."""
+    root = json.loads((store / "zarr.json").read_text())
+    spec = root["attributes"]["gradpipe"]
+    for name, value in edits.items():
+        (spec if name == "objective" else spec["samples"])[name] = value
+    (store / "zarr.json").write_text(json.dumps(root))
+    for name, array in arrays.items():
+        for part, data in encode_array(array).items():
+            (store / "calibration" / name / part).write_bytes(data)
+    record = CommitRecord.from_bytes((store / "commit.json").read_bytes())
+    contents = {key: (store / key).read_bytes() for key in record.objects}
+    fitting = CommitRecord({key: (len(data), digest(data)) for key, data in contents.items()})
+    (store / "commit.json").write_bytes(fitting.to_bytes())
+    return GradientStore.open(store)
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        {"image_shape": None},
+        {"objective": "causal-lm"},
+        {"image_shape": [3, SIZE]},
+        {"image_shape": [3, SIZE, SIZE, 1]},
+        {"image_shape": [3, SIZE, 0]},
+        {"image_shape": [3, SIZE, -SIZE]},
+        {"image_shape": [3, SIZE, 2 * SIZE]},
+        {"image_shape": [3, 2**40, 2**40]},
+        {"image_shape": [2**15, 2**15, 2**15]},
+        {"image_shape": [3, SIZE, 16.0]},
+        {"image_shape": "3x16x16"},
+        {"image_shape": 10**30},
+        {"num_samples": 2**30},
+        {"seq_len": 0},
+        {"digest": ""},
+        {"digest": "0" * 32},
+    ],
+)
+def test_a_forged_spec_is_refused(
+    tmp_path: Path, store: GradientStore, edits: dict[str, object]
+) -> None:
+    """Shapes that are none, or not the arrays', never reach an allocation."""
+    with pytest.raises(StoreError):
+        forge(honest(tmp_path, store), edits, {}).validate()
+
+
+@pytest.mark.parametrize("name", ["pixel_values", "labels", "sources"])
+def test_forged_samples_are_refused(tmp_path: Path, store: GradientStore, name: str) -> None:
+    """Pixels or labels of another type, number or content are not the spec's."""
+    arrays = store.calibration().arrays
+    copy = honest(tmp_path, store)
+    forged = [arrays[name][:-1], arrays[name].astype(np.int32)]
+    if name != "sources":
+        forged.append(arrays[name] + 1)
+    for array in forged:
+        with pytest.raises(StoreError, match=f"calibration/.*{name}"):
+            forge(copy, {}, {name: np.ascontiguousarray(array)}).validate()
+
+
+def test_negative_labels_are_refused(tmp_path: Path, store: GradientStore) -> None:
+    """The label that losses ignore, −100, would make a sample of nothing."""
+    arrays = store.calibration().arrays
+    labels = np.full_like(arrays["labels"], -100)
+    fitting = digest(arrays["pixel_values"].tobytes() + labels.tobytes())
+    with pytest.raises(StoreError, match="negative"):
+        forge(honest(tmp_path, store), {"digest": fitting}, {"labels": labels}).validate()
+
+
+def test_a_spec_without_an_image_shape_is_of_text() -> None:
+    """Stores of before have no such field."""
+    document = {
+        "dataset": "text",
+        "revision": None,
+        "sampling": "document",
+        "seed": 0,
+        "num_samples": 2,
+        "seq_len": 3,
+        "digest": "0" * 32,
+    }
+    spec = SampleSpec.from_json(document)
+    assert spec.image_shape is None
+    assert spec.arrays() == {"input_ids": ((2, 3), "int32"), "sources": ((2, 2), "int64")}
+
+
+# ---- the script that trains one ----
+
+
+@pytest.mark.slow
+def test_a_trained_model_loses_by_pruning(tmp_path: Path) -> None:
+    """A short run of the script learns its shapes, and pruning nearly all of it forgets them."""
+    script = [sys.executable, str(ROOT / "scripts" / "train_tiny_vit.py"), str(tmp_path / "vit")]
+    size = "--hidden 32 --blocks 2 --steps 250 --num-calibration 40 --num-heldout 200"
+    subprocess.run([*script, *size.split()], check=True, capture_output=True)
+    model = str(tmp_path / "vit" / "model")
+    images = DataConfig(name=str(tmp_path / "vit" / "heldout"))
+    dense = classify(EvalConfig(model=model, data=images, batch_size=50))
+    assert (dense.num_images, dense.dtype) == (200, "float32")
+    assert dense.top1 > 0.2  # of ten classes
+    data = DataConfig(name=str(tmp_path / "vit" / "calibration"))
+    run = CollectConfig(model=model, store=tmp_path / "store", data=data, num_samples=40)
+    collect(run)
+    target = PruneConfig(
+        model=model, store=str(run.store), out=tmp_path / "out", sparsities=(0.5, 0.95)
+    )
+    prune(target)
+    top1 = [
+        classify(EvalConfig(model=str(tmp_path / "out" / name), data=images, batch_size=50)).top1
+        for name in ("s0.50", "s0.95")
+    ]
+    assert top1[1] < dense.top1 - 0.05
+    assert top1[0] > top1[1]

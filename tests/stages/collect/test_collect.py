@@ -1,0 +1,206 @@
+"""Stage one as a whole: samples, the store it writes, and what it refuses to do quietly."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from gradpipe import CollectConfig, DataConfig, GradpipeError, InputError, collect
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.collect.resident import resident_batch
+from gradpipe.stages.collect.sums import LayerAccumulator
+from gradpipe.stages.data.text import Text
+from gradpipe.stages.data.windows import draw_samples
+from gradpipe.stages.model.batch import Batch
+from gradpipe.stages.model.layers import Layer, find_blocks, find_layers
+from gradpipe.stages.model.load import load_model, load_tokenizer
+from gradpipe.store.codec import norm_of
+from gradpipe.store.schema import LayerSpec
+from tests.support.models import save_tiny, tiny_model
+from tests.support.reference import reference_statistics
+from tests.support.texts import SENTENCE, write_text
+
+
+def config(root: Path, **options: object) -> CollectConfig:
+    """A small run in `root`."""
+    settings: dict[str, object] = {
+        "model": str(root / "model"),
+        "store": root / "store",
+        "data": DataConfig(name=str(root / "text.txt")),
+        "num_samples": 3,
+        "seq_len": 16,
+    }
+    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A model and a text."""
+    save_tiny("llama", tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+    return tmp_path
+
+
+def test_the_store_holds_the_reference_s_statistics_of_its_own_samples(root: Path) -> None:
+    """The tokens in the store, put through plain autograd, give the sums in the store."""
+    store = collect(config(root, batch_size=2, encoding="float32"))
+    ids = torch.from_numpy(store.input_ids()).long()
+    assert ids.shape == (3, 16)
+    expected = reference_statistics(tiny_model("llama"), ids)
+    for layer in store.spec.layers:
+        for statistic in ("grad_l1", "grad_l2", "act_l2"):
+            sums = norm_of(statistic, expected[layer.name][statistic].numpy())
+            got = store.read_norms(layer, statistic)
+            np.testing.assert_allclose(got, sums, rtol=1e-5, atol=1e-5 * np.sqrt((sums**2).mean()))
+
+
+def test_the_same_command_writes_the_same_bytes(root: Path) -> None:
+    """Stage one is deterministic: the commit records are equal."""
+    first = collect(config(root, store=root / "a"))
+    second = collect(config(root, store=root / "b"))
+    assert first.digest == second.digest
+
+
+def test_activations_alone_need_no_backward(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wanda's statistic costs a forward pass only."""
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    store = collect(config(root, statistics=("act_l2",)))
+    assert store.spec.statistics == ("act_l2",)
+
+
+def test_windows_come_from_documents_longer_than_a_window(root: Path) -> None:
+    """Short documents are passed over; a window is part of one document, at its recorded place."""
+    tokenizer = load_tokenizer(Checkpoint.open(str(root / "model")))
+    documents = ["the fox", SENTENCE * 2, "the dog", SENTENCE]
+    text = Text(documents=documents, revision=None, separator="\n\n", joined=False)
+    spec, calibration = draw_samples("toy", text, tokenizer, 20, 12, 0)
+    windows, sources = calibration.arrays["input_ids"], calibration.arrays["sources"]
+    assert spec.sampling == "document"
+    assert set(sources[:, 0]) <= {1, 3}
+    for window, (document, start) in zip(windows, sources, strict=True):
+        whole = tokenizer(documents[document])["input_ids"]
+        assert whole[start : start + 12] == list(window)
+
+
+def test_short_documents_are_joined(root: Path) -> None:
+    """Where no document is long enough, windows come from the joined text, and it is said."""
+    tokenizer = load_tokenizer(Checkpoint.open(str(root / "model")))
+    text = Text(documents=["the fox runs"] * 30, revision=None, separator=" ", joined=False)
+    spec, calibration = draw_samples("toy", text, tokenizer, 4, 24, 0)
+    assert spec.sampling == "joined"
+    assert (calibration.arrays["sources"][:, 0] == -1).all()
+    with pytest.raises(InputError, match="too short"):
+        draw_samples("toy", text, tokenizer, 4, 10_000, 0)
+
+
+def test_a_finished_store_is_the_same_command_s_result(root: Path) -> None:
+    """The same command again has nothing to do, and tidies what a kill may have left."""
+    first = collect(config(root))
+    (root / "store" / "partial").mkdir()
+    (root / "store" / "partial" / "stray").touch()
+    assert collect(config(root)).digest == first.digest
+    assert not (root / "store" / "partial").exists()
+    with pytest.raises(InputError, match="exists and is complete"):
+        collect(config(root, seed=1))
+
+
+def test_an_unfinished_store_is_not_continued_by_another_command(root: Path) -> None:
+    """Mixed settings would give sums of two things; --overwrite starts anew."""
+    collect(config(root))
+    (root / "store" / "commit.json").unlink()
+    (root / "store" / "layers" / "stray").mkdir()
+    assert collect(config(root, seed=1)).spec.samples.seed == 1
+    assert not (root / "store" / "layers" / "stray").exists()
+
+
+class _Twice(nn.Module):
+    """One linear map, run twice: its gradient is not one product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+        self.dtype = torch.float32
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> object:
+        hidden = self.embed(input_ids)
+        for _time in range(2):
+            hidden = self.layers[0](hidden)
+        return type("Output", (), {"loss": hidden.square().mean()})
+
+
+def _accumulator() -> LayerAccumulator:
+    spec = LayerSpec(
+        name="layers.0.0",
+        weight_key="layers.0.0.weight",
+        shape=(4, 4),
+        block=0,
+        transposed=False,
+        digest="",
+    )
+    return LayerAccumulator(spec, ("grad_l1",), torch.device("cpu"))
+
+
+def test_a_layer_that_runs_twice_is_refused() -> None:
+    """Norms of two halves are not the norm of the whole: better no number than a wrong one."""
+    model, accumulator = _Twice(), _accumulator()
+    layers = [Layer(path="layers.0.0", spec=accumulator.spec, module=model.layers[0][0])]  # type: ignore[index]
+    ids = torch.zeros((1, 3), dtype=torch.long)
+    with pytest.raises(GradpipeError, match=r"runs twice.*by --blocks.*not supported"):
+        resident_batch(model, find_blocks(model), layers, [accumulator], Batch.of_tokens(ids))
+
+
+def test_a_layer_that_never_ran_is_named() -> None:
+    """Zeros would read as 'this layer does not matter'."""
+    with pytest.raises(GradpipeError, match=r"layers\.0\.0 never ran: .*--blocks.*not supported"):
+        _accumulator().result()
+
+
+def test_a_nan_stops_with_the_layer_s_name() -> None:
+    """Nothing that is not a number reaches a store."""
+    accumulator = _accumulator()
+    x = torch.full((1, 2, 4), float("nan"))
+    accumulator.add_inputs(x.unbind())
+    accumulator.add_gradients(x.unbind(), torch.ones(1, 2, 4).unbind(), 1.0)
+    with pytest.raises(GradpipeError, match=r"layers\.0\.0: grad_l1 is NaN"):
+        accumulator.result()
+
+
+def test_a_model_that_overflows_leaves_no_store(root: Path) -> None:
+    """A loss that is not finite stops the run before a statistic is written."""
+    checkpoint = Checkpoint.open(str(root / "model"))
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    model.model.embed_tokens.weight.data.fill_(float("nan"))
+    model.save_pretrained(root / "model")
+    with pytest.raises(GradpipeError, match="loss is nan"):
+        collect(config(root))
+    assert not (root / "store" / "commit.json").exists()
+    assert not (root / "store" / "layers" / "model.layers.0.mlp.up_proj").exists()
+
+
+def test_blocks_are_found_or_named_by_hand(root: Path) -> None:
+    """The largest list of like modules is taken; any other path must be one that exists."""
+    checkpoint = Checkpoint.open(str(root / "model"))
+    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
+    assert find_blocks(model).path == find_blocks(model, "model.layers").path == "model.layers"
+    with pytest.raises(InputError, match=r"this model has model\.layers"):
+        find_blocks(model, "model.blocks")
+    with pytest.raises(InputError, match=r"looked for an nn\.ModuleList"):
+        find_blocks(nn.Linear(2, 2))
+    layers = find_layers(model, find_blocks(model), checkpoint)
+    assert {layer.spec.block for layer in layers} == {0, 1}
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_cpu_s_statistics(root: Path) -> None:
+    """The same samples on a GPU: the same sums, to rounding."""
+    on_cpu = collect(config(root, store=root / "cpu", device="cpu"))
+    on_gpu = collect(config(root, store=root / "gpu", device="cuda"))
+    for layer in on_cpu.spec.layers:
+        for statistic in on_cpu.spec.statistics:
+            expected = on_cpu.read_norms(layer, statistic)
+            atol = 1e-4 * float(np.sqrt((expected**2).mean()))
+            got = on_gpu.read_norms(layer, statistic)
+            np.testing.assert_allclose(got, expected, rtol=1e-3, atol=atol)
