@@ -19,6 +19,7 @@ lint: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy $(SOURCES)
+	.venv/bin/lint-imports --no-cache
 
 # Back to a fresh clone: the environment, the caches and the demo's output go.
 clean:

@@ -38,18 +38,12 @@ from benchmarks.random_llama import (
     write_checkpoint,
 )
 from gradpipe import CollectConfig, DataConfig, collect
-from gradpipe.stages.batch import Batch
-from gradpipe.stages.checkpoint import Checkpoint
-from gradpipe.stages.model import (
-    Blocks,
-    Layer,
-    find_blocks,
-    find_layers,
-    load_model,
-    resolve_dtype,
-)
-from gradpipe.stages.schedule import resident_batch
-from gradpipe.stages.statistics import LayerAccumulator
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.collect.resident import resident_batch
+from gradpipe.stages.collect.sums import LayerAccumulator
+from gradpipe.stages.model.batch import Batch
+from gradpipe.stages.model.layers import Blocks, Layer, find_blocks, find_layers
+from gradpipe.stages.model.load import load_model, resolve_dtype
 
 GOAL: Final = 1.25
 LAYERS: Final = "bare, block linears"

@@ -43,10 +43,12 @@ from benchmarks.random_llama import (
     write_store,
 )
 from gradpipe import GradientStore, PruneConfig, prune
-from gradpipe.stages.checkpoint import Checkpoint, as_tensor, count_zeros, tensor_bytes
-from gradpipe.stages.mask import Group
-from gradpipe.stages.prune import Target, norms_on
-from gradpipe.stages.score import find_score
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.tensors import as_tensor, count_zeros, tensor_bytes
+from gradpipe.stages.prune.layer import norms_on
+from gradpipe.stages.prune.mask import Group
+from gradpipe.stages.prune.methods import find_score
+from gradpipe.stages.prune.target import Target
 from gradpipe.store.objects import digest, fsync
 
 STATISTICS: Final = ("grad_l1", "act_l2")  # and grad_l2, which grad_l1 is coded against

@@ -31,7 +31,7 @@ from gradpipe import (
     prune,
 )
 from gradpipe.pipeline.evaluate import evaluate_each
-from gradpipe.pipeline.prune_config import RECIPES
+from gradpipe.pipeline.prune.config import RECIPES
 
 SPARSITIES: Final = (0.5, 0.6, 0.7)
 PATTERNS: Final = ("2:4", "4:8")

@@ -38,17 +38,13 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from gradpipe.pipeline.progress import peak_memory
-from gradpipe.stages.checkpoint import INDEX_NAME, Checkpoint, TensorInfo
+from gradpipe.stages.checkpoint.folder import INDEX_NAME, Checkpoint
+from gradpipe.stages.checkpoint.tensors import TensorInfo
 from gradpipe.store.codec import Sums
-from gradpipe.store.gradients import LayerStats, StoreWriter
 from gradpipe.store.objects import digest
-from gradpipe.store.schema import (
-    ACTIVATION_STATISTICS,
-    FORMAT_VERSION,
-    LayerSpec,
-    SampleSpec,
-    StoreSpec,
-)
+from gradpipe.store.schema import FORMAT_VERSION, LayerSpec, SampleSpec, StoreSpec
+from gradpipe.store.statistics import ACTIVATION_STATISTICS
+from gradpipe.store.writer import LayerStats, StoreWriter
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MB: Final = 1e6

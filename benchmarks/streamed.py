@@ -28,7 +28,7 @@ from benchmarks.random_llama import (
     write_checkpoint,
 )
 from gradpipe import CollectConfig, DataConfig, PruneConfig, collect, prune
-from gradpipe.stages.checkpoint import Checkpoint
+from gradpipe.stages.checkpoint.folder import Checkpoint
 
 STATISTICS: Final = ("grad_l1", "grad_l2", "act_l2")
 DEPTHS: Final = (24, 48)

@@ -18,7 +18,7 @@ import typer
 
 from benchmarks.random_llama import heading, table
 from gradpipe import CollectConfig, DataConfig, EvalConfig, PruneConfig, classify, collect, prune
-from gradpipe.pipeline.prune_config import RECIPES
+from gradpipe.pipeline.prune.config import RECIPES
 
 SPARSITIES: Final = (0.4, 0.5, 0.6, 0.7, 0.8)
 STATISTICS: Final = ("grad_l1", "grad_l2", "act_l2", "hessian", "grad_cov")

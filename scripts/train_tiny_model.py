@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from gradpipe.errors import InputError
-from gradpipe.stages.embedded import DOCUMENT_SEPARATOR, stdlib_documents
+from gradpipe.stages.data.stdlib import DOCUMENT_SEPARATOR, stdlib_documents
 
 SPECIAL_TOKENS: Final = ("<s>", "</s>")
 SMALLEST_VOCAB: Final = 256 + len(SPECIAL_TOKENS)
