@@ -92,7 +92,7 @@ class Rig:
             )
             for seed in range(work.batches)
         ]
-        self._accumulators: list[LayerAccumulator] = []
+        self._sums: dict[str, LayerAccumulator] = {}
 
     def bare(self, weights: list[nn.Parameter]) -> None:
         """Ordinary gradients of `weights`, the mean-token loss of each sample counting alike."""
@@ -108,7 +108,7 @@ class Rig:
 
     def bare_layers(self) -> None:
         """Gradients of the weights that stage one measures."""
-        self.bare([layer.module.get_parameter("weight") for layer in self.layers])
+        self.bare([self.model.get_parameter(f"{layer.path}.weight") for layer in self.layers])
 
     def bare_all(self) -> None:
         """Gradients of everything, as in training: embeddings, norms and head too."""
@@ -116,14 +116,12 @@ class Rig:
 
     def hooks(self) -> None:
         """What stage one does."""
-        if not self._accumulators:
+        if not self._sums:
             cpu = torch.device("cpu")
             names = self.statistics
-            self._accumulators = [LayerAccumulator(x.spec, names, cpu) for x in self.layers]
+            self._sums = {x.path: LayerAccumulator(x.spec, names, cpu) for x in self.layers}
         for ids_BT in self.batches:
-            resident_batch(
-                self.model, self.blocks, self.layers, self._accumulators, Batch.of_tokens(ids_BT)
-            )
+            resident_batch(self.model, self.blocks, self._sums, Batch.of_tokens(ids_BT))
 
     def sides(self) -> dict[str, Callable[[], None]]:
         """What is compared, by name."""

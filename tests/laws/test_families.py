@@ -46,10 +46,10 @@ def collected(
     split_experts(model, checkpoint)
     blocks = find_blocks(model)
     layers = find_layers(model, blocks, checkpoint)
-    sums = [LayerAccumulator(x.spec, statistics, torch.device("cpu")) for x in layers]
+    sums = {x.path: LayerAccumulator(x.spec, statistics, torch.device("cpu")) for x in layers}
     for ids_BT in IDS.split(batch_size):
-        resident_batch(model, blocks, layers, sums, Batch.of_tokens(ids_BT))
-    return {accumulator.spec.name: accumulator.result() for accumulator in sums}
+        resident_batch(model, blocks, sums, Batch.of_tokens(ids_BT))
+    return {accumulator.spec.name: accumulator.result() for accumulator in sums.values()}
 
 
 def norms_of(stats: LayerStats) -> Norms:

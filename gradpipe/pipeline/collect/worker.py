@@ -25,7 +25,7 @@ from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.device import memory_errors
 from gradpipe.stages.model.batch import Batch, calibration_batch
 from gradpipe.stages.model.experts import split_experts
-from gradpipe.stages.model.layers import Blocks, Skeleton, attach
+from gradpipe.stages.model.layers import Skeleton
 from gradpipe.stages.model.load import load_model
 from gradpipe.store.folder import LOCK_NAME, Calibration
 from gradpipe.store.lock import locked
@@ -92,33 +92,35 @@ def run_share(job: Job, console: Console) -> None:
 def _run_resident(
     job: Job, partial: Partial, console: Console, stop_requested: Callable[[], bool]
 ) -> None:
-    sums = [LayerAccumulator(x.spec, job.spec.statistics, job.device) for x in job.skeleton.layers]
-    done = _restore(job, partial, sums)
+    sums = {
+        x.path: LayerAccumulator(x.spec, job.spec.statistics, job.device)
+        for x in job.skeleton.layers
+    }
+    every = list(sums.values())
+    done = _restore(job, partial, every)
     if done < len(job.share):
         _accumulate(job, partial, sums, done, console, stop_requested)
     if job.is_alone:
-        _finish(job, partial, sums, stop_requested)
+        _finish(job, partial, every, stop_requested)
 
 
 def _accumulate(
     job: Job,
     partial: Partial,
-    sums: list[LayerAccumulator],
+    sums: dict[str, LayerAccumulator],
     done: int,
     console: Console,
     stop_requested: Callable[[], bool],
 ) -> None:
     """Run the model over what is left of the share; a shard's sums are saved at the end."""
-    checkpoint, path = job.skeleton.checkpoint, job.skeleton.blocks.path
+    checkpoint, blocks = job.skeleton.checkpoint, job.skeleton.blocks
     model = load_model(checkpoint, job.skeleton.model.dtype, job.device)
     split_experts(model, checkpoint)
-    blocks = Blocks(path=path, modules=tuple(model.get_submodule(path)))
-    layers = attach(job.skeleton.layers, model)
     timer = _SnapshotTimer(every=job.checkpoint_every)
     with _bar(job, console, len(job.share)) as advance:
         advance(done)
         for batch in job.samples()[done:].split(job.batch_size):
-            resident_batch(model, blocks, layers, sums, batch.to(job.device))
+            resident_batch(model, blocks, sums, batch.to(job.device))
             done += len(batch)
             advance(len(batch))
             finished = done == len(job.share)
@@ -126,7 +128,7 @@ def _accumulate(
                 break
             if finished or stop_requested() or timer.is_due(len(batch)):
                 with timer.measured():
-                    _save(job, partial, sums, done)
+                    _save(job, partial, list(sums.values()), done)
             if stop_requested() and not finished:
                 raise Interrupted(f"stopped after {done} of {len(job.share)} samples")
 
@@ -209,7 +211,7 @@ def _stream(
 ) -> None:
     """Collect the blocks that are not done, and commit each of them."""
     run = Streamed(job.skeleton, job.samples(), job.batch_size, scratch, job.device)
-    with _bar(job, console, 2 * len(job.share) * len(job.skeleton.blocks.modules)) as advance:
+    with _bar(job, console, 2 * len(job.share) * job.skeleton.blocks.count) as advance:
 
         def step(count: int) -> None:
             advance(count)
@@ -236,7 +238,7 @@ def _write_block(writer: StoreWriter, sums: Sequence[LayerAccumulator]) -> Commi
 def _done_blocks(job: Job, partial: Partial) -> set[int | None]:
     """Blocks whose statistics are committed and sound; all else, but for scratch, is deleted."""
     names = set(partial.names())
-    blocks: list[int | None] = [None, *range(len(job.skeleton.blocks.modules))]
+    blocks: list[int | None] = [None, *range(job.skeleton.blocks.count)]
     begun = {block for block in blocks if _block_name(block) in names}
     done = {block for block in begun if partial.is_sound(_block_name(block))}
     partial.keep_only(*map(_block_name, done), _SCRATCH)

@@ -80,22 +80,21 @@ def make_plan(asked: str, skeleton: Skeleton, work: Workload, device: torch.devi
     model, blocks, layers = skeleton.model, skeleton.blocks, skeleton.layers
     size = model.dtype.itemsize
     total = sum(p.numel() for p in model.parameters())
-    inside = sum(p.numel() for block in blocks.modules for p in block.parameters())
-    block = max(sum(p.numel() for p in b.parameters()) for b in blocks.modules)
+    sizes = [sum(p.numel() for p in model.get_submodule(x).parameters()) for x in blocks.paths]
+    inside, block = sum(sizes), max(sizes)
     sums = [_sum_bytes(x.spec, work.statistics) for x in layers]
     block_sums = max(
         sum(b for x, b in zip(layers, sums, strict=True) if x.spec.block == i)
-        for i in range(len(blocks.modules))
+        for i in range(blocks.count)
     )
     hidden, outputs = _widths(model, layers)
     tokens = work.batch_size * work.seq_len
     widths = max(
-        sum(sum(x.spec.shape) for x in layers if x.spec.block == i)
-        for i in range(len(blocks.modules))
+        sum(sum(x.spec.shape) for x in layers if x.spec.block == i) for i in range(blocks.count)
     )
     activations = tokens * size * (widths + _BLOCK_WIDTHS * hidden)
     head = tokens * outputs * (2 * size + 8)  # logits, and their float32 gradient
-    resident = (total * size) + sum(sums) + activations * len(blocks.modules) + head
+    resident = (total * size) + sum(sums) + activations * blocks.count + head
     streamed = max(
         block * size + block_sums + activations + 3 * tokens * hidden * size,
         (total - inside) * size + head + 3 * tokens * hidden * size,
@@ -106,7 +105,7 @@ def make_plan(asked: str, skeleton: Skeleton, work: Workload, device: torch.devi
     backward = needs_backward(work.statistics)
     passes = (8 if schedule == "streamed" else 6) if backward else 2
     read = 2 * total if schedule == "resident" else 3 * total  # once for the digests
-    depth = len(blocks.modules)
+    depth = blocks.count
     return Plan(
         schedule=schedule,
         reason=reason,

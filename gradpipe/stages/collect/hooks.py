@@ -7,7 +7,7 @@ need a buffer per weight, mix the samples of a batch, and see reduced gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 from weakref import ref
@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from gradpipe.errors import GradpipeError
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.experts import RoutedLinear
-from gradpipe.stages.model.layers import Layer
 from gradpipe.store.schema import LayerSpec
 
 
@@ -28,14 +27,18 @@ class LayerHooks:
 
     def __init__(
         self,
-        layers: Sequence[Layer],
-        accumulators: Sequence[LayerAccumulator],
+        model: nn.Module,
+        sums: Mapping[str, LayerAccumulator],
         num_samples: int,
         scale: float,
     ) -> None:
-        """`num_samples` is the batch's size, `scale` what its loss is multiplied by."""
-        self._layers = layers
-        self._accumulators = accumulators
+        """Nothing is attached yet.
+
+        `sums` has each layer's accumulator under the path of its module, `num_samples` is the
+        batch's size, `scale` what its loss is multiplied by.
+        """
+        self._model = model
+        self._sums = sums
         self._num_samples = num_samples
         self._scale = scale
         self._handles: list[RemovableHandle] = []
@@ -44,8 +47,9 @@ class LayerHooks:
 
     def __enter__(self) -> Self:
         """Attach the hooks."""
-        for layer, accumulator in zip(self._layers, self._accumulators, strict=True):
-            self._handles.append(layer.module.register_forward_hook(self._hook(accumulator)))
+        for path, accumulator in self._sums.items():
+            module = self._model.get_submodule(path)
+            self._handles.append(module.register_forward_hook(self._hook(accumulator)))
         return self
 
     def __exit__(
@@ -107,22 +111,29 @@ class LayerHooks:
         return lambda tensor: tensor.split(counts)
 
 
-def first_overflow(layers: Sequence[Layer], run: Callable[[], object]) -> str | None:
-    """Name of the first layer whose output is not finite while `run` runs, None if all are."""
-    names: list[str] = []
+def first_overflow(
+    model: nn.Module, names: Mapping[str, str], run: Callable[[], object]
+) -> str | None:
+    """Name of the first layer whose output is not finite while `run` runs, None if all are.
+
+    `names` has the layers' names under the paths of their modules.
+    """
+    found: list[str] = []
 
     def hook(name: str) -> Any:
         def forward(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            if not names and not bool(torch.isfinite(output).all()):
-                names.append(name)
+            if not found and not bool(torch.isfinite(output).all()):
+                found.append(name)
 
         return forward
 
-    handles = [layer.module.register_forward_hook(hook(layer.spec.name)) for layer in layers]
+    handles = [
+        model.get_submodule(path).register_forward_hook(hook(name)) for path, name in names.items()
+    ]
     try:
         with torch.no_grad():
             run()
     finally:
         for handle in handles:
             handle.remove()
-    return names[0] if names else None
+    return found[0] if found else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from gradpipe.errors import GradpipeError
 from gradpipe.stages.collect.hooks import LayerHooks, first_overflow
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.layers import Blocks, Layer
+from gradpipe.stages.model.layers import Blocks
 
 # Gradients of a mean over thousands of tokens fall below float16's smallest number. A power of
 # two is exact to multiply by and to divide out again in float32.
@@ -23,8 +23,7 @@ _FLOAT16_SCALE = 2.0**12
 def resident_batch(
     model: Any,
     blocks: Blocks,
-    layers: Sequence[Layer],
-    accumulators: Sequence[LayerAccumulator],
+    sums: Mapping[str, LayerAccumulator],
     batch: Batch,
 ) -> None:
     """One batch forward and, if a statistic needs it, backward.
@@ -33,14 +32,16 @@ def resident_batch(
     weighs the same in any batch.
     """
     num_samples = len(batch)
-    backward = any(accumulator.needs_gradients for accumulator in accumulators)
+    backward = any(accumulator.needs_gradients for accumulator in sums.values())
     scale = loss_scale(model)
-    entry = blocks.modules[0].register_forward_pre_hook(_require_grad, with_kwargs=True)
-    hooks = LayerHooks(layers, accumulators, num_samples, scale)
+    first = model.get_submodule(blocks.paths[0])
+    entry = first.register_forward_pre_hook(_require_grad, with_kwargs=True)
+    names = {path: accumulator.spec.name for path, accumulator in sums.items()}
+    hooks = LayerHooks(model, sums, num_samples, scale)
 
     def find_overflow() -> str | None:
         hooks.remove()
-        return first_overflow(layers, lambda: batch.forward(model))
+        return first_overflow(model, names, lambda: batch.forward(model))
 
     try:
         with (

@@ -15,7 +15,7 @@ Shapes: N samples, B of a micro-batch, T tokens, H hidden.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -88,24 +88,30 @@ class Streamed:
         self._capture(done)
         backward = needs_backward(statistics)
         self._forward(advance)
-        depth = len(self._blocks.modules)
+        depth = self._blocks.count
         if backward or any(x.spec.block is None for x in self._layers):
             outside = [x for x in self._layers if x.spec.block is None and None not in done]
-            sums = [LayerAccumulator(x.spec, statistics, self._device) for x in outside]
+            sums = self._zeros(outside, statistics)
             if sums or (backward and not self._next_gradient_exists(depth)):
-                self._run_head(outside, sums, backward=backward)
+                self._run_head(sums, backward=backward)
             if None not in done:
-                yield None, sums
+                yield None, list(sums.values())
         for index in reversed(range(depth)):
             if index in done and (not backward or self._next_gradient_exists(index)):
                 continue
             inside = [x for x in self._layers if x.spec.block == index and index not in done]
-            sums = [LayerAccumulator(x.spec, statistics, self._device) for x in inside]
-            self._run_block(index, inside, sums, advance, backward=backward)
+            sums = self._zeros(inside, statistics)
+            self._run_block(index, sums, advance, backward=backward)
             if index not in done:
-                yield index, sums
+                yield index, list(sums.values())
             self._inputs(index + 1).delete()
             self._gradient(index + 1).delete()
+
+    def _zeros(
+        self, layers: list[Layer], statistics: tuple[str, ...]
+    ) -> dict[str, LayerAccumulator]:
+        """An accumulator for each layer, under the path of its module."""
+        return {x.path: LayerAccumulator(x.spec, statistics, self._device) for x in layers}
 
     def _next_gradient_exists(self, index: int) -> bool:
         """True if this block's work, or that of one before it, has left its gradient."""
@@ -147,11 +153,11 @@ class Streamed:
             self._inputs(0).publish()
 
     def _has_begun_backward(self) -> bool:
-        return self._next_gradient_exists(len(self._blocks.modules))
+        return self._next_gradient_exists(self._blocks.count)
 
     def _can_go_on(self, done: frozenset[int | None]) -> bool:
         """True if all files are there that the backward pass still needs."""
-        depth = len(self._blocks.modules)
+        depth = self._blocks.count
         reached = next(i for i in range(depth + 1) if self._gradient(i).exists())
         todo = [i for i in range(depth) if i < reached or i not in done]
         return (
@@ -176,7 +182,7 @@ class Streamed:
         def record(index: int, hidden_BTH: Tensor, call: _Call) -> Any:
             inputs.append(hidden_BTH)
             calls.append(call)
-            if index == len(self._blocks.modules) - 1:
+            if index == self._blocks.count - 1:
                 raise _AllCaptured
             return self._returned(hidden_BTH)
 
@@ -189,9 +195,9 @@ class Streamed:
         """Run the first block once, to see whether blocks return a tensor or a tuple."""
 
         def record(_: int, hidden_BTH: Tensor, call: _Call) -> Any:
-            block = self._blocks.modules[0]
+            block = self._block(0)
             del block.forward
-            with self._loader.loaded(f"{self._blocks.path}.0."):
+            with self._loader.loaded(self._blocks.paths[0] + "."):
                 output = block(hidden_BTH, *call.args, **call.kwargs)
             self._tuple_tail = tuple(output[1:]) if isinstance(output, tuple) else ()
             self._is_tuple = isinstance(output, tuple)
@@ -217,17 +223,19 @@ class Streamed:
     @contextmanager
     def _replaced(self, handle: Callable[[int, Tensor, _Call], Any]) -> Iterator[None]:
         """Blocks call `handle` in place of their own forward."""
-        modules = self._blocks.modules
-        for index, block in enumerate(modules):
-            block.forward = _stub(index, handle)
+        for index in range(self._blocks.count):
+            self._block(index).forward = _stub(index, handle)
         try:
             yield
         finally:
             self._restore_blocks()
 
     def _restore_blocks(self) -> None:
-        for block in self._blocks.modules:
-            block.__dict__.pop("forward", None)
+        for index in range(self._blocks.count):
+            self._block(index).__dict__.pop("forward", None)
+
+    def _block(self, index: int) -> Any:
+        return self._model.get_submodule(self._blocks.paths[index])
 
     # Forward: inputs of every block.
 
@@ -235,11 +243,11 @@ class Streamed:
     def _forward(self, advance: Callable[[int], None]) -> None:
         if self._has_begun_backward():
             return
-        for index in range(len(self._blocks.modules)):
+        for index in range(self._blocks.count):
             if self._inputs(index + 1).exists():
                 continue
             output = self._inputs(index + 1)
-            with self._loader.loaded(f"{self._blocks.path}.{index}."):
+            with self._loader.loaded(self._blocks.paths[index] + "."):
                 for start, batch in self._micro_batches():
                     x_BTH = self._inputs(index).read(start, len(batch)).to(self._device)
                     output.write(start, self._call_block(index, x_BTH))
@@ -248,7 +256,7 @@ class Streamed:
 
     def _call_block(self, index: int, x_BTH: Tensor) -> Tensor:
         call = self._calls[len(x_BTH)][index]
-        output = self._blocks.modules[index](x_BTH, *call.args, **call.kwargs)
+        output = self._block(index)(x_BTH, *call.args, **call.kwargs)
         hidden: Tensor = output[0] if self._is_tuple else output
         return hidden
 
@@ -256,12 +264,11 @@ class Streamed:
 
     def _run_head(
         self,
-        layers: Sequence[Layer],
-        sums: Sequence[LayerAccumulator],
+        sums: Mapping[str, LayerAccumulator],
         *,
         backward: bool,
     ) -> None:
-        depth = len(self._blocks.modules)
+        depth = self._blocks.count
         scale = loss_scale(self._model)
         with self._loader.loaded("", excluded=self._blocks.path + "."):
             for start, batch in self._micro_batches():
@@ -273,7 +280,7 @@ class Streamed:
 
                 with (
                     self._replaced(hand_out),
-                    LayerHooks(layers, sums, len(batch), scale),
+                    LayerHooks(self._model, sums, len(batch), scale),
                     torch.set_grad_enabled(backward),
                 ):
                     loss = batch.forward(self._model).loss
@@ -287,12 +294,12 @@ class Streamed:
     def _blame(self, start: int) -> str | None:
         """The first layer whose output for a micro-batch is not finite, by its saved inputs."""
         self._restore_blocks()
-        for index in range(len(self._blocks.modules)):
-            inside = [x for x in self._layers if x.spec.block == index]
+        for index in range(self._blocks.count):
+            inside = {x.path: x.spec.name for x in self._layers if x.spec.block == index}
             count = min(self._batch_size, len(self._samples) - start)
             x_BTH = self._inputs(index).read(start, count).to(self._device)
-            with self._loader.loaded(f"{self._blocks.path}.{index}."):
-                name = first_overflow(inside, partial(self._call_block, index, x_BTH))
+            with self._loader.loaded(self._blocks.paths[index] + "."):
+                name = first_overflow(self._model, inside, partial(self._call_block, index, x_BTH))
             if name is not None:
                 return name
         return None
@@ -300,19 +307,18 @@ class Streamed:
     def _run_block(
         self,
         index: int,
-        layers: Sequence[Layer],
-        sums: Sequence[LayerAccumulator],
+        sums: Mapping[str, LayerAccumulator],
         advance: Callable[[int], None],
         *,
         backward: bool,
     ) -> None:
         scale = loss_scale(self._model)
-        with self._loader.loaded(f"{self._blocks.path}.{index}."):
+        with self._loader.loaded(self._blocks.paths[index] + "."):
             for start, batch in self._micro_batches():
                 x_BTH = self._inputs(index).read(start, len(batch)).to(self._device)
                 x_BTH.requires_grad_(backward)
                 with (
-                    LayerHooks(layers, sums, len(batch), scale),
+                    LayerHooks(self._model, sums, len(batch), scale),
                     torch.set_grad_enabled(backward),
                 ):
                     output_BTH = self._call_block(index, x_BTH)

@@ -7,7 +7,6 @@ parameters, and a layer is a linear map inside one. `--blocks` names the list by
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,17 +24,21 @@ from gradpipe.store.schema import LayerSpec
 class Layer:
     """One prunable linear map of a model."""
 
-    path: str  # of its module in the model
+    path: str  # of its module in the model, whichever instance of it
     spec: LayerSpec
-    module: nn.Module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Blocks:
-    """The repeated blocks of a loaded model, in order, with their path (`model.layers`)."""
+    """The repeated blocks of a model, in order: where they are, whichever instance of it."""
 
-    path: str
-    modules: tuple[nn.Module, ...]
+    path: str  # of their list: `model.layers`
+    count: int
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The path of each block's module, such as `model.layers.0`."""
+        return tuple(f"{self.path}.{index}" for index in range(self.count))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +67,14 @@ def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
                 f"--blocks {path}: expected the path of a list of blocks with linear layers; "
                 f"this model has {', '.join(lists) or 'none'}"
             )
-        return Blocks(path=path, modules=tuple(lists[path]))
+        return Blocks(path=path, count=len(lists[path]))
     if not lists:
         raise InputError(
             f"no blocks found in {type(model).__name__}: looked for an nn.ModuleList whose "
             "modules share one class and hold linear layers; name its path with --blocks PATH"
         )
     largest = max(lists, key=lambda name: _num_parameters(lists[name]))
-    return Blocks(path=largest, modules=tuple(lists[largest]))
+    return Blocks(path=largest, count=len(lists[largest]))
 
 
 def find_layers(
@@ -102,13 +105,8 @@ def find_layers(
             if with_digests:
                 data = checkpoint.read_bytes(spec.weight_key)
                 spec = replace(spec, digest=digest(data))
-            layers.append(Layer(path=name, spec=spec, module=module))
+            layers.append(Layer(path=name, spec=spec))
     return tuple(layers)
-
-
-def attach(layers: Iterable[Layer], model: nn.Module) -> tuple[Layer, ...]:
-    """The same layers, of another instance of the model."""
-    return tuple(replace(layer, module=model.get_submodule(layer.path)) for layer in layers)
 
 
 def _matches(pattern: str, outside: dict[str, str], checkpoint: Checkpoint) -> list[str]:

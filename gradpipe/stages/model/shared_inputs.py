@@ -66,7 +66,7 @@ def image_tokens(model: Any, blocks: Blocks) -> int:
     """How many tokens the blocks see of an image; InputError if a pass does not tell."""
     on_meta = copy.deepcopy(model).to("meta")
     seen: list[tuple[Tensor, str]] = []
-    _record(on_meta, f"{blocks.path}.0", seen)
+    _record(on_meta, blocks.paths[0], seen)
     with suppress(Exception), torch.no_grad():  # what has run until then is known
         on_meta(**_attempts(model)[0])
     if not seen or seen[0][0].ndim != 3:

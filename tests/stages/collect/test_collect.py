@@ -14,7 +14,7 @@ from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.data.text import Text
 from gradpipe.stages.data.windows import draw_samples
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.layers import Layer, find_blocks, find_layers
+from gradpipe.stages.model.layers import find_blocks, find_layers
 from gradpipe.stages.model.load import load_model, load_tokenizer
 from gradpipe.store.codec import norm_of
 from gradpipe.store.schema import LayerSpec
@@ -146,10 +146,10 @@ def _accumulator() -> LayerAccumulator:
 def test_a_layer_that_runs_twice_is_refused() -> None:
     """Norms of two halves are not the norm of the whole: better no number than a wrong one."""
     model, accumulator = _Twice(), _accumulator()
-    layers = [Layer(path="layers.0.0", spec=accumulator.spec, module=model.layers[0][0])]  # type: ignore[index]
+    sums = {"layers.0.0": accumulator}
     ids = torch.zeros((1, 3), dtype=torch.long)
     with pytest.raises(GradpipeError, match=r"runs twice.*by --blocks.*not supported"):
-        resident_batch(model, find_blocks(model), layers, [accumulator], Batch.of_tokens(ids))
+        resident_batch(model, find_blocks(model), sums, Batch.of_tokens(ids))
 
 
 def test_a_layer_that_never_ran_is_named() -> None:
