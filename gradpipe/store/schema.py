@@ -11,13 +11,16 @@ import math
 import re
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 from gradpipe.errors import StoreError
 from gradpipe.store.statistics import GRADIENT_STATISTICS, SECOND_MOMENTS, STATISTICS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # what is written
+
+_VERSIONS = (1, 2)  # what is read
 
 CAUSAL_LM = "causal-lm"  # the mean cross-entropy of a sample's next tokens
 
@@ -73,10 +76,10 @@ def _parse(hint: Any, value: object, where: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec(JsonSpec):
-    """One prunable weight matrix.
+    """One prunable weight matrix: a tensor of the checkpoint, or one of its equal parts.
 
-    The layer's name is its tensor's key in the checkpoint less `.weight`, so that stage two
-    needs the checkpoint's files and nothing of the model's code.
+    The layer's name is its tensor's key in the checkpoint less `.weight`, and the part's number
+    where it is one, so that stage two needs the checkpoint's files and nothing of the model's code.
     """
 
     name: str
@@ -84,8 +87,9 @@ class LayerSpec(JsonSpec):
     shape: tuple[int, ...]  # (out, in), whatever the orientation on disk
     block: int | None  # index of the block it sits in; None outside the blocks (the head)
     transposed: bool  # True where the checkpoint keeps (in, out), as Conv1D does
-    digest: str  # xxh3-128 of the tensor's bytes in the checkpoint
-    hessian_of: str | None = None  # the layer that keeps the Hessian of the inputs they share
+    digest: str  # xxh3-128 of the layer's bytes in the checkpoint
+    input_of: str | None = None  # the first layer of its block with the same input; None: itself
+    part: tuple[int, ...] | None = None  # (index, count) of equal parts along the first dimension
 
     def __post_init__(self) -> None:
         """Refuse names that could leave the store's folder, and shapes that are not matrices."""
@@ -93,7 +97,12 @@ class LayerSpec(JsonSpec):
             raise StoreError(
                 f"layer name {self.name[:80]!r} is not allowed: letters, digits, '_', '-' and '.'"
             )
-        if self.weight_key.removesuffix(".weight") != self.name:
+        if self.part is not None and not (
+            len(self.part) == 2 and 0 <= self.part[0] < self.part[1] < 2**31
+        ):
+            raise StoreError(f"layer {self.name}: impossible part {self.part!s:.80}")
+        index = "" if self.part is None else f".{self.part[0]}"
+        if self.weight_key.removesuffix(".weight") + index != self.name:
             raise StoreError(f"layer {self.name} is of another tensor: {self.weight_key[:80]!r}")
         if len(self.shape) != 2 or min(self.shape) < 1:
             raise StoreError(f"layer {self.name}: expected a shape (out, in), got {self.shape}")
@@ -114,8 +123,8 @@ class LayerSpec(JsonSpec):
         return math.prod(self.shape)
 
     def keeper(self, statistic: str) -> str:
-        """Name of the layer that a statistic is kept under: this one, or its Hessian's owner."""
-        return (self.hessian_of if statistic == "hessian" else None) or self.name
+        """Name of the layer that a statistic is kept under: this one, or its input's first."""
+        return (self.input_of if statistic == "hessian" else None) or self.name
 
     def width(self, statistic: str) -> int:
         """How many rows a second moment has: `in` for `hessian`, `out` for `grad_cov`."""
@@ -124,6 +133,34 @@ class LayerSpec(JsonSpec):
     def own(self, statistics: tuple[str, ...]) -> tuple[str, ...]:
         """The statistics that are kept under this layer's name: all but a shared Hessian."""
         return tuple(x for x in statistics if self.keeper(x) == self.name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CouplingSpec(JsonSpec):
+    """One layer's outputs are another's inputs, one to one, but for elementwise functions.
+
+    Input i of `target` comes from the i-th of source's outputs that the runs list, in order. An
+    output may come more than once: heads that share a value do.
+    """
+
+    source: str
+    target: str
+    outputs: tuple[tuple[int, ...], ...]  # runs (start, length) of source's outputs
+
+    def check(self, layers: Mapping[str, LayerSpec]) -> None:
+        """StoreError unless both layers are in `layers`, of shapes that the runs fit."""
+        source, target = layers.get(self.source), layers.get(self.target)
+        if source is None or target is None:
+            raise StoreError(f"no layers {self.source[:80]!r} and {self.target[:80]!r} to couple")
+        fit = all(
+            len(run) == 2 and 0 <= run[0] < run[0] + run[1] <= source.shape[0]
+            for run in self.outputs
+        )
+        if not fit or sum(run[1] for run in self.outputs) != target.shape[1]:
+            raise StoreError(
+                f"the {source.shape[0]} outputs of {source.name} cannot be the "
+                f"{target.shape[1]} inputs of {target.name} by the runs {self.outputs!s:.80}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,15 +229,19 @@ class StoreSpec(JsonSpec):
     encoding: str
     layers: tuple[LayerSpec, ...]
     command: str
+    couplings: tuple[CouplingSpec, ...] = ()  # what is known of them; none in version 1
 
     @classmethod
     def from_json(cls, document: object) -> Self:
         """As `JsonSpec`, but first of all refuse versions that may have other fields."""
         version = document.get("version") if isinstance(document, dict) else FORMAT_VERSION
-        if version != FORMAT_VERSION:
+        if version not in _VERSIONS or type(version) is not int:
             raise StoreError(
-                f"store version {version!s:.20}, this gradpipe reads {FORMAT_VERSION}: upgrade it"
+                f"store version {version!s:.20}, this gradpipe reads "
+                f"{' and '.join(map(str, _VERSIONS))}: upgrade it"
             )
+        if isinstance(document, dict) and version == 1:
+            document = _from_version_1(document)
         return super(StoreSpec, cls).from_json(document)
 
     def __post_init__(self) -> None:
@@ -214,23 +255,59 @@ class StoreSpec(JsonSpec):
                 f"store holds the statistics {self.statistics!s:.200}, expected some of "
                 f"{STATISTICS}, in this order"
             )
-        if not self.layers or len({layer.name for layer in self.layers}) != len(self.layers):
-            raise StoreError("store names no layers, or one twice")
         by_name = {layer.name: layer for layer in self.layers}
+        if not self.layers or len(by_name) != len(self.layers):
+            raise StoreError("store names no layers, or one twice")
         for layer in self.layers:
             if not _DIGEST.fullmatch(layer.digest):
                 raise StoreError(f"layer {layer.name}: {layer.digest[:40]!r} is no digest")
-            owner = by_name.get(layer.hessian_of or "")
-            if layer.hessian_of is not None and (
-                owner is None or owner.hessian_of is not None or owner.shape[1] != layer.shape[1]
-            ):
-                raise StoreError(
-                    f"layer {layer.name} cannot share the Hessian of {layer.hessian_of[:80]!r}"
-                )
+            _check_input(layer, by_name)
+        _check_parts(self.layers)
+        for coupling in self.couplings:
+            coupling.check(by_name)
 
     def layer(self, name: str) -> LayerSpec | None:
         """The layer of that name, None if the store has none."""
         return next((layer for layer in self.layers if layer.name == name), None)
+
+
+def _from_version_1(document: dict[str, Any]) -> dict[str, Any]:
+    """The same in the fields of version 2: `hessian_of` told of shared inputs, and nothing else."""
+    layers = document.get("layers")
+    if "couplings" in document or not isinstance(layers, list):
+        raise StoreError("StoreSpec: missing or unknown fields: couplings, or layers")
+    return {**document, "layers": [_layer_from_version_1(layer) for layer in layers]}
+
+
+def _layer_from_version_1(layer: object) -> object:
+    if not isinstance(layer, dict):
+        return layer  # and it is refused as that
+    if odd := sorted({"input_of", "part"} & set(layer)):
+        raise StoreError(f"LayerSpec: missing or unknown fields: {', '.join(odd)}")
+    return {("input_of" if name == "hessian_of" else name): x for name, x in layer.items()}
+
+
+def _check_input(layer: LayerSpec, by_name: Mapping[str, LayerSpec]) -> None:
+    """Refuse an input that is another's again, of another width, or of another block."""
+    if layer.input_of is None:
+        return
+    first = by_name.get(layer.input_of)
+    if first is None or first.input_of is not None or first.block != layer.block:
+        raise StoreError(f"layer {layer.name} cannot share the input of {layer.input_of[:80]!r}")
+    if first.shape[1] != layer.shape[1]:
+        raise StoreError(
+            f"layer {layer.name} of {layer.shape[1]} inputs cannot share the {first.shape[1]} of "
+            f"{first.name}"
+        )
+
+
+def _check_parts(layers: Iterable[LayerSpec]) -> None:
+    """Refuse layers of one tensor that are not parts of it, all of one size."""
+    kinds: dict[str, tuple[object, ...]] = {}
+    for layer in layers:
+        kind = (layer.part and layer.part[1], layer.shape, layer.transposed)
+        if kinds.setdefault(layer.weight_key, kind) != kind:
+            raise StoreError(f"layers of {layer.weight_key[:80]!r} are not equal parts of it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

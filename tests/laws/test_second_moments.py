@@ -88,9 +88,9 @@ def test_layers_with_one_input_share_one_hessian(family: str, tmp_path: Path) ->
     layers = share_hessians(model, find_layers(model, find_blocks(model), checkpoint))
     for block in (0, 1):
         inside = [x.spec for x in layers if x.spec.block == block]
-        assert sum(x.hessian_of is None for x in inside) == _SHARED[family]
+        assert sum(x.input_of is None for x in inside) == _SHARED[family]
         for x in inside:
-            assert x.hessian_of is None or x.hessian_of in {y.name for y in inside}
+            assert x.input_of is None or x.input_of in {y.name for y in inside}
 
 
 def test_streamed_is_resident_and_shards_are_one_run(root: Path, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_shared_hessian_is_kept_once(root: Path) -> None:
     """Its sharers have no such group, and read the owner's."""
     store = open_store(root / "store")
     q, k = store.spec.layers[:2]
-    assert k.hessian_of == q.name
+    assert k.input_of == q.name
     assert not (root / "store" / "layers" / k.name / "hessian").exists()
     assert np.array_equal(store.read_norms(q, "hessian"), store.read_norms(k, "hessian"))
 
@@ -184,10 +184,10 @@ def test_a_store_that_shares_with_the_wrong_layer_is_refused(root: Path, owner: 
     spec = open_store(root / "store").spec
     layers = list(spec.layers)
     name = layers[1].name if owner == "self" else owner
-    layers[1] = replace(layers[1], hessian_of=name)
-    with pytest.raises(StoreError, match="cannot share the Hessian"):
+    layers[1] = replace(layers[1], input_of=name)
+    with pytest.raises(StoreError, match="cannot share the"):
         replace(spec, layers=tuple(layers))
-    with pytest.raises(StoreError, match="cannot share the Hessian"):
+    with pytest.raises(StoreError, match="cannot share the"):
         StoreSpec.from_json(
             json.loads(json.dumps(spec.to_json() | {"layers": [x.to_json() for x in layers]}))
         )
@@ -196,8 +196,8 @@ def test_a_store_that_shares_with_the_wrong_layer_is_refused(root: Path, owner: 
 def test_a_spec_of_before_has_no_sharing(root: Path) -> None:
     """Fields with defaults may be missing, others may not."""
     document = json.loads(json.dumps(open_store(root / "store").spec.layers[0].to_json()))
-    del document["hessian_of"]
-    assert LayerSpec.from_json(document).hessian_of is None
+    del document["input_of"]
+    assert LayerSpec.from_json(document).input_of is None
     del document["digest"]
     with pytest.raises(StoreError, match="missing or unknown fields: digest"):
         LayerSpec.from_json(document)

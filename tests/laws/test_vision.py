@@ -188,7 +188,7 @@ def test_statistics_equal_plain_autograd(
 
 def test_attention_shares_one_hessian(store: GradientStore) -> None:
     """Query, key and value read one input, which a pass over an image shows."""
-    owners = {layer.name: layer.hessian_of for layer in store.spec.layers}
+    owners = {layer.name: layer.input_of for layer in store.spec.layers}
     shared = {name.rsplit(".", 1)[-1] for name, owner in owners.items() if owner}
     assert shared == {"key", "value"}
 

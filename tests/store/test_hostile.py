@@ -166,7 +166,7 @@ def frame(total: int, claims: int | None) -> bytes:
 
 
 ROOT_EDITS: dict[str, list[object]] = {
-    "version": [2, 0, -1, True, "1", None, 10**400, GONE],
+    "version": [1, 3, 0, -1, True, "1", None, 10**400, GONE],
     "gradpipe": [1, GONE],
     "objective": [None, ["causal-lm"]],
     "model": [None, [], "toy", {}, GONE],
@@ -187,6 +187,10 @@ ROOT_EDITS: dict[str, list[object]] = {
     "layers.0.block": ["0", 0.0, False],
     "layers.0.transposed": [0, None],
     "layers.0.digest": [None, 0],
+    "layers.0.input_of": [NAME, "nobody", 1, "../x"],
+    "layers.0.part": [[0, 2], [], [0], [2, 2], [-1, 2], [0, 2, 3], [True, 2], [0, 2**40], "0/2"],
+    "layers.0.hessian_of": [None],
+    "couplings": [None, {}, [None], [{}], [{"source": NAME, "target": NAME, "outputs": []}]],
     "extra": [1],
 }
 STATISTIC_EDITS: dict[str, list[object]] = {

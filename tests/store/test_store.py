@@ -1,6 +1,7 @@
 """The store: round trips, golden layout, damage, and what other readers see."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -275,8 +276,9 @@ def test_specs_survive_json_and_refuse_what_is_not_theirs() -> None:
     document = json.loads(json.dumps(spec().to_json()))
     assert StoreSpec.from_json(document) == spec()
     for field in document:
-        with pytest.raises(StoreError):
-            StoreSpec.from_json({k: v for k, v in document.items() if k != field})
+        if field != "couplings":  # it may be absent
+            with pytest.raises(StoreError):
+                StoreSpec.from_json({k: v for k, v in document.items() if k != field})
         with pytest.raises(StoreError):
             StoreSpec.from_json({**document, field: {"not": "this"}})
     with pytest.raises(StoreError, match="unknown fields"):
@@ -314,7 +316,7 @@ def test_every_later_version_reads_the_golden_store() -> None:
     store = GradientStore.open(Path(__file__).parents[1] / "data" / "store-v1")
     store.validate()
     assert store.digest == GOLDEN_DIGEST
-    assert store.spec == spec("compact")
+    assert store.spec == replace(spec("compact"), version=1)
     np.testing.assert_array_equal(store.input_ids(), INPUT_IDS)
     assert {s: digest(store.read_norms(LAYER, s).tobytes()) for s in store.spec.statistics} == (
         GOLDEN_NORMS

@@ -109,7 +109,7 @@ def _taken(activations: GradientStore, layers: dict[str, LayerSpec]) -> tuple[st
         )
     for layer in layers.values():
         theirs = activations.spec.layer(layer.name)
-        if theirs is None or replace(theirs, hessian_of=None) != layer:
+        if theirs is None or replace(theirs, input_of=None) != layer:
             raise InputError(
                 f"store {activations.url} is not of the same weights: {layer.name} differs"
             )

@@ -145,8 +145,7 @@ def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_digests: bo
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
     layers = find_layers(model, blocks, checkpoint, config.include, with_digests=with_digests)
-    if "hessian" in config.statistics:
-        layers = share_hessians(model, layers)
+    layers = share_hessians(model, layers)
     return Skeleton(checkpoint=checkpoint, model=model, blocks=blocks, layers=layers)
 
 

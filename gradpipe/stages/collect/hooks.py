@@ -93,10 +93,10 @@ class LayerHooks:
         self._seen.add(name)
 
     def _check_shared(self, spec: LayerSpec, tensor: Tensor) -> None:
-        """A layer without a Hessian of its own must read what the layer that keeps it read."""
+        """A layer must read what the layer did that it is said to share its input with."""
         self._inputs[spec.name] = ref(tensor)
-        if spec.hessian_of is not None and self._inputs[spec.hessian_of]() is not tensor:
-            raise GradpipeError(f"layers {spec.hessian_of} and {spec.name} read different inputs")
+        if spec.input_of is not None and self._inputs[spec.input_of]() is not tensor:
+            raise GradpipeError(f"layers {spec.input_of} and {spec.name} read different inputs")
 
     def _by_sample(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """B of (T, width), also where the block has made it (B·T, width), as OPT's MLP does."""

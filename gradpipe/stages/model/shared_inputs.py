@@ -1,4 +1,4 @@
-"""Which layers read the same input: they share one Hessian.
+"""Which layers read the same input: the store says so, and they share one Hessian.
 
 q, k and v read one tensor, and so do gate and up. A pass on the meta device, which holds no
 values and costs next to nothing, shows it for any architecture. Where such a pass is impossible
@@ -33,7 +33,7 @@ def share_hessians(model: Any, layers: Sequence[Layer]) -> tuple[Layer, ...]:
         owner = owners[firsts.get(layer.path, layer.path)]
         is_shared = owner.name != layer.spec.name and owner.block == layer.spec.block
         name = owner.name if is_shared else None
-        shared.append(replace(layer, spec=replace(layer.spec, hessian_of=name)))
+        shared.append(replace(layer, spec=replace(layer.spec, input_of=name)))
     return tuple(shared)
 
 
