@@ -1,61 +1,77 @@
-"""The streamed schedule: the resident one's numbers, one block at a time, resumable."""
+"""The streamed schedule: the resident one's numbers, bit for bit, one block at a time."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from gradpipe import CollectConfig, DataConfig, collect
-from tests.support.models import FAMILIES, save_tiny
-from tests.support.texts import write_text
+from gradpipe import collect
+from gradpipe.store.statistics import STATISTICS
+from tests.support.cases import CASES, IMAGES, LLAMA, MECHANISMS, Case, Shelf, files_of
 
-STATISTICS = ("grad_l1", "grad_l2", "grad_sum", "act_l2", "act_sum")
-
-
-def config(root: Path, family: str = "llama", **options: object) -> CollectConfig:
-    """A small run in `root`, streamed."""
-    settings: dict[str, object] = {
-        "model": str(save_tiny(family, root / "model")),
-        "store": root / "streamed",
-        "data": DataConfig(name=str(write_text(root / "text.txt"))),
-        "num_samples": 5,
-        "seq_len": 16,
-        "batch_size": 2,
-        "statistics": STATISTICS,
-        "encoding": "float32",
-        "schedule": "streamed",
-    }
-    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+SCHEDULES = ("resident", "streamed")
+HEAD = {"include": ("lm_head",)}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_streamed_is_resident_bit_for_bit(family: str, tmp_path: Path) -> None:
-    """Every object of the store, of every family, has the same bytes under either schedule."""
-    streamed = config(tmp_path, family)
-    resident = replace(streamed, schedule="resident", store=tmp_path / "resident")
-    assert collect(streamed).digest == collect(resident).digest
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_streamed_is_resident(case: Case, shelf: Shelf, tmp_path: Path) -> None:
+    """Every object of the store has the same bytes under either schedule."""
+    run = case.collecting(
+        shelf.root(case), tmp_path / "store", statistics=STATISTICS, schedule="streamed"
+    )
+    assert collect(run).digest == shelf.store(case).digest
 
 
-def test_nothing_but_the_store_is_left(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [(case, HEAD) for case in MECHANISMS if not case.is_images]
+    + [
+        (case, {"include": ("classifier",), "dtype": dtype})  # its layer sees one token
+        for case in IMAGES
+        for dtype in ("bfloat16", "float16")
+    ],
+    ids=str,
+)
+def test_a_layer_outside_the_blocks_is_collected_too(
+    case: Case, changes: dict[str, Any], shelf: Shelf, tmp_path: Path
+) -> None:
+    """The head has the same statistics under either schedule."""
+    run = case.collecting(shelf.root(case), tmp_path / "resident", **changes)
+    resident = collect(run)
+    assert [layer.block for layer in resident.spec.layers].count(None) == 1
+    streamed = collect(replace(run, store=tmp_path / "streamed", schedule="streamed"))
+    assert streamed.digest == resident.digest
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("case", MECHANISMS, ids=str)
+def test_activations_need_no_backward_pass(
+    case: Case, schedule: str, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Collected alone, by a forward pass only, they have the bytes that they have among others."""
+    everything = files_of(shelf.root(case) / "store" / "layers")
+    monkeypatch.setattr(torch.Tensor, "backward", None)
+    monkeypatch.setattr(torch.autograd, "grad", None)
+    statistics = ("act_l2", "act_sum", "hessian")
+    run = case.collecting(
+        shelf.root(case), tmp_path / "store", statistics=statistics, schedule=schedule
+    )
+    collect(run)
+    of_statistics = {key for key in everything if {*key.split("/")} & {*statistics}}
+    assert len(of_statistics) >= 3 * len(statistics)
+    got = files_of(run.store / "layers")
+    assert {k: got[k] for k in of_statistics} == {k: everything[k] for k in of_statistics}
+
+
+def test_nothing_but_the_store_is_left(shelf: Shelf, tmp_path: Path) -> None:
     """No scratch, no snapshot, no lock, inside the store or in a scratch folder of one's own."""
-    collect(config(tmp_path, scratch=tmp_path / "scratch"))
+    run = LLAMA.collecting(
+        shelf.root(LLAMA), tmp_path / "store", schedule="streamed", scratch=tmp_path / "scratch"
+    )
+    collect(run)
     assert not any((tmp_path / "scratch").iterdir())
-    assert {p.name for p in (tmp_path / "streamed").iterdir()} == {
+    assert {p.name for p in run.store.iterdir()} == {
         *("zarr.json", "commit.json", "calibration", "layers")
     }
-
-
-def test_the_head_is_collected_too(tmp_path: Path) -> None:
-    """A layer outside the blocks has the same statistics under either schedule."""
-    streamed = config(tmp_path, include=("lm_head",))
-    resident = replace(streamed, schedule="resident", store=tmp_path / "resident")
-    store = collect(streamed)
-    assert "lm_head" in {layer.name for layer in store.spec.layers}
-    assert store.digest == collect(resident).digest
-
-
-def test_activations_alone_are_streamed_without_a_backward(tmp_path: Path) -> None:
-    """Wanda's statistic, streamed, is the resident one's."""
-    streamed = config(tmp_path, statistics=("act_l2",))
-    resident = replace(streamed, schedule="resident", store=tmp_path / "resident")
-    assert collect(streamed).digest == collect(resident).digest

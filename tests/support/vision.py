@@ -43,9 +43,10 @@ _ARCHITECTURES = {"vit": "ViTForImageClassification", "deit": "DeiTForImageClass
 NUM_TOKENS = {"vit": 17, "deit": 18}  # 16 patches, a class token, DeiT's distillation token
 
 
-def tiny_classifier(family: str, seed: int = 0) -> PreTrainedModel:
+def tiny_classifier(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """The family's tiny float32 model in eval mode; the same seed gives the same weights."""
-    config = AutoConfig.for_model(family, architectures=[_ARCHITECTURES[family]], **_CONFIG)
+    options = {**_CONFIG, **changes}
+    config = AutoConfig.for_model(family, architectures=[_ARCHITECTURES[family]], **options)
     model: PreTrainedModel = AutoModelForImageClassification.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -57,9 +58,11 @@ def tiny_classifier(family: str, seed: int = 0) -> PreTrainedModel:
     return model
 
 
-def save_classifier(family: str, folder: Path) -> Path:
+def save_classifier(
+    family: str, folder: Path, *, max_shard_size: int | str = "5GB", **changes: Any
+) -> Path:
     """Write the tiny model and its image processor's config, and return the folder."""
-    tiny_classifier(family).save_pretrained(folder)
+    tiny_classifier(family, **changes).save_pretrained(folder, max_shard_size=max_shard_size)
     _PROCESSORS[family].save_pretrained(folder)
     return folder
 
