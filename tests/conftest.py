@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.support.cases import Shelf
 from tests.support.workplace import refused, stores, workplace
 
 __all__ = ["refused", "stores", "workplace"]  # fixtures
@@ -36,6 +37,12 @@ def pytest_configure() -> None:
     settings.register_profile("reproducible", deadline=None, derandomize=True)
     settings.load_profile("reproducible")
     sys.addaudithook(_refuse_network)
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """Models, samples, stores and oracles of all cases."""
+    return Shelf(tmp_path_factory.mktemp("shelf"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,51 +9,29 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from safetensors.torch import save_file
 
-from gradpipe import (
-    CollectConfig,
-    DataConfig,
-    PruneConfig,
-    Shard,
-    collect,
-    collect_shard,
-    merge,
-    open_store,
-    prune,
-)
+from gradpipe import collect, open_store, prune
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.experts import RoutedLinear, split_experts
 from gradpipe.stages.model.load import load_model
+from tests.support.cases import MIXTRAL, collecting, pruning, tensors_of
 from tests.support.models import VOCAB_SIZE, random_ids, save_tiny, tiny_model
 from tests.support.reference import reference_mask, reference_nm_mask, with_plain_experts
 from tests.support.texts import write_text
 
 FAMILIES = ("mixtral", "qwen3_moe")
-NUM_EXPERTS, EXPERTS_A_TOKEN = 4, 2
+NUM_EXPERTS = 4
 ALL = ("grad_l1", "grad_l2", "act_l2", "hessian", "grad_cov")
-
-
-def config(root: Path, family: str = "mixtral", **options: Any) -> CollectConfig:
-    """A collection of everything, from a model and a text made in `root`."""
-    settings: dict[str, Any] = {
-        "model": str(save_tiny(family, root / "model", max_shard_size="40KB")),
-        "store": root / "store",
-        "data": DataConfig(name=str(write_text(root / "text.txt"))),
-        "num_samples": 4,
-        "seq_len": 16,
-        "statistics": ALL,
-        "encoding": "float32",
-    }
-    return CollectConfig(**{**settings, **options})
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def scarce(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and a store of one sample of two tokens, which reach only some experts."""
     root = tmp_path_factory.mktemp(request.param)
-    collect(config(root, request.param, num_samples=1, seq_len=2))
+    save_tiny(request.param, root / "model", max_shard_size="40KB")
+    write_text(root / "text.txt")
+    collect(collecting(root, num_samples=1, seq_len=2, statistics=ALL))
     return root
 
 
@@ -66,12 +44,9 @@ def unseen(root: Path) -> set[str]:
 def pruned(root: Path, **options: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
     """Weights and report of one pruned checkpoint, and what was said."""
     said = io.StringIO()
-    settings = {"model": str(root / "model"), "store": str(root / "store"), "out": root / "out"}
-    prune(PruneConfig(**{**settings, "overwrite": True, **options}), Console(file=said, width=200))
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted((root / "out").glob("*.safetensors")):
-        tensors |= load_file(file)
-    return tensors, json.loads((root / "out" / "pruning.json").read_text()), said.getvalue()
+    out = root / "out"
+    prune(pruning(root, out, overwrite=True, **options), Console(file=said, width=200))
+    return tensors_of(out), json.loads((out / "pruning.json").read_text()), said.getvalue()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -89,42 +64,6 @@ def test_experts_taken_apart_are_the_same_model(family: str, tmp_path: Path) -> 
     routed = [m for m in model.modules() if isinstance(m, RoutedLinear)]
     assert len(routed) == 2 * NUM_EXPERTS * 3
     assert storage in {m.weight.untyped_storage().data_ptr() for m in routed}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_token_is_counted_at_its_experts(family: str, tmp_path: Path) -> None:
-    """Layers are the checkpoint's tensors; a block's experts share K times the tokens."""
-    store = collect(config(tmp_path, family))
-    weights = Checkpoint.open(str(tmp_path / "model")).tensors
-    assert {x.weight_key for x in store.spec.layers} == {
-        key for key in weights if key.endswith("_proj.weight") or ".experts." in key
-    }
-    for block in (0, 1):
-        first = ("w1", "gate_proj")
-        gates = [x for x in store.spec.layers if x.block == block and x.name.endswith(first)]
-        gates = [x for x in gates if ".experts." in x.name]
-        counts = [store.read(x, ["grad_l1"])["grad_l1"].spec.num_tokens for x in gates]
-        assert len(counts) == NUM_EXPERTS
-        assert sum(counts) == 4 * 16 * EXPERTS_A_TOKEN
-        assert len(set(counts)) > 1  # or the routing would not show
-
-
-def test_shards_of_a_mixture_merge_to_one_run(tmp_path: Path) -> None:
-    """Also where a shard's few tokens reached only some experts."""
-    whole = collect(config(tmp_path, num_samples=3, seq_len=2))
-    parts = config(tmp_path, num_samples=3, seq_len=2, store=tmp_path / "sharded")
-    for i in range(3):
-        collect_shard(replace(parts, shard=Shard(i, 3)))
-    merge([tmp_path / "sharded"])
-    merged = open_store(tmp_path / "sharded")
-    for layer in whole.spec.layers:
-        for statistic in layer.own(ALL):
-            torch.testing.assert_close(
-                torch.from_numpy(merged.read_norms(layer, statistic)),
-                torch.from_numpy(whole.read_norms(layer, statistic)),
-                rtol=1e-5,
-                atol=1e-7,
-            )
 
 
 @pytest.mark.parametrize(
@@ -212,24 +151,13 @@ def test_layers_that_need_no_statistics_are_never_unseen(scarce: Path) -> None:
     assert "no calibration token" not in said
 
 
-def test_a_pruned_mixture_opens_in_transformers(tmp_path: Path) -> None:
-    """Fused again by transformers, half of each expert is zero and the logits are finite."""
-    collect(config(tmp_path, "qwen3_moe"))
-    pruned(tmp_path, method="gblm", sparsities=(0.5,))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    for block in model.model.layers:
-        for fused in (block.mlp.experts.gate_up_proj, block.mlp.experts.down_proj):
-            assert float((fused == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
-        assert bool((block.mlp.gate.weight != 0).all())  # the router stays dense
-    assert bool(model(random_ids(VOCAB_SIZE, 1, 8, seed=0)).logits.isfinite().all())
-
-
 @pytest.mark.parametrize("schedule", ["resident", "streamed"])
 def test_a_router_s_balancing_loss_is_left_out(schedule: str, tmp_path: Path) -> None:
     """Where config.json asks for it, the gradients are still those of the tokens' loss."""
-    settings = config(tmp_path, schedule=schedule, statistics=("grad_sum",))
+    MIXTRAL.make(tmp_path)
+    settings = MIXTRAL.collecting(tmp_path, schedule=schedule, statistics=("grad_sum",))
     plain = collect(settings)
-    path = Path(settings.model) / "config.json"
+    path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"output_router_logits": True}))
     balanced = collect(replace(settings, store=tmp_path / "balanced"))
     for layer in plain.spec.layers:
@@ -240,8 +168,8 @@ def test_a_router_s_balancing_loss_is_left_out(schedule: str, tmp_path: Path) ->
 @pytest.mark.parametrize("schedule", ["resident", "streamed"])
 def test_experts_fused_in_the_checkpoint_stay_dense(schedule: str, tmp_path: Path) -> None:
     """One line says so; attention is collected as ever."""
-    settings = config(tmp_path, schedule=schedule)
-    folder = Path(settings.model)
+    MIXTRAL.make(tmp_path)
+    settings, folder = MIXTRAL.collecting(tmp_path, schedule=schedule), tmp_path / "model"
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     save_file(tiny_model("mixtral").state_dict(), folder / "model.safetensors")

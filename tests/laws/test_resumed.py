@@ -61,9 +61,7 @@ def assert_sums_of(merged: GradientStore, whole: GradientStore) -> None:
 
 @pytest.mark.parametrize("schedule", STEPS)
 @pytest.mark.parametrize("case", MECHANISMS, ids=str)
-def test_merged_shards_are_one_run(
-    case: Case, schedule: str, shelf: Shelf, tmp_path: Path
-) -> None:
+def test_merged_shards_are_one_run(case: Case, schedule: str, shelf: Shelf, tmp_path: Path) -> None:
     """Three jobs on one store give the sums of one."""
     run = case.collecting(
         shelf.root(case), tmp_path / "store", statistics=STATISTICS, schedule=schedule

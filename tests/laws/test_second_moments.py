@@ -1,138 +1,31 @@
-"""Hessians and gradient covariances: collected, shared, stored and used to prune."""
+"""Hessians and gradient covariances: what is odd about storing, sharing and solving with them."""
 
 import json
 import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradpipe import (
-    CollectConfig,
-    DataConfig,
-    PruneConfig,
-    Shard,
-    StoreError,
-    collect,
-    collect_shard,
-    merge,
-    open_store,
-    prune,
-)
-from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.model.layers import find_blocks, find_layers
-from gradpipe.stages.model.load import build_skeleton
-from gradpipe.stages.model.shared_inputs import share_hessians
+from gradpipe import StoreError, collect, prune
 from gradpipe.stages.prune.curvature import Curvature
 from gradpipe.stages.prune.decode import decode_norms
 from gradpipe.stages.prune.least_squares import least_squares
 from gradpipe.stages.prune.mask import Group, unstructured_mask
 from gradpipe.store.codec import decode_layer, encode_layer, is_sound
 from gradpipe.store.schema import LayerSpec, StoreSpec
-from tests.support.models import FAMILIES, save_tiny
+from tests.support.cases import LLAMA, Shelf, pruning
 from tests.support.reference import reference_cost
-from tests.support.texts import write_text
-
-STATISTICS = ("grad_l2", "act_l2", "hessian", "grad_cov")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model, a text, and its store of exact sums."""
-    root = tmp_path_factory.mktemp("moments")
-    save_tiny("llama", root / "model", max_shard_size="20KB")
-    write_text(root / "text.txt")
-    collect(config(root, root / "store"))
-    return root
-
-
-def config(root: Path, store: Path, **options: Any) -> CollectConfig:
-    """A collection of everything that stage two can use."""
-    options = {"encoding": "float32", "statistics": STATISTICS} | options
-    return CollectConfig(
-        model=str(root / "model"),
-        store=store,
-        data=DataConfig(name=str(root / "text.txt")),
-        num_samples=4,
-        seq_len=16,
-        **options,
-    )
-
-
-def objects(store: Path) -> dict[str, bytes]:
-    """Every object but those that name the command."""
-    return {
-        p.relative_to(store).as_posix(): p.read_bytes()
-        for p in sorted(store.rglob("*"))
-        if p.is_file() and p.name not in {"zarr.json", "commit.json", ".lock"}
-    }
-
-
-_SHARED = {  # the number of distinct inputs of a block's layers
-    "llama": 4, "mistral": 4, "qwen2": 4, "qwen3": 4, "gemma3": 4, "phi3": 4, "opt": 4,
-    "bloom": 4, "gpt2": 4, "gpt_neox": 4, "falcon": 4,
-    "mixtral": 2 + 2 * 4, "qwen3_moe": 2 + 2 * 4,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layers_with_one_input_share_one_hessian(family: str, tmp_path: Path) -> None:
-    """q, k, v and gate, up, in every block, found without values."""
-    checkpoint = Checkpoint.open(str(save_tiny(family, tmp_path / "model")))
-    model = build_skeleton(checkpoint, torch.float32)
-    layers = share_hessians(model, find_layers(model, find_blocks(model), checkpoint))
-    for block in (0, 1):
-        inside = [x.spec for x in layers if x.spec.block == block]
-        assert sum(x.input_of is None for x in inside) == _SHARED[family]
-        for x in inside:
-            assert x.input_of is None or x.input_of in {y.name for y in inside}
-
-
-def test_streamed_is_resident_and_shards_are_one_run(root: Path, tmp_path: Path) -> None:
-    """Bit for bit, second moments too; merged shards to float32's rounding of one more sum."""
-    collect(config(root, tmp_path / "streamed", schedule="streamed"))
-    assert objects(tmp_path / "streamed") == objects(root / "store")
-    for i in range(2):
-        collect_shard(config(root, tmp_path / "sharded", shard=Shard(i, 2)))
-    merge([tmp_path / "sharded"])
-    one, merged = open_store(root / "store"), open_store(tmp_path / "sharded")
-    merged.validate()
-    for layer in one.spec.layers:
-        for statistic in layer.own(STATISTICS):
-            a, b = (s.read_norms(layer, statistic) for s in (one, merged))
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * float(np.abs(a).max()))
-
-
-def test_a_shared_hessian_is_kept_once(root: Path) -> None:
-    """Its sharers have no such group, and read the owner's."""
-    store = open_store(root / "store")
-    q, k = store.spec.layers[:2]
-    assert k.input_of == q.name
-    assert not (root / "store" / "layers" / k.name / "hessian").exists()
-    assert np.array_equal(store.read_norms(q, "hessian"), store.read_norms(k, "hessian"))
-
-
-def test_compact_moments_are_correlations_to_sixteen_bits(root: Path, tmp_path: Path) -> None:
-    """Off by 1.6e-5 of the rows' own sizes at most; numpy and torch agree to the bit."""
-    collect(config(root, tmp_path / "store", encoding="compact"))
-    exact, compact = open_store(root / "store"), open_store(tmp_path / "store")
-    for layer in exact.spec.layers:
-        for statistic in ("hessian", "grad_cov"):
-            true = decode_norms(exact.read(layer, [statistic]), statistic, torch.device("cpu"))
-            encoded = compact.read(layer, [statistic])
-            got = decode_norms(encoded, statistic, torch.device("cpu"))
-            assert torch.equal(got, got.T)
-            roots = true.diagonal().sqrt()
-            assert bool(((got - true).abs() <= 1.6e-5 * roots * roots[:, None]).all())
-            torch.testing.assert_close(got.diagonal(), true.diagonal(), rtol=1e-6, atol=0)
-            packed = decode_layer(encoded)[statistic]
-            upper = got[*torch.triu_indices(*got.shape)].numpy()
-            np.testing.assert_array_equal(packed, upper)
+def spec(shelf: Shelf) -> StoreSpec:
+    """Of a store with shared Hessians."""
+    return shelf.store(LLAMA).spec
 
 
 def test_a_dead_input_has_zeros_in_its_row() -> None:
@@ -179,9 +72,8 @@ def test_a_correlation_beyond_one_decodes_alike_everywhere() -> None:
 
 
 @pytest.mark.parametrize("owner", ["model.layers.0.mlp.down_proj", "nobody", "self"])
-def test_a_store_that_shares_with_the_wrong_layer_is_refused(root: Path, owner: str) -> None:
+def test_a_store_that_shares_with_the_wrong_layer_is_refused(spec: StoreSpec, owner: str) -> None:
     """Another width, nobody, or one that shares in turn."""
-    spec = open_store(root / "store").spec
     layers = list(spec.layers)
     name = layers[1].name if owner == "self" else owner
     layers[1] = replace(layers[1], input_of=name)
@@ -193,9 +85,9 @@ def test_a_store_that_shares_with_the_wrong_layer_is_refused(root: Path, owner: 
         )
 
 
-def test_a_spec_of_before_has_no_sharing(root: Path) -> None:
+def test_a_spec_of_before_has_no_sharing(spec: StoreSpec) -> None:
     """Fields with defaults may be missing, others may not."""
-    document = json.loads(json.dumps(open_store(root / "store").spec.layers[0].to_json()))
+    document = json.loads(json.dumps(spec.layers[0].to_json()))
     del document["input_of"]
     assert LayerSpec.from_json(document).input_of is None
     del document["digest"]
@@ -203,65 +95,19 @@ def test_a_spec_of_before_has_no_sharing(root: Path) -> None:
         LayerSpec.from_json(document)
 
 
-@pytest.mark.parametrize("schedule", ["resident", "streamed"])
-def test_a_hessian_needs_no_backward_pass(root: Path, tmp_path: Path, schedule: str) -> None:
-    """Collected alone, it is the same."""
-    collect(config(root, tmp_path / "store", statistics=("hessian",), schedule=schedule))
-    mine, theirs = objects(tmp_path / "store"), objects(root / "store")
-    assert {k: v for k, v in theirs.items() if "/hessian/" in k} == {
-        k: v for k, v in mine.items() if "/hessian/" in k
-    }
-
-
-# --- pruning from them
-
-_RUNS: list[dict[str, Any]] = [
-    {"method": "sparsegpt"},
-    {"method": "alps"},
-    {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"},
-    {"method": "wanda", "update": "obs"},
-    {"method": "gblm", "grad_norm": "l2", "update": "lsq"},
-    {"method": "fisher", "update": "lsq", "curvature": "kfac", "group": "global"},
-]
-
-
-@pytest.mark.parametrize("options", _RUNS, ids=str)
-def test_every_method_and_update_reaches_its_sparsity(
-    root: Path, tmp_path: Path, options: dict[str, Any]
-) -> None:
-    """Several targets in one pass write the bytes of one each, and shards those of one run."""
-    base: dict[str, Any] = {"model": str(root / "model"), "store": str(root / "store"), **options}
-    patterns = () if options.get("group") == "global" else ("2:4",)
-    both = prune(
-        PruneConfig(out=tmp_path / "both", sparsities=(0.5, 0.7), patterns=patterns, **base)
-    )
-    for result in both:
-        assert result.achieved == pytest.approx(result.requested, abs=0.02)
-    alone = prune(PruneConfig(out=tmp_path / "alone", sparsities=(0.7,), **base))[0]
-    for i in range(2):
-        prune(PruneConfig(out=tmp_path / "shards", sparsities=(0.7,), shard=Shard(i, 2), **base))
-    for file in alone.folder.iterdir():
-        assert file.read_bytes() == (both[1].folder / file.name).read_bytes(), file.name
-        assert file.read_bytes() == (tmp_path / "shards" / file.name).read_bytes(), file.name
-
-
-def test_a_dead_layer_is_said_and_recorded(root: Path, tmp_path: Path) -> None:
+def test_a_dead_layer_is_said_and_recorded(shelf: Shelf, tmp_path: Path) -> None:
     """A Hessian of zeros is no silent identity: a note in pruning.json names the layer."""
-    model = tmp_path / "model"
-    shutil.copytree(root / "model", model)
-    for path in model.glob("*.safetensors"):
+    shutil.copytree(shelf.root(LLAMA) / "model", tmp_path / "model")
+    for path in (tmp_path / "model").glob("*.safetensors"):
         tensors = load_file(path)
         for name, tensor in tensors.items():
             if name.endswith("layers.0.mlp.up_proj.weight"):
                 tensor.zero_()  # so that down_proj's inputs are zero
         save_file(tensors, path, metadata={"format": "pt"})
-    collect(replace(config(root, tmp_path / "store"), model=str(model)))
-    result = prune(
-        PruneConfig(
-            model=str(model), store=str(tmp_path / "store"), out=tmp_path / "out", method="alps"
-        )
-    )[0]
-    report = json.loads((result.folder / "pruning.json").read_text())
+    run = LLAMA.collecting(shelf.root(LLAMA), tmp_path / "store", statistics=("hessian",))
+    collect(replace(run, model=str(tmp_path / "model")))
+    prune(pruning(tmp_path, tmp_path / "out", method="alps"))
+    report = json.loads((tmp_path / "out" / "pruning.json").read_text())
     assert report["notes"] == [
         "model.layers.0.mlp.down_proj: hessian is all zeros: every direction counts the same"
     ]

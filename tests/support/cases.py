@@ -142,10 +142,10 @@ def _image_sums(case: Case, root: Path, store: GradientStore) -> Sums:
     return {key.removesuffix(".weight"): x for key, x in sums.items()}
 
 
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint."""
+def tensors_of(folder: Path, files: str = "*.safetensors") -> dict[str, Tensor]:
+    """Every tensor of a checkpoint, or of some of its files."""
     tensors: dict[str, Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob(files)):
         tensors |= load_file(file)
     return tensors
 

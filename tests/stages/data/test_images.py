@@ -1,10 +1,9 @@
-"""Image classification: ViT and DeiT from labelled images to a store, a pruned model and top-1."""
+"""Labelled images: what is read as samples, what top-1 is, and what cannot be used."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForImageClassification
 
 from gradpipe import (
@@ -22,36 +21,17 @@ from gradpipe import (
     DataConfig,
     EvalConfig,
     GradientStore,
-    GradpipeError,
     InputError,
-    PruneConfig,
-    Shard,
-    StoreError,
     classify,
     cli,
     collect,
-    collect_shard,
     evaluate,
-    merge,
     plan,
-    prune,
 )
-from gradpipe.pipeline.collect import worker
-from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.collect.streamed import Streamed
-from gradpipe.stages.model.tensor_names import weight_keys
-from gradpipe.store.arrays import encode_array
-from gradpipe.store.objects import CommitRecord, digest
 from gradpipe.store.schema import SampleSpec
-from gradpipe.store.statistics import SECOND_MOMENTS, STATISTICS
 from tests.support import hub as hubs
+from tests.support.cases import collecting
 from tests.support.models import save_tiny
-from tests.support.reference import (
-    layer_statistics,
-    reference_mask,
-    reference_nm_mask,
-    reference_score,
-)
 from tests.support.texts import write_text
 from tests.support.vision import (
     CLASSES,
@@ -64,9 +44,8 @@ from tests.support.vision import (
     write_images,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NUM_SAMPLES = 7
-STEPS = {"resident": (worker, "resident_batch"), "streamed": (Streamed, "_run_block")}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -86,25 +65,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(workplace: Path, store: Path, family: str = "vit", **options: object) -> CollectConfig:
+def config(workplace: Path, store: Path, family: str = "vit", **changes: Any) -> CollectConfig:
     """A small run."""
-    settings: dict[str, object] = {
+    settings = {
         "model": str(workplace / family),
-        "store": store,
         "data": DataConfig(name=str(workplace / "images")),
         "num_samples": NUM_SAMPLES,
+        "seq_len": None,
         "batch_size": 2,
-        "encoding": "float32",
-        "schedule": "resident",
     }
-    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+    return collecting(workplace, store, **{**settings, **changes})
 
 
 @pytest.fixture(scope="module")
 def store(workplace: Path, family: str, tmp_path_factory: pytest.TempPathFactory) -> GradientStore:
-    """Every statistic of the family's model."""
-    folder = tmp_path_factory.mktemp(family) / "store"
-    return collect(config(workplace, folder, family, statistics=STATISTICS))
+    """Of the family's model."""
+    return collect(config(workplace, tmp_path_factory.mktemp(family) / "store", family))
 
 
 def collected(run: CollectConfig) -> SampleSpec:
@@ -128,26 +104,6 @@ def pixels_of(workplace: Path, family: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(np.stack(scaled)), torch.tensor(labels)
 
 
-@pytest.fixture(scope="module")
-def reference(workplace: Path, family: str, store: GradientStore) -> dict[str, dict[str, Tensor]]:
-    """Statistics by plain autograd, one drawn image at a time, by name in the checkpoint."""
-    model = tiny_classifier(family)
-    pixels, labels = pixels_of(workplace, family)
-    drawn = store.calibration().arrays["sources"][:, 0].tolist()
-
-    def loss_of(index: Tensor) -> Tensor:
-        logits = model(pixel_values=pixels[index]).logits
-        return nn.functional.cross_entropy(logits, labels[index])
-
-    prefix = f"{family}.layers."
-    layers = {
-        n: m for n, m in model.named_modules() if n.startswith(prefix) and isinstance(m, nn.Linear)
-    }
-    found = layer_statistics(layers, loss_of, [torch.tensor([index]) for index in drawn])
-    keys = weight_keys(model, Checkpoint.open(str(workplace / family)))
-    return {keys[f"{name}.weight"].removesuffix(".weight"): x for name, x in found.items()}
-
-
 # ---- collecting ----
 
 
@@ -167,64 +123,6 @@ def test_samples_are_the_images_as_the_model_takes_them(
     assert spec.command.startswith(f"pipe collect-grads {family} STORE --task image-classification")
     with pytest.raises(InputError, match="images"):
         store.input_ids()
-
-
-def test_statistics_equal_plain_autograd(
-    store: GradientStore, reference: dict[str, dict[str, Tensor]]
-) -> None:
-    """Every statistic of every layer is within 1e-5 of plain autograd's, norms rooted."""
-    assert {layer.name for layer in store.spec.layers} == set(reference)
-    for layer in store.spec.layers:
-        for statistic in STATISTICS:
-            expected = reference[layer.name][statistic]
-            if statistic in SECOND_MOMENTS:
-                expected = expected[*torch.triu_indices(*expected.shape)]
-            if statistic in {"grad_l2", "act_l2"}:
-                expected = expected.sqrt()
-            rms = float(expected.square().mean().sqrt())
-            got = store.read_norms(layer, statistic)
-            np.testing.assert_allclose(got, expected.numpy(), rtol=1e-5, atol=1e-5 * rms)
-
-
-def test_attention_shares_one_hessian(store: GradientStore) -> None:
-    """Query, key and value read one input, which a pass over an image shows."""
-    owners = {layer.name: layer.input_of for layer in store.spec.layers}
-    shared = {name.rsplit(".", 1)[-1] for name, owner in owners.items() if owner}
-    assert shared == {"key", "value"}
-
-
-@pytest.mark.parametrize("batch_size", [1, 7])
-def test_the_batch_size_does_not_matter(
-    workplace: Path, tmp_path: Path, store: GradientStore, family: str, batch_size: int
-) -> None:
-    """An image counts alike in any batch."""
-    other = collect(
-        config(workplace, tmp_path / "store", family, statistics=STATISTICS, batch_size=batch_size)
-    )
-    for layer in store.spec.layers:
-        for statistic in STATISTICS:
-            expected = store.read_norms(layer, statistic)
-            rms = float(np.sqrt(np.square(expected).mean()))
-            got = other.read_norms(layer, statistic)
-            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * rms)
-
-
-def test_streamed_is_resident_bit_for_bit(
-    workplace: Path, tmp_path: Path, store: GradientStore, family: str
-) -> None:
-    """Every object of the store has the same bytes under either schedule."""
-    run = config(workplace, tmp_path / "store", family, statistics=STATISTICS, schedule="streamed")
-    assert collect(run).digest == store.digest
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_classifier_is_collected_too(workplace: Path, tmp_path: Path, dtype: str) -> None:
-    """A layer outside the blocks, which sees one token, has the same sums under either schedule."""
-    run = config(workplace, tmp_path / "resident", dtype=dtype, include=("classifier",))
-    resident = collect(run)
-    streamed = collect(replace(run, store=tmp_path / "streamed", schedule="streamed"))
-    assert resident.spec.layers[-1].name == "classifier"
-    assert streamed.digest == resident.digest
 
 
 def test_thin_and_grey_images_are_images(workplace: Path, tmp_path: Path) -> None:
@@ -272,49 +170,6 @@ def test_data_sets_of_the_hub(workplace: Path, tmp_path: Path) -> None:
                 assert samples.digest == expected
 
 
-@pytest.mark.parametrize("schedule", ["resident", "streamed"])
-def test_a_run_that_broke_off_needs_no_images_to_end_as_if_it_had_not(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schedule: str
-) -> None:
-    """Stopped after a batch, or a block, the same call gives the same store, data gone or not."""
-    images = write_images(tmp_path / "images")
-    whole = collect(config(workplace, tmp_path / "whole"))
-    data = DataConfig(name=str(images))
-    run = config(workplace, tmp_path / "store", data=data, schedule=schedule, checkpoint_every=2)
-    owner, name = STEPS[schedule]
-    step, calls = getattr(owner, name), iter([True, False])
-
-    def crashing(*arguments: Any, **named: Any) -> Any:
-        if not next(calls):
-            raise GradpipeError("crash")
-        return step(*arguments, **named)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(owner, name, crashing)
-        with pytest.raises(GradpipeError, match="crash"):
-            collect(run)
-    for file in images.rglob("*.png"):
-        file.write_bytes(b"")
-    assert collect(run).digest == whole.digest
-
-
-@pytest.mark.parametrize("schedule", ["resident", "streamed"])
-def test_shards_merge_to_one_run(workplace: Path, tmp_path: Path, schedule: str) -> None:
-    """Three jobs on one store give the sums of one."""
-    whole = collect(config(workplace, tmp_path / "whole"))
-    run = config(workplace, tmp_path / "store", schedule=schedule)
-    for index in range(3):
-        collect_shard(replace(run, shard=Shard(index, 3)))
-    merged = merge([tmp_path / "store"])
-    assert merged.spec == whole.spec
-    for layer in whole.spec.layers:
-        for statistic in whole.spec.statistics:
-            expected = whole.read_norms(layer, statistic)
-            np.testing.assert_allclose(
-                merged.read_norms(layer, statistic), expected, rtol=1e-4, atol=1e-6
-            )
-
-
 def test_a_plan_knows_images(workplace: Path, tmp_path: Path, family: str) -> None:
     """What it would take is told from the config alone; tokens are those that the blocks see."""
     run = config(workplace, tmp_path / "store", family, schedule="auto")
@@ -324,46 +179,7 @@ def test_a_plan_knows_images(workplace: Path, tmp_path: Path, family: str) -> No
     assert planned.flops == 6 * parameters * NUM_SAMPLES * NUM_TOKENS[family]
 
 
-# ---- pruning and evaluating ----
-
-
-@pytest.mark.parametrize("method", ["gblm", "wanda"])
-def test_masks_equal_the_reference(
-    workplace: Path,
-    tmp_path: Path,
-    family: str,
-    store: GradientStore,
-    reference: dict[str, dict[str, Tensor]],
-    method: str,
-) -> None:
-    """Pruned weights are those of float64 scores on plain autograd's statistics, in their names."""
-    model = str(workplace / family)
-    out = tmp_path / "out"
-    prune(
-        PruneConfig(
-            model=model,
-            store=store.url,
-            out=out,
-            method=method,
-            sparsities=(0.5,),
-            patterns=("2:4",),
-        )
-    )
-    dense = Checkpoint.open(model)
-    pruned = {name: Checkpoint.open(str(out / name)) for name in ("s0.50", "2-4")}
-    for name, statistics in reference.items():
-        weight = dense.read(f"{name}.weight")
-        score = reference_score(method, weight, statistics, NUM_SAMPLES, grad_norm="l1")
-        masks = {
-            "s0.50": reference_mask(score, 0.5, "output"),
-            "2-4": reference_nm_mask(score, 2, 4),
-        }
-        for target, mask in masks.items():
-            kept = pruned[target].read(f"{name}.weight")
-            assert torch.equal(kept, torch.where(mask, weight, 0)), name
-    for key in dense.tensors.keys() - {f"{name}.weight" for name in reference}:
-        assert torch.equal(dense.read(key), pruned["s0.50"].read(key)), key
-    assert (out / "s0.50" / "preprocessor_config.json").is_file()
+# ---- evaluating ----
 
 
 @pytest.mark.parametrize("data", ["images", "images.parquet"])
@@ -564,124 +380,3 @@ def test_a_model_without_a_loss_is_refused(tmp_path: Path, workplace: Path) -> N
     )
     with pytest.raises(InputError, match="problem_type multi_label_classification: expected"):
         collect(config(workplace, tmp_path / "store", model=str(model)))
-
-
-# ---- stores that were tampered with ----
-
-
-def honest(folder: Path, store: GradientStore) -> Path:
-    """A copy of a store."""
-    return Path(shutil.copytree(store.url, folder / "store"))
-
-
-def forge(store: Path, edits: dict[str, object], arrays: dict[str, np.ndarray]) -> GradientStore:
-    """Change fields of the samples and arrays of a store, and make its record fit."""
-    root = json.loads((store / "zarr.json").read_text())
-    spec = root["attributes"]["gradpipe"]
-    for name, value in edits.items():
-        (spec if name == "objective" else spec["samples"])[name] = value
-    (store / "zarr.json").write_text(json.dumps(root))
-    for name, array in arrays.items():
-        for part, data in encode_array(array).items():
-            (store / "calibration" / name / part).write_bytes(data)
-    record = CommitRecord.from_bytes((store / "commit.json").read_bytes())
-    contents = {key: (store / key).read_bytes() for key in record.objects}
-    fitting = CommitRecord({key: (len(data), digest(data)) for key, data in contents.items()})
-    (store / "commit.json").write_bytes(fitting.to_bytes())
-    return GradientStore.open(store)
-
-
-@pytest.mark.parametrize(
-    "edits",
-    [
-        {"image_shape": None},
-        {"objective": "causal-lm"},
-        {"image_shape": [3, SIZE]},
-        {"image_shape": [3, SIZE, SIZE, 1]},
-        {"image_shape": [3, SIZE, 0]},
-        {"image_shape": [3, SIZE, -SIZE]},
-        {"image_shape": [3, SIZE, 2 * SIZE]},
-        {"image_shape": [3, 2**40, 2**40]},
-        {"image_shape": [2**15, 2**15, 2**15]},
-        {"image_shape": [3, SIZE, 16.0]},
-        {"image_shape": "3x16x16"},
-        {"image_shape": 10**30},
-        {"num_samples": 2**30},
-        {"seq_len": 0},
-        {"digest": ""},
-        {"digest": "0" * 32},
-    ],
-)
-def test_a_forged_spec_is_refused(
-    tmp_path: Path, store: GradientStore, edits: dict[str, object]
-) -> None:
-    """Shapes that are none, or not the arrays', never reach an allocation."""
-    with pytest.raises(StoreError):
-        forge(honest(tmp_path, store), edits, {}).validate()
-
-
-@pytest.mark.parametrize("name", ["pixel_values", "labels", "sources"])
-def test_forged_samples_are_refused(tmp_path: Path, store: GradientStore, name: str) -> None:
-    """Pixels or labels of another type, number or content are not the spec's."""
-    arrays = store.calibration().arrays
-    copy = honest(tmp_path, store)
-    forged = [arrays[name][:-1], arrays[name].astype(np.int32)]
-    if name != "sources":
-        forged.append(arrays[name] + 1)
-    for array in forged:
-        with pytest.raises(StoreError, match=f"calibration/.*{name}"):
-            forge(copy, {}, {name: np.ascontiguousarray(array)}).validate()
-
-
-def test_negative_labels_are_refused(tmp_path: Path, store: GradientStore) -> None:
-    """The label that losses ignore, −100, would make a sample of nothing."""
-    arrays = store.calibration().arrays
-    labels = np.full_like(arrays["labels"], -100)
-    fitting = digest(arrays["pixel_values"].tobytes() + labels.tobytes())
-    with pytest.raises(StoreError, match="negative"):
-        forge(honest(tmp_path, store), {"digest": fitting}, {"labels": labels}).validate()
-
-
-def test_a_spec_without_an_image_shape_is_of_text() -> None:
-    """Stores of before have no such field."""
-    document = {
-        "dataset": "text",
-        "revision": None,
-        "sampling": "document",
-        "seed": 0,
-        "num_samples": 2,
-        "seq_len": 3,
-        "digest": "0" * 32,
-    }
-    spec = SampleSpec.from_json(document)
-    assert spec.image_shape is None
-    assert spec.arrays() == {"input_ids": ((2, 3), "int32"), "sources": ((2, 2), "int64")}
-
-
-# ---- the script that trains one ----
-
-
-@pytest.mark.slow
-def test_a_trained_model_loses_by_pruning(tmp_path: Path) -> None:
-    """A short run of the script learns its shapes, and pruning nearly all of it forgets them."""
-    script = [sys.executable, str(ROOT / "scripts" / "train_tiny_vit.py"), str(tmp_path / "vit")]
-    size = "--hidden 32 --blocks 2 --steps 250 --num-calibration 40 --num-heldout 200"
-    subprocess.run([*script, *size.split()], check=True, capture_output=True)
-    model = str(tmp_path / "vit" / "model")
-    images = DataConfig(name=str(tmp_path / "vit" / "heldout"))
-    dense = classify(EvalConfig(model=model, data=images, batch_size=50))
-    assert (dense.num_images, dense.dtype) == (200, "float32")
-    assert dense.top1 > 0.2  # of ten classes
-    data = DataConfig(name=str(tmp_path / "vit" / "calibration"))
-    run = CollectConfig(model=model, store=tmp_path / "store", data=data, num_samples=40)
-    collect(run)
-    target = PruneConfig(
-        model=model, store=str(run.store), out=tmp_path / "out", sparsities=(0.5, 0.95)
-    )
-    prune(target)
-    top1 = [
-        classify(EvalConfig(model=str(tmp_path / "out" / name), data=images, batch_size=50)).top1
-        for name in ("s0.50", "s0.95")
-    ]
-    assert top1[1] < dense.top1 - 0.05
-    assert top1[0] > top1[1]
