@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from gradpipe import CollectConfig, DataConfig, GradpipeError, PruneConfig, collect, prune
+from gradpipe import CollectConfig, GradpipeError, collect, prune
 from gradpipe.errors import InputError, StoreError
 from gradpipe.pipeline.collect import worker
 from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.stages.collect.streamed import Streamed
+from tests.support.cases import collecting, pruning
 from tests.support.models import save_tiny
 from tests.support.texts import write_text
 
@@ -33,19 +34,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(inputs: Path, store: Path, **options: object) -> CollectConfig:
+def config(inputs: Path, store: Path, **changes: Any) -> CollectConfig:
     """A small run."""
-    settings: dict[str, object] = {
-        "model": str(inputs / "model"),
-        "store": store,
-        "data": DataConfig(name=str(inputs / "text.txt")),
-        "num_samples": 6,
-        "seq_len": 16,
-        "batch_size": 2,
-        "schedule": "resident",
-        "checkpoint_every": 2,
-    }
-    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+    settings = {"num_samples": 6, "batch_size": 2, "encoding": "compact", "checkpoint_every": 2}
+    return collecting(inputs, store, **{**settings, **changes})
 
 
 @pytest.fixture
@@ -133,9 +125,7 @@ def test_a_full_disk_for_scratch(inputs: Path, tmp_path: Path, disk: Path) -> No
 def test_a_full_disk_for_a_checkpoint(inputs: Path, disk: Path) -> None:
     """Pruning leaves nothing on a full disk, and works once there is room."""
     ballast = fill(disk, 60)
-    run = PruneConfig(
-        model=str(inputs / "model"), store=str(inputs / "store"), out=disk / "deep" / "out"
-    )
+    run = pruning(inputs, disk / "deep" / "out")
     with pytest.raises(GradpipeError, match="No space left on device") as caught:
         prune(run)
     check_line(caught.value)
@@ -148,7 +138,7 @@ def test_a_read_only_disk(inputs: Path, disk: Path) -> None:
     """Nothing can be begun there; writable again, it is."""
     remount(disk, "ro")
     run = config(inputs, disk / "store")
-    target = PruneConfig(model=str(inputs / "model"), store=str(inputs / "store"), out=disk / "out")
+    target = pruning(inputs, disk / "out")
     for call in (lambda: collect(run), lambda: prune(target)):
         with pytest.raises(GradpipeError, match="Read-only file system") as caught:
             call()

@@ -34,7 +34,7 @@ from tests.support.reference import (
     reference_score,
 )
 
-METHODS: list[dict[str, str]] = [
+METHODS: list[dict[str, Any]] = [
     *({"method": method} for method in ("magnitude", "wanda", "ria", "fisher")),
     *(
         {"method": method, "grad_norm": norm}
@@ -52,7 +52,7 @@ OTHERS = tuple(case for case in CASES if case not in MECHANISMS)
     ids=str,
 )
 def test_masks_equal_the_reference(
-    case: Case, options: dict[str, str], shelf: Shelf, tmp_path: Path
+    case: Case, options: dict[str, Any], shelf: Shelf, tmp_path: Path
 ) -> None:
     """Those of float64 scores on plain autograd's statistics, for a sparsity and two patterns."""
     root, oracle = shelf.root(case), shelf.oracle(case)
@@ -138,14 +138,13 @@ def test_a_pruned_model_opens_in_transformers(case: Case, shelf: Shelf, tmp_path
     ids=str,
 )
 def test_targets_together_and_shards_write_the_bytes_of_one_target_alone(
-    case: Case, options: dict[str, str], shelf: Shelf, tmp_path: Path
+    case: Case, options: dict[str, Any], shelf: Shelf, tmp_path: Path
 ) -> None:
     """Several targets in one pass give each one's files, and so do several jobs."""
     root = shelf.root(case)
     patterns = () if options.get("group") == "global" else ("2:4",)
-    together = prune(
-        pruning(root, tmp_path / "all", sparsities=(0.5, 0.7), patterns=patterns, **options)
-    )
+    every = {"sparsities": (0.5, 0.7), "patterns": patterns, **options}
+    together = prune(pruning(root, tmp_path / "all", **every))
     targets: dict[str, dict[str, Any]] = {
         "s0.50": {"sparsities": (0.5,)},
         "s0.70": {"sparsities": (0.7,)},
@@ -156,8 +155,9 @@ def test_targets_together_and_shards_write_the_bytes_of_one_target_alone(
         assert result.achieved == pytest.approx(result.requested, abs=0.02)
         prune(pruning(root, tmp_path / result.label, **target, **options))
         assert files_of(tmp_path / result.label) == files_of(result.folder)
-    for index in (1, 0):
+    for index in (2, 0, 1):
         assert not (tmp_path / "shards").exists()
-        prune(pruning(root, tmp_path / "shards", shard=Shard(index, 2), **target, **options))
-    assert files_of(tmp_path / "shards") == files_of(result.folder)
+        results = prune(pruning(root, tmp_path / "shards", shard=Shard(index, 3), **every))
+    assert [result.label for result in results] == [*targets]
+    assert files_of(tmp_path / "shards") == files_of(tmp_path / "all")
     assert {path.name for path in tmp_path.iterdir()} == {"all", "shards", *targets}

@@ -41,7 +41,7 @@ def test_a_run_that_broke_off_needs_no_data_to_end_as_if_it_had_not(
     assert collect(run).digest == shelf.store(case).digest
 
 
-def often(schedule: str) -> dict[str, int]:
+def often(schedule: str) -> dict[str, Any]:
     """A snapshot after each batch, where there are snapshots."""
     return {"checkpoint_every": 2} if schedule == "resident" else {}
 

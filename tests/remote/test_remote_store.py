@@ -16,17 +16,16 @@ from moto.server import ThreadedMotoServer
 
 from gradpipe import (
     CollectConfig,
-    DataConfig,
     GradientStore,
     GradpipeError,
     InputError,
-    PruneConfig,
     StoreError,
     cli,
     collect,
     prune,
 )
 from gradpipe.store.objects import COMMIT_KEY
+from tests.support.cases import collecting, files_of, pruning
 from tests.support.models import save_tiny
 from tests.support.texts import write_text
 
@@ -42,16 +41,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("remote")
     save_tiny("gpt2", root / "model")
     write_text(root / "text.txt")
-    collect(
-        CollectConfig(
-            model=str(root / "model"),
-            store=root / "store",
-            data=DataConfig(name=str(root / "text.txt")),
-            num_samples=2,
-            seq_len=8,
-            statistics=("grad_l1", "act_l2"),
-        )
-    )
+    changes = {"statistics": ("grad_l1", "act_l2"), "encoding": "compact"}
+    collect(collecting(root, num_samples=2, seq_len=8, **changes))
     return root
 
 
@@ -63,7 +54,7 @@ def endpoint(workplace: Path) -> Iterator[str]:
     host, port = server.get_host_and_port()
     client = _client(f"http://{host}:{port}")
     client.create_bucket(Bucket=BUCKET)
-    for key, data in contents(workplace / "store").items():
+    for key, data in files_of(workplace / "store").items():
         client.put_object(Bucket=BUCKET, Key=f"gpt2/store/{key}", Body=data)
     yield f"http://{host}:{port}"
     server.stop()
@@ -102,7 +93,7 @@ def url(request: pytest.FixtureRequest, workplace: Path) -> Iterator[str]:
         yield (workplace / "store").as_uri()
     else:
         memory = fsspec.filesystem("memory")
-        for key, data in contents(workplace / "store").items():
+        for key, data in files_of(workplace / "store").items():
             memory.pipe(f"/remote/{key}", data)
         yield "memory://remote"
         memory.rm("/remote", recursive=True)
@@ -126,13 +117,6 @@ def _client(endpoint: str) -> Any:
         aws_access_key_id=CREDENTIALS["key"],
         aws_secret_access_key=CREDENTIALS["secret"],
     )
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {
-        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
-    }
 
 
 def assert_same(remote: GradientStore, local: GradientStore) -> None:
@@ -180,9 +164,9 @@ def test_pruning_from_everywhere_gives_the_same_bytes(
 ) -> None:
     """No file of the output tells where the store was read."""
     for name, store in (("local", str(workplace / "store")), ("remote", url)):
-        model, out = str(workplace / "model"), tmp_path / name
-        prune(PruneConfig(model=model, store=store, out=out, patterns=("2:4",), sparsities=(0.6,)))
-    assert contents(tmp_path / "local") == contents(tmp_path / "remote")
+        targets = {"patterns": ("2:4",), "sparsities": (0.6,)}
+        prune(pruning(workplace, tmp_path / name, store=store, **targets))
+    assert files_of(tmp_path / "local") == files_of(tmp_path / "remote")
 
 
 @pytest.mark.usefixtures("standard_environment")
@@ -196,7 +180,7 @@ def test_the_command_reads_stores_from_s3(
     model, local = str(workplace / "model"), str(workplace / "store")
     assert pipe(monkeypatch, "prune", model, URL, str(tmp_path / "remote")) == 0
     assert pipe(monkeypatch, "prune", model, local, str(tmp_path / "local")) == 0
-    assert contents(tmp_path / "local") == contents(tmp_path / "remote")
+    assert files_of(tmp_path / "local") == files_of(tmp_path / "remote")
     capsys.readouterr()
     assert pipe(monkeypatch, "store", "info", URL, "--json", "-") == 0
     remote = capsys.readouterr().out
@@ -238,7 +222,7 @@ def test_a_damaged_or_missing_object_is_found(
     else:
         objects.put_object(Bucket=BUCKET, Key=f"gpt2/store/{OBJECT}", Body=spoilt)
     with pytest.raises(StoreError, match=OBJECT):
-        prune(PruneConfig(model=str(workplace / "model"), store=URL, out=tmp_path / "out"))
+        prune(pruning(workplace, tmp_path / "out", store=URL))
     assert list(tmp_path.iterdir()) == []
     assert pipe(monkeypatch, "store", "verify", URL) == 3
     assert OBJECT in one_line(capsys)
@@ -334,7 +318,6 @@ def test_a_store_is_never_replaced_by_an_output_made_from_it(workplace: Path) ->
     folder = workplace / "store"
     for store in (str(folder), folder.as_uri(), folder.as_uri() + "/"):
         for out in (folder, folder / "out"):
-            model = str(workplace / "model")
             with pytest.raises(InputError, match="give another OUT"):
-                prune(PruneConfig(model=model, store=store, out=out, overwrite=True))
+                prune(pruning(workplace, out, store=store, overwrite=True))
     GradientStore.open(folder).validate()

@@ -161,16 +161,16 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 # ---- the cases ----
 
-_EXPERTS = {"distinct_inputs": (2 + 2 * 4,) * 2}  # qkv, o; gate and up, and down, of each
+_EXPERTS = 2 + 2 * 4  # qkv, o; gate and up, and down, of each
 
 TEXTS = tuple(
-    Case(family=name, **_EXPERTS) if name in {"mixtral", "qwen3_moe"} else Case(family=name)
+    Case(family=name, distinct_inputs=(_EXPERTS,) * 2 if name in EXPERT_NAMES else (4, 4))
     for name in FAMILIES
 )
 UNEVEN = Case(  # a dense block before two of experts
     family="qwen3_moe",
     changes={"mlp_only_layers": [0], "num_hidden_layers": 3},
-    distinct_inputs=(4, 10, 10),
+    distinct_inputs=(4, _EXPERTS, _EXPERTS),
     label="uneven",
 )
 IMAGES = tuple(Case(family=name) for name in IMAGE_FAMILIES)

@@ -14,7 +14,6 @@ import pytest
 
 from gradpipe import (
     CollectConfig,
-    DataConfig,
     GradpipeError,
     InputError,
     Interrupted,
@@ -28,6 +27,7 @@ from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.store.shard import Shard
 from gradpipe.store.snapshots import Partial
 from gradpipe.store.writer import StoreWriter
+from tests.support.cases import collecting
 from tests.support.forked import Processes, processes
 from tests.support.models import save_tiny, tiny_model, tiny_tokenizer
 from tests.support.texts import write_text
@@ -49,18 +49,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(inputs: Path, store: Path, **options: object) -> CollectConfig:
+def config(inputs: Path, store: Path, **changes: Any) -> CollectConfig:
     """A small run: 7 samples in micro-batches of 2."""
-    settings: dict[str, object] = {
-        "model": str(inputs / "model"),
-        "store": store,
-        "data": DataConfig(name=str(inputs / "text.txt")),
-        "num_samples": 7,
-        "seq_len": 16,
-        "batch_size": 2,
-        "schedule": "resident",
-    }
-    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+    settings = {"num_samples": 7, "batch_size": 2, "encoding": "compact"}
+    return collecting(inputs, store, **{**settings, **changes})
 
 
 @pytest.fixture(scope="module")

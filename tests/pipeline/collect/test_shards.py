@@ -31,6 +31,7 @@ from gradpipe.pipeline.collect import worker
 from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.store.lock import locked
 from gradpipe.store.objects import CommitRecord
+from tests.support.cases import collecting
 from tests.support.forked import Processes, processes
 from tests.support.models import save_tiny
 from tests.support.texts import write_text
@@ -47,19 +48,10 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(inputs: Path, store: Path, shard: str | None = None, **options: object) -> CollectConfig:
+def config(inputs: Path, store: Path, shard: str | None = None, **changes: Any) -> CollectConfig:
     """A small run, or one shard of it."""
-    settings: dict[str, object] = {
-        "model": str(inputs / "model"),
-        "store": store,
-        "data": DataConfig(name=str(inputs / "text.txt")),
-        "num_samples": SAMPLES,
-        "seq_len": 16,
-        "encoding": "float32",
-        "schedule": "resident",
-        "shard": None if shard is None else Shard.parse(shard),
-    }
-    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+    one = None if shard is None else Shard.parse(shard)
+    return collecting(inputs, store, **{"num_samples": SAMPLES, "shard": one, **changes})
 
 
 @pytest.fixture(scope="module")

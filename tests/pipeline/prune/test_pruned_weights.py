@@ -14,10 +14,11 @@ import zarr
 from rich.console import Console
 from torch import Tensor
 
-from gradpipe import CollectConfig, DataConfig, PruneConfig, collect, open_store, prune
+from gradpipe import collect, open_store, prune
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.store.objects import CommitRecord, digest
 from gradpipe.store.schema import LayerSpec
+from tests.support.cases import collecting, pruning
 from tests.support.models import save_tiny
 from tests.support.reference import (
     damped,
@@ -38,17 +39,9 @@ Choose = Callable[[Tensor, int], Tensor]
 def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, of nn.Linear or of Conv1D, and its store of exact sums."""
     root = tmp_path_factory.mktemp(request.param)
-    collect(
-        CollectConfig(
-            model=str(save_tiny(request.param, root / "model")),
-            store=root / "store",
-            data=DataConfig(name=str(write_text(root / "text.txt"))),
-            num_samples=4,
-            seq_len=16,
-            encoding="float32",
-            statistics=("act_l2", "hessian", "grad_cov"),
-        )
-    )
+    save_tiny(request.param, root / "model")
+    write_text(root / "text.txt")
+    collect(collecting(root, statistics=("act_l2", "hessian", "grad_cov")))
     return root
 
 
@@ -84,7 +77,7 @@ def whole(packed: np.ndarray[Any, np.dtype[np.float32]]) -> Tensor:
 
 def written(root: Path, out: Path, most: int, **options: Any) -> list[Case]:
     """The first block's layers of at most so many weights, pruned by half."""
-    prune(PruneConfig(model=str(root / "model"), store=str(root / "store"), out=out, **options))
+    prune(pruning(root, out, **options))
     layers = [x for x in open_store(root / "store").spec.layers if x.block == 0]
     smallest = min(x.num_weights for x in layers)
     return [Case(root, out, x) for x in layers if x.num_weights <= max(most, smallest)]
@@ -170,13 +163,8 @@ def test_more_damping_is_printed_and_recorded(root: Path, tmp_path: Path) -> Non
     record.objects[f"{key}/c/0"] = (len(data), digest(data))
     commit.write_bytes(record.to_bytes())
     said = io.StringIO()
-    config = PruneConfig(
-        model=str(root / "model"),
-        store=str(tmp_path / "store"),
-        out=tmp_path / "out",
-        method="sparsegpt",
-        include=(layer.name,),
-    )
+    target = {"store": str(tmp_path / "store"), "method": "sparsegpt", "include": (layer.name,)}
+    config = pruning(root, tmp_path / "out", **target)
     prune(config, Console(file=said, width=200))
     note = f"{layer.name}: hessian is ill-conditioned: damped by 0.1"
     assert json.loads((tmp_path / "out" / "pruning.json").read_text())["notes"] == [note]

@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 
 from gradpipe import (
-    CollectConfig,
-    DataConfig,
     GradpipeError,
     InputError,
     PruneConfig,
@@ -21,6 +19,7 @@ from gradpipe import (
 )
 from gradpipe.pipeline.prune import staging
 from gradpipe.store.objects import digest
+from tests.support.cases import collecting, pruning
 from tests.support.forked import Processes, processes
 from tests.support.models import save_tiny
 from tests.support.texts import write_text
@@ -32,28 +31,14 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("workplace")
     save_tiny("llama", folder / "model", max_shard_size="40KB")
     write_text(folder / "text.txt")
-    collect(
-        CollectConfig(
-            model=str(folder / "model"),
-            store=folder / "store",
-            data=DataConfig(name=str(folder / "text.txt")),
-            num_samples=3,
-            seq_len=16,
-        )
-    )
+    collect(collecting(folder, num_samples=3))
     prune(config(folder, folder / "whole"))
     return folder
 
 
-def config(workplace: Path, out: Path, **options: object) -> PruneConfig:
-    """Prune to one sparsity, or to what the options say."""
-    settings: dict[str, object] = {
-        "model": str(workplace / "model"),
-        "store": str(workplace / "store"),
-        "out": out,
-        "sparsities": (0.5,),
-    }
-    return PruneConfig(**{**settings, **options})  # type: ignore[arg-type]
+def config(workplace: Path, out: Path, **changes: Any) -> PruneConfig:
+    """Prune to one sparsity, or to what the changes say."""
+    return pruning(workplace, out, **{"sparsities": (0.5,), **changes})
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -1,13 +1,14 @@
 """Stage one as a whole: samples, the store it writes, and what it refuses to do quietly."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from gradpipe import CollectConfig, DataConfig, GradpipeError, InputError, collect
+from gradpipe import CollectConfig, GradpipeError, InputError, collect
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.stages.collect.sums import LayerAccumulator
@@ -18,21 +19,15 @@ from gradpipe.stages.model.layers import find_blocks, find_layers
 from gradpipe.stages.model.load import load_model, load_tokenizer
 from gradpipe.store.codec import norm_of
 from gradpipe.store.schema import LayerSpec
+from tests.support.cases import collecting
 from tests.support.models import save_tiny, tiny_model
 from tests.support.reference import reference_statistics
 from tests.support.texts import SENTENCE, write_text
 
 
-def config(root: Path, **options: object) -> CollectConfig:
+def config(root: Path, **changes: Any) -> CollectConfig:
     """A small run in `root`."""
-    settings: dict[str, object] = {
-        "model": str(root / "model"),
-        "store": root / "store",
-        "data": DataConfig(name=str(root / "text.txt")),
-        "num_samples": 3,
-        "seq_len": 16,
-    }
-    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+    return collecting(root, **{"num_samples": 3, "encoding": "compact", **changes})
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,22 +12,17 @@ import torch
 from gradpipe import CollectConfig, DataConfig, Shard, collect, plan
 from gradpipe.stages.collect import estimate as planning
 from gradpipe.store.statistics import STATISTICS
+from tests.support.cases import collecting
 from tests.support.models import FAMILIES, save_tiny
 from tests.support.texts import write_text
 
 
-def config(root: Path, family: str = "llama", **options: object) -> CollectConfig:
+def config(root: Path, family: str = "llama", **changes: Any) -> CollectConfig:
     """A small run in `root`, of every statistic."""
-    settings: dict[str, object] = {
-        "model": str(save_tiny(family, root / "model")),
-        "store": root / "store",
-        "data": DataConfig(name=str(write_text(root / "text.txt"))),
-        "num_samples": 5,
-        "seq_len": 16,
-        "statistics": STATISTICS,
-        "encoding": "float32",
-    }
-    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+    save_tiny(family, root / "model")
+    write_text(root / "text.txt")
+    settings = {"num_samples": 5, "statistics": STATISTICS, "schedule": "auto"}
+    return collecting(root, **{**settings, **changes})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
