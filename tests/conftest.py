@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 # Read when huggingface_hub is imported, tokenizers or CUDA are first used; and by subprocesses.
 os.environ |= {
@@ -16,6 +18,9 @@ import torch
 from hypothesis import settings
 
 from tests.support.cases import Shelf
+from tests.support.forked import Processes, processes
+from tests.support.models import save_tiny
+from tests.support.texts import write_text
 from tests.support.workplace import refused, stores, workplace
 
 __all__ = ["refused", "stores", "workplace"]  # fixtures
@@ -43,6 +48,22 @@ def pytest_configure() -> None:
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     """Models, samples, stores and oracles of all cases."""
     return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and a text, to be read and not to be changed."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_tiny("llama", folder / "model")
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    """Real processes."""
+    with processes(tmp_path_factory.mktemp("logs")) as started:
+        yield started
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,20 +15,26 @@ from tests.support.phases import PHASES
 STEPS = {"resident": "accumulating", "streamed": "streaming backward"}
 
 
+@pytest.mark.parametrize("calls", [0, 1])
 @pytest.mark.parametrize("schedule", STEPS)
 @pytest.mark.parametrize("case", [LLAMA, MIXTRAL, VIT], ids=str)
 def test_a_run_that_broke_off_needs_no_data_to_end_as_if_it_had_not(
-    case: Case, schedule: str, tmp_path: Path, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    schedule: str,
+    calls: int,
+    tmp_path: Path,
+    shelf: Shelf,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped after a batch, or a block, the same call gives the same store, data gone or not."""
     run = case.collecting(
         case.make(tmp_path), statistics=STATISTICS, schedule=schedule, **often(schedule)
     )
     owner, name = PHASES[STEPS[schedule]]
-    step, calls = getattr(owner, name), iter([True, False])
+    step, left = getattr(owner, name), iter([True] * calls + [False])
 
     def crashing(*arguments: Any, **named: Any) -> Any:
-        if not next(calls):
+        if not next(left):
             raise GradpipeError("crash")
         return step(*arguments, **named)
 
@@ -39,6 +45,9 @@ def test_a_run_that_broke_off_needs_no_data_to_end_as_if_it_had_not(
     for file in (tmp_path / case.data).rglob("*.png") if case.is_images else [tmp_path / case.data]:
         file.write_bytes(b"")
     assert collect(run).digest == shelf.store(case).digest
+    assert {path.name for path in run.store.iterdir()} == {
+        *("zarr.json", "commit.json", "calibration", "layers")
+    }
 
 
 def often(schedule: str) -> dict[str, Any]:

@@ -280,6 +280,7 @@ def test_c4_calibration_joins_what_is_too_short(client: ProcessPoolExecutor) -> 
     samples = client.submit(calibration, DataConfig(name="c4"), seq_len, 0).result()
     assert samples.input_ids.tolist() == reference_joined(" ".join(TRAIN), seq_len, 0)
     assert samples.spec.sampling == "joined"
+    assert set(samples.sources[:, 0].tolist()) == {-1}
 
 
 @pytest.mark.parametrize("seq_len", [8, 96])

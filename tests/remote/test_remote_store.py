@@ -1,7 +1,6 @@
 """Stores that are not in a local folder: S3 as moto serves it, memory, `file://`."""
 
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from gradpipe import (
     GradpipeError,
     InputError,
     StoreError,
-    cli,
     collect,
     prune,
 )
@@ -28,6 +26,7 @@ from gradpipe.store.objects import COMMIT_KEY
 from tests.support.cases import collecting, files_of, pruning
 from tests.support.models import save_tiny
 from tests.support.texts import write_text
+from tests.support.workplace import run_pipe
 
 BUCKET = "statistics"
 URL = f"s3://{BUCKET}/gpt2/store"
@@ -41,7 +40,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("remote")
     save_tiny("gpt2", root / "model")
     write_text(root / "text.txt")
-    changes = {"statistics": ("grad_l1", "act_l2"), "encoding": "compact"}
+    changes: dict[str, Any] = {"statistics": ("grad_l1", "act_l2"), "encoding": "compact"}
     collect(collecting(root, num_samples=2, seq_len=8, **changes))
     return root
 
@@ -131,14 +130,6 @@ def assert_same(remote: GradientStore, local: GradientStore) -> None:
             np.testing.assert_array_equal(sums, local.read_norms(layer, statistic), strict=True)
 
 
-def pipe(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """Run the command `pipe` in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["pipe", *words])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
-
-
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
     """What was printed to stderr: one line, and no traceback."""
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -178,15 +169,15 @@ def test_the_command_reads_stores_from_s3(
 ) -> None:
     """`pipe prune`, `store info` and `store verify` take the URL where they take a path."""
     model, local = str(workplace / "model"), str(workplace / "store")
-    assert pipe(monkeypatch, "prune", model, URL, str(tmp_path / "remote")) == 0
-    assert pipe(monkeypatch, "prune", model, local, str(tmp_path / "local")) == 0
+    assert run_pipe(monkeypatch, "prune", model, URL, str(tmp_path / "remote")) == 0
+    assert run_pipe(monkeypatch, "prune", model, local, str(tmp_path / "local")) == 0
     assert files_of(tmp_path / "local") == files_of(tmp_path / "remote")
     capsys.readouterr()
-    assert pipe(monkeypatch, "store", "info", URL, "--json", "-") == 0
+    assert run_pipe(monkeypatch, "store", "info", URL, "--json", "-") == 0
     remote = capsys.readouterr().out
-    assert pipe(monkeypatch, "store", "info", local, "--json", "-") == 0
+    assert run_pipe(monkeypatch, "store", "info", local, "--json", "-") == 0
     assert capsys.readouterr().out == remote
-    assert pipe(monkeypatch, "store", "verify", URL) == 0
+    assert run_pipe(monkeypatch, "store", "verify", URL) == 0
 
 
 def test_collecting_to_a_url_is_refused(workplace: Path) -> None:
@@ -224,7 +215,7 @@ def test_a_damaged_or_missing_object_is_found(
     with pytest.raises(StoreError, match=OBJECT):
         prune(pruning(workplace, tmp_path / "out", store=URL))
     assert list(tmp_path.iterdir()) == []
-    assert pipe(monkeypatch, "store", "verify", URL) == 3
+    assert run_pipe(monkeypatch, "store", "verify", URL) == 3
     assert OBJECT in one_line(capsys)
 
 
@@ -259,7 +250,7 @@ def test_a_url_without_a_store_is_the_users_mistake(
     """One line that names the URL and what is wrong, and exit code 2."""
     with pytest.raises(InputError, match=message):
         GradientStore.open(url)
-    assert pipe(monkeypatch, "store", "verify", url) == 2
+    assert run_pipe(monkeypatch, "store", "verify", url) == 2
     assert url in one_line(capsys)
 
 
@@ -290,7 +281,7 @@ def test_a_server_that_will_not_answer_is_named(
     with enable_iam_authentication():
         with pytest.raises(InputError, match=message):
             GradientStore.open(URL)
-        assert pipe(monkeypatch, "store", "verify", URL) == 2
+        assert run_pipe(monkeypatch, "store", "verify", URL) == 2
     assert URL in one_line(capsys)
 
 

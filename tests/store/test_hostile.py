@@ -9,8 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import gradpipe.cli
 from gradpipe import GradientStore, GradpipeError, PruneConfig, StoreError, prune
 from tests.store.corpus import ATTRIBUTES, GONE, KINDS, ROOT, Objects, edit, put
 from tests.support.contained import contained
+from tests.support.workplace import run_pipe
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -123,19 +121,6 @@ def test_names_are_shown_not_obeyed(
     assert "\x1b" not in shown
     if name.isprintable():
         assert name in shown
-
-
-def run_pipe(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The exit code of a command run in this process."""
-    before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(sys, "argv", ["pipe", *map(str, arguments)])
-    try:
-        gradpipe.cli.main()
-    except SystemExit as error:
-        return int(error.code or 0)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 def test_every_change_of_a_byte_is_found(tmp_path: Path, folder: Path, objects: Objects) -> None:

@@ -1,17 +1,17 @@
 """Stores of images that were tampered with: their shapes, pixels and labels are not trusted."""
 
-import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gradpipe import GradientStore, StoreError
 from gradpipe.store.arrays import encode_array
-from gradpipe.store.objects import CommitRecord, digest
+from gradpipe.store.objects import digest
 from gradpipe.store.schema import SampleSpec
-from tests.support.cases import VIT, Shelf
+from tests.store.corpus import ATTRIBUTES, ROOT, edit, put
+from tests.support.cases import VIT, Shelf, files_of
 from tests.support.vision import SIZE
 
 
@@ -21,26 +21,18 @@ def store(shelf: Shelf) -> GradientStore:
     return shelf.store(VIT)
 
 
-def honest(folder: Path, store: GradientStore) -> Path:
-    """A copy of a store."""
-    return Path(shutil.copytree(store.url, folder / "store"))
-
-
-def forge(store: Path, edits: dict[str, object], arrays: dict[str, np.ndarray]) -> GradientStore:
-    """Change fields of the samples and arrays of a store, and make its record fit."""
-    root = json.loads((store / "zarr.json").read_text())
-    spec = root["attributes"]["gradpipe"]
+def forged(
+    folder: Path, store: GradientStore, edits: dict[str, object], **arrays: np.ndarray[Any, Any]
+) -> GradientStore:
+    """A copy with other fields of the samples and other arrays, and a record that fits."""
+    objects = {k: v for k, v in files_of(Path(store.url)).items() if k != "commit.json"}
     for name, value in edits.items():
-        (spec if name == "objective" else spec["samples"])[name] = value
-    (store / "zarr.json").write_text(json.dumps(root))
+        steps = (name,) if name == "objective" else ("samples", name)
+        edit(ROOT, (*ATTRIBUTES, *steps), value)(objects)
     for name, array in arrays.items():
-        for part, data in encode_array(array).items():
-            (store / "calibration" / name / part).write_bytes(data)
-    record = CommitRecord.from_bytes((store / "commit.json").read_bytes())
-    contents = {key: (store / key).read_bytes() for key in record.objects}
-    fitting = CommitRecord({key: (len(data), digest(data)) for key, data in contents.items()})
-    (store / "commit.json").write_bytes(fitting.to_bytes())
-    return GradientStore.open(store)
+        parts = encode_array(np.ascontiguousarray(array))
+        objects |= {f"calibration/{name}/{part}": data for part, data in parts.items()}
+    return GradientStore.open(put(folder / "store", objects))
 
 
 @pytest.mark.parametrize(
@@ -69,20 +61,19 @@ def test_a_forged_spec_is_refused(
 ) -> None:
     """Shapes that are none, or not the arrays', never reach an allocation."""
     with pytest.raises(StoreError):
-        forge(honest(tmp_path, store), edits, {}).validate()
+        forged(tmp_path, store, edits).validate()
 
 
 @pytest.mark.parametrize("name", ["pixel_values", "labels", "sources"])
 def test_forged_samples_are_refused(tmp_path: Path, store: GradientStore, name: str) -> None:
     """Pixels or labels of another type, number or content are not the spec's."""
     arrays = store.calibration().arrays
-    copy = honest(tmp_path, store)
-    forged = [arrays[name][:-1], arrays[name].astype(np.int32)]
+    others = [arrays[name][:-1], arrays[name].astype(np.int32)]
     if name != "sources":
-        forged.append(arrays[name] + 1)
-    for array in forged:
+        others.append(arrays[name] + 1)
+    for array in others:
         with pytest.raises(StoreError, match=f"calibration/.*{name}"):
-            forge(copy, {}, {name: np.ascontiguousarray(array)}).validate()
+            forged(tmp_path, store, {}, **{name: array}).validate()
 
 
 def test_negative_labels_are_refused(tmp_path: Path, store: GradientStore) -> None:
@@ -91,7 +82,7 @@ def test_negative_labels_are_refused(tmp_path: Path, store: GradientStore) -> No
     labels = np.full_like(arrays["labels"], -100)
     fitting = digest(arrays["pixel_values"].tobytes() + labels.tobytes())
     with pytest.raises(StoreError, match="negative"):
-        forge(honest(tmp_path, store), {"digest": fitting}, {"labels": labels}).validate()
+        forged(tmp_path, store, {"digest": fitting}, labels=labels).validate()
 
 
 def test_a_spec_without_an_image_shape_is_of_text() -> None:

@@ -105,12 +105,18 @@ def refused(
     return run
 
 
-def succeed(command: str, patch: pytest.MonkeyPatch) -> None:
-    """Run a command that must not fail."""
-    patch.setattr(sys, "argv", ["pipe", *shlex.split(command)])
+def run_pipe(patch: pytest.MonkeyPatch, *words: object) -> int:
+    """The exit code of a command run in this process."""
+    patch.setattr(sys, "argv", ["pipe", *map(str, words)])
     with pytest.raises(SystemExit) as stopped:
         cli.main()
-    assert stopped.value.code == 0
+    assert isinstance(stopped.value.code, int)
+    return stopped.value.code
+
+
+def succeed(command: str, patch: pytest.MonkeyPatch) -> None:
+    """Run a command that must not fail."""
+    assert run_pipe(patch, *shlex.split(command)) == 0
 
 
 def contents(*folders: Path) -> dict[str, tuple[int, ...]]:

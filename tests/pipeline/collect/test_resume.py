@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,8 @@ from gradpipe.store.shard import Shard
 from gradpipe.store.snapshots import Partial
 from gradpipe.store.writer import StoreWriter
 from tests.support.cases import collecting
-from tests.support.forked import Processes, processes
-from tests.support.models import save_tiny, tiny_model, tiny_tokenizer
-from tests.support.texts import write_text
+from tests.support.forked import Processes
+from tests.support.models import tiny_model, tiny_tokenizer
 
 SCHEDULES = ("resident", "streamed")
 STEPS = {"resident": (worker, "resident_batch"), "streamed": (Streamed, "_run_block")}
@@ -38,15 +37,6 @@ STEPS = {"resident": (worker, "resident_batch"), "streamed": (Streamed, "_run_bl
 
 class Crash(Exception):  # noqa: N818 (what happens, on purpose)
     """What stops a run in these tests."""
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model and a text."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny("llama", folder / "model")
-    write_text(folder / "text.txt")
-    return folder
 
 
 def config(inputs: Path, store: Path, **changes: Any) -> CollectConfig:
@@ -91,25 +81,6 @@ def interrupt(
 def snapshots(store: Path) -> list[str]:
     """Names of the committed snapshots."""
     return Partial(store, Shard(0, 1)).names()
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("calls", [0, 1])
-def test_a_run_that_broke_off_ends_as_if_it_had_not(
-    inputs: Path,
-    tmp_path: Path,
-    digest: str,
-    monkeypatch: pytest.MonkeyPatch,
-    schedule: str,
-    calls: int,
-) -> None:
-    """Stopped after any batch, or block, the same call gives the uninterrupted store."""
-    run = config(inputs, tmp_path / "store", schedule=schedule, checkpoint_every=2)
-    interrupt(monkeypatch, run, calls, STEPS[schedule])
-    assert collect(run).digest == digest
-    assert {path.name for path in run.store.iterdir()} == {
-        *("zarr.json", "commit.json", "calibration", "layers")
-    }
 
 
 def test_a_snapshot_is_gone_on_from(
@@ -332,13 +303,6 @@ def test_a_block_that_vanishes_is_not_left_out(
         with pytest.raises(GradpipeError, match=r"layers\.1\..* has vanished"):
             collect(run)
     assert collect(run).digest == digest
-
-
-@pytest.fixture(scope="module")
-def pipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """Real processes."""
-    with processes(tmp_path_factory.mktemp("logs")) as started:
-        yield started
 
 
 def start(pipes: Processes, inputs: Path, store: Path, every: int) -> int:

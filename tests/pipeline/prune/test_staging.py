@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,8 @@ from gradpipe import (
     prune,
 )
 from gradpipe.pipeline.prune import staging
-from gradpipe.store.objects import digest
-from tests.support.cases import collecting, pruning
-from tests.support.forked import Processes, processes
+from tests.support.cases import collecting, files_of, pruning
+from tests.support.forked import Processes
 from tests.support.models import save_tiny
 from tests.support.texts import write_text
 
@@ -41,25 +39,9 @@ def config(workplace: Path, out: Path, **changes: Any) -> PruneConfig:
     return pruning(workplace, out, **{"sparsities": (0.5,), **changes})
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Digest of each file by its path."""
-    return {
-        path.relative_to(folder).as_posix(): digest(path.read_bytes())
-        for path in folder.rglob("*")
-        if path.is_file()
-    }
-
-
 def names(folder: Path) -> set[str]:
     """What lies in a folder, hidden or not."""
     return {path.name for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def pipes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    """Real processes."""
-    with processes(tmp_path_factory.mktemp("logs")) as started:
-        yield started
 
 
 def test_a_second_prune_of_one_out_is_refused(
@@ -90,7 +72,7 @@ def test_a_lone_prune_leaves_unfinished_shards_alone(workplace: Path, tmp_path: 
         with pytest.raises(InputError, match="another prune command, in shards"):
             prune(config(workplace, tmp_path / "out", **options))
     prune(config(workplace, tmp_path / "out", shard=Shard(1, 2)))
-    assert contents(tmp_path / "out") == contents(workplace / "whole")
+    assert files_of(tmp_path / "out") == files_of(workplace / "whole")
 
 
 @pytest.mark.parametrize("shard", [None, Shard(0, 1)])
@@ -102,7 +84,7 @@ def test_what_a_killed_prune_left_is_not_published(
     stray.mkdir(parents=True)
     (stray / "model.safetensors").write_bytes(b"of another command")
     prune(config(workplace, tmp_path / "out", shard=shard))
-    assert contents(tmp_path / "out") == contents(workplace / "whole")
+    assert files_of(tmp_path / "out") == files_of(workplace / "whole")
     assert names(tmp_path) == {"out"}
 
 
@@ -138,7 +120,7 @@ def test_shards_killed_as_they_publish_publish_again(
             prune(last)
     monkeypatch.undo()
     prune(last)
-    assert contents(out) == contents(workplace / "whole")
+    assert files_of(out) == files_of(workplace / "whole")
     assert names(tmp_path) == {"out"}
 
 
@@ -149,7 +131,7 @@ def test_shards_that_come_late_leave_nothing(
     """Once OUT is theirs there is nothing to do, whichever of them is run again."""
     for index in (1, 0, 0, 1):
         prune(config(workplace, tmp_path / "out", shard=Shard(index, 2), overwrite=overwrite))
-    assert contents(tmp_path / "out") == contents(workplace / "whole")
+    assert files_of(tmp_path / "out") == files_of(workplace / "whole")
     assert names(tmp_path) == {"out"}
 
 
@@ -183,7 +165,7 @@ def test_eight_shards_at_once_publish_one_output(
     assert set(codes) <= {0, -signal.SIGKILL}
     again = pipes.start(*command, "--shard", "3/8")
     assert pipes.wait(again) == 0, pipes.output(again)
-    assert contents(out) == contents(workplace / "whole")
+    assert files_of(out) == files_of(workplace / "whole")
     assert names(tmp_path) == {"out"}
 
 
@@ -201,7 +183,7 @@ def test_damage_to_a_shards_file_is_found_and_can_be_mended(
         prune(config(workplace, out, shard=Shard(1, 2)))
     for index in range(2):
         prune(config(workplace, out, shard=Shard(index, 2)))
-    assert contents(out) == contents(workplace / "whole")
+    assert files_of(out) == files_of(workplace / "whole")
 
 
 def test_a_checkpoint_file_that_vanishes_is_named(

@@ -12,17 +12,13 @@ from gradpipe import CollectConfig, GradpipeError, InputError, collect
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.stages.collect.sums import LayerAccumulator
-from gradpipe.stages.data.text import Text
-from gradpipe.stages.data.windows import draw_samples
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.layers import find_blocks, find_layers
-from gradpipe.stages.model.load import load_model, load_tokenizer
-from gradpipe.store.codec import norm_of
+from gradpipe.stages.model.load import load_model
 from gradpipe.store.schema import LayerSpec
 from tests.support.cases import collecting
-from tests.support.models import save_tiny, tiny_model
-from tests.support.reference import reference_statistics
-from tests.support.texts import SENTENCE, write_text
+from tests.support.models import save_tiny
+from tests.support.texts import write_text
 
 
 def config(root: Path, **changes: Any) -> CollectConfig:
@@ -36,58 +32,6 @@ def root(tmp_path: Path) -> Path:
     save_tiny("llama", tmp_path / "model")
     write_text(tmp_path / "text.txt")
     return tmp_path
-
-
-def test_the_store_holds_the_reference_s_statistics_of_its_own_samples(root: Path) -> None:
-    """The tokens in the store, put through plain autograd, give the sums in the store."""
-    store = collect(config(root, batch_size=2, encoding="float32"))
-    ids = torch.from_numpy(store.input_ids()).long()
-    assert ids.shape == (3, 16)
-    expected = reference_statistics(tiny_model("llama"), ids)
-    for layer in store.spec.layers:
-        for statistic in ("grad_l1", "grad_l2", "act_l2"):
-            sums = norm_of(statistic, expected[layer.name][statistic].numpy())
-            got = store.read_norms(layer, statistic)
-            np.testing.assert_allclose(got, sums, rtol=1e-5, atol=1e-5 * np.sqrt((sums**2).mean()))
-
-
-def test_the_same_command_writes_the_same_bytes(root: Path) -> None:
-    """Stage one is deterministic: the commit records are equal."""
-    first = collect(config(root, store=root / "a"))
-    second = collect(config(root, store=root / "b"))
-    assert first.digest == second.digest
-
-
-def test_activations_alone_need_no_backward(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wanda's statistic costs a forward pass only."""
-    monkeypatch.setattr(torch.Tensor, "backward", None)
-    store = collect(config(root, statistics=("act_l2",)))
-    assert store.spec.statistics == ("act_l2",)
-
-
-def test_windows_come_from_documents_longer_than_a_window(root: Path) -> None:
-    """Short documents are passed over; a window is part of one document, at its recorded place."""
-    tokenizer = load_tokenizer(Checkpoint.open(str(root / "model")))
-    documents = ["the fox", SENTENCE * 2, "the dog", SENTENCE]
-    text = Text(documents=documents, revision=None, separator="\n\n", joined=False)
-    spec, calibration = draw_samples("toy", text, tokenizer, 20, 12, 0)
-    windows, sources = calibration.arrays["input_ids"], calibration.arrays["sources"]
-    assert spec.sampling == "document"
-    assert set(sources[:, 0]) <= {1, 3}
-    for window, (document, start) in zip(windows, sources, strict=True):
-        whole = tokenizer(documents[document])["input_ids"]
-        assert whole[start : start + 12] == list(window)
-
-
-def test_short_documents_are_joined(root: Path) -> None:
-    """Where no document is long enough, windows come from the joined text, and it is said."""
-    tokenizer = load_tokenizer(Checkpoint.open(str(root / "model")))
-    text = Text(documents=["the fox runs"] * 30, revision=None, separator=" ", joined=False)
-    spec, calibration = draw_samples("toy", text, tokenizer, 4, 24, 0)
-    assert spec.sampling == "joined"
-    assert (calibration.arrays["sources"][:, 0] == -1).all()
-    with pytest.raises(InputError, match="too short"):
-        draw_samples("toy", text, tokenizer, 4, 10_000, 0)
 
 
 def test_a_finished_store_is_the_same_command_s_result(root: Path) -> None:

@@ -23,7 +23,6 @@ from gradpipe import (
     GradientStore,
     InputError,
     classify,
-    cli,
     collect,
     evaluate,
     plan,
@@ -43,6 +42,7 @@ from tests.support.vision import (
     tiny_classifier,
     write_images,
 )
+from tests.support.workplace import run_pipe
 
 ROOT = Path(__file__).parents[3]
 NUM_SAMPLES = 7
@@ -231,16 +231,6 @@ def test_class_names_decide_labels_or_else_their_order(workplace: Path, tmp_path
 
 
 # ---- the user's mistakes ----
-
-
-def run_pipe(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Exit code of the command in this process."""
-    monkeypatch.setattr(sys, "argv", ["pipe", *arguments])
-    try:
-        cli.main()
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
 
 
 @pytest.mark.parametrize("verb", ["collect-grads", "eval"])

@@ -20,7 +20,6 @@ from gradpipe.stages.prune.allocation_rules import dlp, owl, rounded, shifted
 from gradpipe.stages.prune.thresholds import Ranks
 from tests.support.models import save_tiny
 from tests.support.reference import (
-    input_norm,
     reference_dlp,
     reference_mask,
     reference_owl,
@@ -340,16 +339,3 @@ def test_what_is_chosen_beside_a_recipe_comes_first(
     options = recipe_options("best", chosen)
     assert options == expected | chosen
     PruneConfig(model="embedded", store="s", out=Path("out"), **options)
-
-
-def test_the_norms_of_inputs_are_the_hessians_diagonal(root: Path) -> None:
-    """Two statistics, one truth."""
-    store = open_store(root / "store")
-    layer = store.spec.layers[0]
-    packed = torch.from_numpy(store.read_norms(layer, "hessian"))
-    width = layer.shape[1]
-    starts = [i * width - i * (i - 1) // 2 for i in range(width)]
-    act = {"act_l2": torch.from_numpy(store.read_norms(layer, "act_l2")).double().square()}
-    torch.testing.assert_close(
-        (packed[starts].double() / 4).sqrt(), input_norm(act, 4), rtol=1e-5, atol=1e-7
-    )
