@@ -19,7 +19,7 @@ from gradpipe.stages.prune.mask import Group, unstructured_mask
 from gradpipe.store.codec import decode_layer, encode_layer, is_sound
 from gradpipe.store.schema import LayerSpec, StoreSpec
 from tests.support.cases import LLAMA, Shelf, pruning
-from tests.support.reference import reference_cost
+from tests.support.reference_solvers import reference_cost
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,12 @@ from gradpipe.store.objects import CommitRecord, digest
 from gradpipe.store.schema import LayerSpec
 from tests.support.cases import collecting, pruning
 from tests.support.models import save_tiny
-from tests.support.reference import (
+from tests.support.reference import reference_mask, reference_nm_mask, reference_score
+from tests.support.reference_solvers import (
     damped,
     reference_alps_mask,
     reference_cost,
     reference_least_squares,
-    reference_mask,
-    reference_nm_mask,
-    reference_score,
     reference_sparsegpt,
 )
 from tests.support.texts import write_text

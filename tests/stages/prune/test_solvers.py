@@ -16,13 +16,12 @@ from gradpipe.stages.prune.mask import Group, Pattern, pattern_mask, unstructure
 from gradpipe.stages.prune.methods import Norms
 from gradpipe.stages.prune.sparsegpt import obs_update, sparsegpt
 from gradpipe.stages.prune.target import Budget
-from tests.support.reference import (
+from tests.support.reference import reference_mask, reference_nm_mask
+from tests.support.reference_solvers import (
     damped,
     reference_alps_mask,
     reference_cost,
     reference_least_squares,
-    reference_mask,
-    reference_nm_mask,
     reference_sparsegpt,
 )
 
