@@ -21,9 +21,9 @@ from tests.support.cases import Shelf
 from tests.support.forked import Processes, processes
 from tests.support.models import save_tiny
 from tests.support.texts import write_text
-from tests.support.workplace import refused, stores, workplace
+from tests.support.workplace import pipe, refused, stores, workplace
 
-__all__ = ["refused", "stores", "workplace"]  # fixtures
+__all__ = ["pipe", "refused", "stores", "workplace"]  # fixtures
 THIS_MACHINE = {"localhost", "127.0.0.1", "::1"}
 
 

@@ -6,7 +6,6 @@ real stdout and stderr are looked at.
 
 import gzip
 import json
-import logging
 import math
 import shlex
 import subprocess
@@ -23,49 +22,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gradpipe import GradientStore, ImportConfig, StoreError, cli, import_gblm
+from gradpipe import GradientStore, cli
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.load import load_tokenizer
 from tests.support.models import VOCAB_SIZE, random_ids, save_tiny, tiny_model
-from tests.support.reference import reference_perplexity, reference_score, reference_statistics
+from tests.support.reference import reference_perplexity
 from tests.support.texts import SENTENCE, write_text
+from tests.support.workplace import Pipe
 
 PIPE = Path(sys.executable).with_name("pipe")
 COLLECT = "collect-grads model store --dataset text.txt --seq-len 16 --num-samples 4"
 EVAL = "eval model --dataset text.txt --seq-len 16"
 SAMPLES, ALPHA = 4, 100.0
-
-Pipe = Callable[[str], str]
-
-
-@pytest.fixture
-def pipe(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Pipe:
-    """Runs a command that must succeed, in a folder with a model and a text; gives its stdout.
-
-    Nothing may reach stderr: it is no terminal here.
-    """
-    save_tiny("llama", tmp_path / "model")
-    write_text(tmp_path / "text.txt")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    for library in ("transformers", "datasets", "huggingface_hub"):
-        for handler in logging.getLogger(library).handlers:
-            if type(handler) is logging.StreamHandler:  # its own, not one that pytest has added
-                monkeypatch.setattr(handler, "stream", sys.stderr)
-
-    def run(command: str) -> str:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["pipe", *shlex.split(command)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-        out, err = capsys.readouterr()
-        said = [line for line in err.splitlines() if not line.startswith("schedule ")]
-        assert (stopped.value.code, said) == (0, [])
-        return out
-
-    return run
 
 
 def weights(folder: str) -> dict[str, Tensor]:
@@ -281,94 +249,6 @@ def test_an_intact_store_verifies(pipe: Pipe) -> None:
     line = f"complete and intact ({GradientStore.open('store').digest})\n"
     assert pipe("store verify store") == f"store: {line}"
     assert pipe(f"store verify file://{Path.cwd()}/store").endswith(line)
-
-
-# ---- import-gblm ----
-
-
-def _gblm_files() -> None:
-    """Write l1.pth and l2.pth for the store's samples, as the reference's own code does.
-
-    Gradients of one sample at a time by plain autograd, times 100, summed as |G| and G², the root
-    taken of the latter; float16 under `self_attn.q_proj_layer_0`.
-    """
-    ids = torch.from_numpy(GradientStore.open("store").input_ids()).long()
-    l1, l2 = {}, {}
-    for name, sums in reference_statistics(tiny_model("llama"), ids).items():
-        block, module = name.removeprefix("model.layers.").split(".", 1)
-        l1[f"{module}_layer_{block}"] = (100 * sums["grad_l1"]).half()
-        l2[f"{module}_layer_{block}"] = (100**2 * sums["grad_l2"]).sqrt().half()
-    torch.save(l1, "l1.pth")
-    torch.save(l2, "l2.pth")
-
-
-def _scores(name: str, grad_norm: str) -> Tensor:
-    """The naive score of a layer, (out, in), from the collected store's sums."""
-    store = GradientStore.open("store")
-    layer = store.spec.layer(name)
-    assert layer is not None
-    norms = {s: torch.from_numpy(store.read_norms(layer, s)) for s in store.spec.statistics}
-    sums = {s: norm**2 if s.endswith("l2") else norm for s, norm in norms.items()}
-    weight = weights("model")[layer.weight_key]
-    return reference_score("gblm", weight, sums, SAMPLES, ALPHA, grad_norm)
-
-
-def test_an_import_that_cannot_be_finished_removes_nothing(pipe: Pipe) -> None:
-    """Activations are verified before the store that is to be replaced loses its record."""
-    pipe(COLLECT)
-    _gblm_files()
-    command = "store import-gblm model imported --l1 l1.pth --activations store"
-    pipe(command)
-    part = next(Path("store").rglob("act_l2/values/c/0"))
-    part.write_bytes(part.read_bytes()[:-1])
-    config = ImportConfig(
-        model="model",
-        store=Path("imported"),
-        l1=Path("l1.pth"),
-        activations="store",
-        overwrite=True,
-    )
-    with pytest.raises(StoreError, match="is damaged"):
-        import_gblm(config)
-    pipe("store verify imported")
-
-
-@pytest.mark.parametrize("grad_norm", ["l1", "l2"])
-def test_imported_gradients_prune_as_collected_ones(pipe: Pipe, grad_norm: str) -> None:
-    """Masks differ only where float16 cannot tell two scores apart."""
-    pipe(f"{COLLECT} --encoding float32")
-    _gblm_files()
-    pipe(
-        "store import-gblm model imported --l1 l1.pth --l2 l2.pth --activations store "
-        f"--num-samples {SAMPLES}"
-    )
-    pipe("store verify imported")
-    for store in ("store", "imported"):
-        pipe(f"prune model {store} from-{store} --grad-norm {grad_norm}")
-    one, other = weights("from-store"), weights("from-imported")
-    report = json.loads(Path("from-imported/pruning.json").read_text())
-    assert len(report["layers"]) == 14
-    differing = 0
-    for name in report["layers"]:
-        pruned, by_import = one[f"{name}.weight"] == 0, other[f"{name}.weight"] == 0
-        assert torch.equal(pruned.sum(dim=1), by_import.sum(dim=1))
-        scores = _scores(name, grad_norm)
-        for row in range(len(scores)):
-            swapped = scores[row][pruned[row] != by_import[row]]
-            differing += len(swapped)
-            if len(swapped):
-                assert float(swapped.max() / swapped.min()) < 1 + 2**-9
-    assert differing <= 0.01 * sum(layer["size"] for layer in report["layers"].values())
-
-
-def test_one_imported_norm_is_enough_for_the_gradient_alone(pipe: Pipe) -> None:
-    """Without activations there is no GBLM score, and the gradient's needs none."""
-    pipe(COLLECT)
-    _gblm_files()
-    out = pipe(f"store import-gblm model imported --l2 l2.pth --num-samples {SAMPLES}")
-    assert "4 x 0 tokens of GBLM-Pruner" in out
-    assert GradientStore.open("imported").spec.statistics == ("grad_l2",)
-    pipe("prune model imported pruned --method gradient --grad-norm l2")
 
 
 # ---- the embedded model and the standard library's text ----

@@ -34,7 +34,20 @@ WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
 C4_VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
 UNREACHABLE = "http://127.0.0.1:9"  # nothing listens on the discard port
-WORDS = "the quick brown fox jumps over two lazy dogs, so; add it?".split()
+WORDS = [
+    "the",
+    "quick",
+    "brown",
+    "fox",
+    "jumps",
+    "over",
+    "two",
+    "lazy",
+    "dogs,",
+    "so;",
+    "add",
+    "it?",
+]
 
 TABLES_CARD = """---
 configs:

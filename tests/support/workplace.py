@@ -33,6 +33,7 @@ EVAL = "eval model --dataset text.txt --seq-len 16 --max-windows 2"
 IMPORT = "store import-gblm model new"
 
 Refused = Callable[..., str]
+Pipe = Callable[[str], str]
 
 
 @pytest.fixture(scope="session")
@@ -78,20 +79,14 @@ def refused(
 ) -> Refused:
     """Runs a command in the workplace that must fail cleanly, and returns its one line."""
     monkeypatch.chdir(workplace)
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    for library in ("transformers", "datasets", "huggingface_hub"):
-        for handler in logging.getLogger(library).handlers:
-            if type(handler) is logging.StreamHandler:  # its own, not one that pytest has added
-                monkeypatch.setattr(handler, "stream", sys.stderr)
+    _as_users_see_it(monkeypatch)
 
     def run(command: str, *arguments: object, code: int = 2, says: tuple[str, ...] = ()) -> str:
         capsys.readouterr()  # of what had to succeed before
         before = contents(workplace, tmp_path)
-        monkeypatch.setattr(sys, "argv", ["pipe", *shlex.split(command), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
+        got = run_pipe(monkeypatch, *shlex.split(command), *arguments)
         out, err = capsys.readouterr()
-        assert stopped.value.code == code, err
+        assert got == code, err
         assert err.startswith("pipe: ")
         assert err.count("\n") == 1, err
         assert out == ""
@@ -103,6 +98,39 @@ def refused(
         return err
 
     return run
+
+
+@pytest.fixture
+def pipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Pipe:
+    """Runs a command that must succeed, in a folder with a model and a text; gives its stdout.
+
+    Nothing may reach stderr: it is no terminal here.
+    """
+    save_tiny("llama", tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+    monkeypatch.chdir(tmp_path)
+    _as_users_see_it(monkeypatch)
+
+    def run(command: str) -> str:
+        capsys.readouterr()
+        code = run_pipe(monkeypatch, *shlex.split(command))
+        out, err = capsys.readouterr()
+        said = [line for line in err.splitlines() if not line.startswith("schedule ")]
+        assert (code, said) == (0, [])
+        return out
+
+    return run
+
+
+def _as_users_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without colours, and with what libraries log on the stderr that is looked at."""
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    for library in ("transformers", "datasets", "huggingface_hub"):
+        for handler in logging.getLogger(library).handlers:
+            if type(handler) is logging.StreamHandler:  # its own, not one that pytest has added
+                monkeypatch.setattr(handler, "stream", sys.stderr)
 
 
 def run_pipe(patch: pytest.MonkeyPatch, *words: object) -> int:
