@@ -8,12 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gradpipe.stages.checkpoint.folder import SINGLE_NAME
-from tests.support.workplace import (
-    PRUNE,
-    Refused,
-    edit_config,
-    succeed,
-)
+from tests.support.workplace import PRUNE, Refused, edit_config, succeed
 
 
 def _copy(workplace: Path, tmp_path: Path, name: str = "model") -> Path:

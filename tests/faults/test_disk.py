@@ -14,11 +14,9 @@ import pytest
 
 from gradpipe import CollectConfig, GradpipeError, collect, prune
 from gradpipe.errors import InputError, StoreError
-from gradpipe.pipeline.collect import worker
-from gradpipe.stages.collect.resident import resident_batch
-from gradpipe.stages.collect.streamed import Streamed
 from tests.support.cases import collecting, pruning
 from tests.support.models import save_tiny
+from tests.support.phases import PHASES
 from tests.support.texts import write_text
 
 SCHEDULES = ("resident", "streamed")
@@ -159,14 +157,15 @@ def test_a_file_that_vanishes(
     with pytest.raises(InputError, match=r"model\.safetensors"):
         collect(run)
     away.rename(weights)
-    step = resident_batch
+    owner, name = PHASES["accumulating"]
+    step = getattr(owner, name)
 
-    def vanishing(*arguments: Any) -> None:
+    def vanishing(*arguments: Any, **options: Any) -> Any:
         (run.store / "zarr.json").unlink(missing_ok=True)
-        step(*arguments)
+        return step(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(worker, "resident_batch", vanishing)
+        patched.setattr(owner, name, vanishing)
         expected = collect(run)  # what is in memory is written again at the end
     assert expected.digest == digest(inputs)
 
@@ -189,7 +188,8 @@ def test_a_scratch_file_that_vanishes_meanwhile(
 ) -> None:
     """One line that names it; the same call computes it again."""
     run = config(inputs, tmp_path / "store", schedule="streamed", scratch=tmp_path / "scratch")
-    step = Streamed._run_block  # noqa: SLF001
+    owner, name = PHASES["streaming backward"]
+    step = getattr(owner, name)
 
     def vanishing(*arguments: Any, **options: Any) -> Any:
         for path in (tmp_path / "scratch").glob("*/inputs-0000"):
@@ -197,7 +197,7 @@ def test_a_scratch_file_that_vanishes_meanwhile(
         return step(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Streamed, "_run_block", vanishing)
+        patched.setattr(owner, name, vanishing)
         with pytest.raises(GradpipeError, match="inputs-0000: No such file") as caught:
             collect(run)
     check_line(caught.value)

@@ -7,20 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import hub as hubs
-from tests.support.hub_content import (
-    C4_COMMIT,
-    C4_TRAIN,
-    C4_VALIDATION,
-    OWN_TEST,
-    OWN_TRAIN,
-    TABLES_CARD,
-    TRAIN,
-    VALIDATION,
-    WIKI_TEST,
-    WIKI_TRAIN,
-    WIKITEXT_COMMIT,
-    write_rows,
-)
+from tests.support import hub_content as content
 from tests.support.models import save_tiny
 
 
@@ -28,17 +15,23 @@ from tests.support.models import save_tiny
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hubs.Hub]:
     """The presets' datasets at their pinned commits, each with a newer one; two of someone's."""
     root = tmp_path_factory.mktemp("hub")
-    write_rows(root / "c4" / C4_TRAIN, TRAIN)
-    write_rows(root / "c4" / C4_VALIDATION, VALIDATION)
-    for split, rows in (("train", WIKI_TRAIN), ("validation", []), ("test", WIKI_TEST)):
+    content.write_rows(root / "c4" / content.C4_TRAIN, content.TRAIN)
+    content.write_rows(root / "c4" / content.C4_VALIDATION, content.VALIDATION)
+    for split, rows in (
+        ("train", content.WIKI_TRAIN),
+        ("validation", []),
+        ("test", content.WIKI_TEST),
+    ):
         name = f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet"
-        write_rows(root / "wikitext" / name, rows)
-    write_rows(root / "texts" / "data" / "train-00000-of-00001.parquet", OWN_TRAIN)
-    write_rows(root / "texts" / "data" / "test-00000-of-00001.parquet", OWN_TEST)
-    write_rows(root / "tables" / "prose" / "train-0.jsonl", OWN_TEST, column="body")
-    write_rows(root / "tables" / "prose" / "test-0.jsonl", OWN_TRAIN, column="body")
-    write_rows(root / "tables" / "verse" / "train-0.jsonl", OWN_TRAIN, column="body")
-    (root / "tables" / "README.md").write_text(TABLES_CARD)
+        content.write_rows(root / "wikitext" / name, rows)
+    content.write_rows(root / "texts" / "data" / "train-00000-of-00001.parquet", content.OWN_TRAIN)
+    content.write_rows(root / "texts" / "data" / "test-00000-of-00001.parquet", content.OWN_TEST)
+    content.write_rows(root / "tables" / "prose" / "train-0.jsonl", content.OWN_TEST, column="body")
+    content.write_rows(root / "tables" / "prose" / "test-0.jsonl", content.OWN_TRAIN, column="body")
+    content.write_rows(
+        root / "tables" / "verse" / "train-0.jsonl", content.OWN_TRAIN, column="body"
+    )
+    (root / "tables" / "README.md").write_text(content.TABLES_CARD)
     (root / "empty").mkdir()
     (root / "empty" / ".gitattributes").write_text("*.bin filter=lfs\n")
     save_tiny("llama", root / "tiny", max_shard_size="20KB")
@@ -48,8 +41,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[hubs.Hub]:
     (root / "pickled" / "config.json").write_bytes((root / "tiny" / "config.json").read_bytes())
     (root / "pickled" / "pytorch_model.bin").write_bytes(b"a pickle that must not travel")
     with hubs.serve() as hub:
-        hub.commit("datasets/allenai/c4", root / "c4", C4_COMMIT)
-        hub.commit("datasets/Salesforce/wikitext", root / "wikitext", WIKITEXT_COMMIT)
+        hub.commit("datasets/allenai/c4", root / "c4", content.C4_COMMIT)
+        hub.commit("datasets/Salesforce/wikitext", root / "wikitext", content.WIKITEXT_COMMIT)
         hub.commit("datasets/allenai/c4", root / "empty")
         hub.commit("datasets/Salesforce/wikitext", root / "empty")
         hub.commit("datasets/someone/texts", root / "texts")

@@ -12,10 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gradpipe import (
-    DataConfig,
-    InputError,
-)
+from gradpipe import DataConfig, InputError
 from tests.support import hub as hubs
 from tests.support.hub_content import (
     C4_COMMIT,

@@ -1,8 +1,8 @@
 """A corpus of hostile stores: what an attacker may do to one, each with a name.
 
-`KINDS` are mutations of a finished store's objects, by what is changed: a place in its metadata and
-the value put there, documents that are none, chunks that lie about their size. The one who holds a
-mutated store against its digests would find it out; so a commit record that fits is written too.
+`KINDS` are mutations of a finished store's objects: another value at one place of its metadata,
+documents that are no metadata, chunks that lie about their size. `put` writes a commit record that
+fits what was changed, so that digests alone do not find it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ Mutation = Callable[[Objects], None]
 NAME = "model.layers.0.up"
 SHAPE = (24, 16)
 INPUT_IDS = np.arange(6, dtype=np.int32).reshape(2, 3)
-PEAK_BYTES = 16 << 20
 BOMB_BYTES = 1 << 30
 
 ROOT = "zarr.json"

@@ -19,21 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from gradpipe import (
-    CollectConfig,
-    DataConfig,
-    GradientStore,
-    PruneConfig,
-    collect,
-    open_store,
-)
+from gradpipe import CollectConfig, DataConfig, GradientStore, PruneConfig, collect, open_store
 from gradpipe.store.statistics import STATISTICS
 from tests.support.models import FAMILIES, VOCAB_SIZE, random_ids, save_tiny, tiny_model
-from tests.support.reference import (
-    EXPERT_NAMES,
-    layer_statistics,
-    reference_statistics,
-)
+from tests.support.reference import EXPERT_NAMES, layer_statistics, reference_statistics
 from tests.support.vision import FAMILIES as IMAGE_FAMILIES
 from tests.support.vision import save_classifier, tiny_classifier, write_images
 

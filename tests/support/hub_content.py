@@ -16,13 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet
 
-from gradpipe import (
-    CollectConfig,
-    DataConfig,
-    InputError,
-    cli,
-    collect,
-)
+from gradpipe import CollectConfig, DataConfig, InputError, cli, collect
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.data.text import load_text
 from gradpipe.stages.data.windows import draw_samples, evaluation_windows
@@ -34,20 +28,8 @@ WIKITEXT_COMMIT = "b08601e04326c79dfdd32d625aee71d232d685c3"
 C4_TRAIN = "en/c4-train.00000-of-01024.json.gz"
 C4_VALIDATION = "en/c4-validation.00000-of-00008.json.gz"
 UNREACHABLE = "http://127.0.0.1:9"  # nothing listens on the discard port
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "two",
-    "lazy",
-    "dogs,",
-    "so;",
-    "add",
-    "it?",
-]
+PROSE = "the quick brown fox jumps over two lazy dogs, so; add it?"
+WORDS = PROSE.split()  # all of them known to the toy tokenizer
 
 TABLES_CARD = """---
 configs:

@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.pytorch_utils import Conv1D
 
-from tests.support.models import (
-    SLIDING_WINDOW,
-    VOCAB_SIZE,
-    random_ids,
-    tiny_model,
-)
+from tests.support.models import SLIDING_WINDOW, VOCAB_SIZE, random_ids, tiny_model
 from tests.support.reference import (
     block_linears,
     layer_statistics,

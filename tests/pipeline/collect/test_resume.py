@@ -12,14 +12,7 @@ from typing import Any
 
 import pytest
 
-from gradpipe import (
-    CollectConfig,
-    GradpipeError,
-    InputError,
-    Interrupted,
-    StoreError,
-    collect,
-)
+from gradpipe import CollectConfig, GradpipeError, InputError, Interrupted, StoreError, collect
 from gradpipe.pipeline.collect import worker
 from gradpipe.stages.collect import estimate as planning
 from gradpipe.stages.collect.resident import resident_batch

@@ -8,14 +8,7 @@ from typing import Any
 
 import pytest
 
-from gradpipe import (
-    GradpipeError,
-    InputError,
-    PruneConfig,
-    Shard,
-    collect,
-    prune,
-)
+from gradpipe import GradpipeError, InputError, PruneConfig, Shard, collect, prune
 from gradpipe.pipeline.prune import staging
 from tests.support.cases import collecting, files_of, pruning
 from tests.support.forked import Processes
