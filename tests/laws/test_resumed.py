@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from gradpipe import DataConfig, GradientStore, GradpipeError, Shard, collect, collect_shard, merge
-from gradpipe.store.statistics import STATISTICS
-from tests.support.cases import LLAMA, MECHANISMS, MIXTRAL, TOKENS, VIT, Case, Shelf
+from tests.support.cases import EVERY, LLAMA, MECHANISMS, MIXTRAL, TOKENS, VIT, Case, Shelf
 from tests.support.phases import PHASES
 
 STEPS = {"resident": "accumulating", "streamed": "streaming backward"}
@@ -28,7 +27,7 @@ def test_a_run_that_broke_off_needs_no_data_to_end_as_if_it_had_not(
 ) -> None:
     """Stopped after a batch, or a block, the same call gives the same store, data gone or not."""
     run = case.collecting(
-        case.make(tmp_path), statistics=STATISTICS, schedule=schedule, **often(schedule)
+        case.make(tmp_path), statistics=EVERY, schedule=schedule, **often(schedule)
     )
     owner, name = PHASES[STEPS[schedule]]
     step, left = getattr(owner, name), iter([True] * calls + [False])
@@ -72,9 +71,7 @@ def assert_sums_of(merged: GradientStore, whole: GradientStore) -> None:
 @pytest.mark.parametrize("case", MECHANISMS, ids=str)
 def test_merged_shards_are_one_run(case: Case, schedule: str, shelf: Shelf, tmp_path: Path) -> None:
     """Three jobs on one store give the sums of one."""
-    run = case.collecting(
-        shelf.root(case), tmp_path / "store", statistics=STATISTICS, schedule=schedule
-    )
+    run = case.collecting(shelf.root(case), tmp_path / "store", statistics=EVERY, schedule=schedule)
     for index in range(3):
         collect_shard(replace(run, shard=Shard(index, 3)))
     assert_sums_of(merge([run.store]), shelf.store(case))
@@ -84,7 +81,7 @@ def test_shards_that_missed_some_experts_merge_to_one_run(shelf: Shelf, tmp_path
     """Where a shard's two tokens reached only some of them, and some were never reached."""
     np.save(tmp_path / "ids.npy", TOKENS[:3, :2].numpy())
     run = replace(
-        MIXTRAL.collecting(shelf.root(MIXTRAL), tmp_path / "store", statistics=STATISTICS),
+        MIXTRAL.collecting(shelf.root(MIXTRAL), tmp_path / "store", statistics=EVERY),
         data=DataConfig(name=str(tmp_path / "ids.npy")),
         num_samples=3,
         seq_len=2,

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from gradpipe import collect
-from gradpipe.store.statistics import STATISTICS
-from tests.support.cases import CASES, IMAGES, LLAMA, MECHANISMS, Case, Shelf, files_of
+from tests.support.cases import CASES, EVERY, IMAGES, LLAMA, MECHANISMS, Case, Shelf, files_of
 
 SCHEDULES = ("resident", "streamed")
 HEAD = {"include": ("lm_head",)}
@@ -19,7 +18,7 @@ HEAD = {"include": ("lm_head",)}
 def test_streamed_is_resident(case: Case, shelf: Shelf, tmp_path: Path) -> None:
     """Every object of the store has the same bytes under either schedule."""
     run = case.collecting(
-        shelf.root(case), tmp_path / "store", statistics=STATISTICS, schedule="streamed"
+        shelf.root(case), tmp_path / "store", statistics=EVERY, schedule="streamed"
     )
     assert collect(run).digest == shelf.store(case).digest
 

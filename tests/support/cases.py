@@ -26,6 +26,9 @@ from tests.support.reference import EXPERT_NAMES, layer_statistics, reference_st
 from tests.support.vision import FAMILIES as IMAGE_FAMILIES
 from tests.support.vision import save_classifier, tiny_classifier, write_images
 
+EVERY = tuple(STATISTICS)
+MOMENTS = ("hessian", "grad_cov")  # stored as packed triangles
+
 NUM_SAMPLES, SEQ_LEN = 5, 24
 TOKENS = random_ids(VOCAB_SIZE, NUM_SAMPLES, SEQ_LEN, seed=1)
 SHARD_SIZE = "20KB"  # several safetensors files
@@ -187,7 +190,7 @@ class Shelf:
         root = self._folder / str(case)
         if not root.exists():
             case.make(root)
-            collect(case.collecting(root, statistics=STATISTICS))
+            collect(case.collecting(root, statistics=EVERY))
         return root
 
     def store(self, case: Case) -> GradientStore:
