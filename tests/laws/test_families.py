@@ -14,14 +14,11 @@ from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.experts import split_experts
 from gradpipe.stages.model.layers import Layer, find_blocks, find_layers
 from gradpipe.stages.model.load import build_skeleton, load_model
-from gradpipe.stages.prune.mask import (
-    Group,
-    Pattern,
-    exact_sparsity,
-    pattern_mask,
-    unstructured_mask,
-)
-from gradpipe.stages.prune.methods import Norms, find_score
+from gradpipe.stages.prune.mask import pattern_mask, unstructured_mask
+from gradpipe.stages.prune.methods import find_score
+from gradpipe.stages.prune.score import score_weights
+from gradpipe.stages.prune.statistics import LayerStatistics
+from gradpipe.stages.prune.target import Group, Pattern, exact_sparsity
 from gradpipe.store.codec import norm_of
 from gradpipe.store.statistics import SECOND_MOMENTS, STATISTICS
 from gradpipe.store.writer import LayerStats
@@ -52,10 +49,10 @@ def collected(
     return {accumulator.spec.name: accumulator.result() for accumulator in sums.values()}
 
 
-def norms_of(stats: LayerStats) -> Norms:
+def norms_of(stats: LayerStats) -> LayerStatistics:
     """The norms that stage two would score with."""
     norms = {name: torch.from_numpy(norm_of(name, sums)) for name, sums in stats.arrays.items()}
-    return Norms(values=norms, num_samples=dict.fromkeys(norms, stats.num_samples))
+    return LayerStatistics(values=norms, num_samples=dict.fromkeys(norms, stats.num_samples))
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -126,7 +123,8 @@ def test_masks_equal_the_reference(
     """Every method's masks are those of float64 scores on plain autograd's statistics."""
     got, weights = collected(folder, 2), weights_of(folder)
     for name, stats in got.items():
-        score = find_score(method, grad_norm, 100.0).of(weights[name], norms_of(stats))
+        chosen = find_score(method, grad_norm, 100.0)
+        score = score_weights(weights[name], norms_of(stats), chosen)
         expected = reference_score(
             method, weights[name], reference[name], NUM_SAMPLES, grad_norm=grad_norm
         )

@@ -8,12 +8,16 @@ from typing import Any
 
 from gradpipe.errors import InputError
 from gradpipe.pipeline.options import check_regexes
-from gradpipe.stages.prune.allocation import ALLOCATIONS, SCORES, Allocation
-from gradpipe.stages.prune.curvature import CURVATURES
-from gradpipe.stages.prune.layer import UPDATES, Procedure
-from gradpipe.stages.prune.mask import Group, Pattern
-from gradpipe.stages.prune.methods import GRAD_NORMS, METHODS, Score, find_score
-from gradpipe.stages.prune.target import Target
+from gradpipe.stages.prune.allocation import ALLOCATIONS
+from gradpipe.stages.prune.methods import (
+    CURVATURES,
+    GRAD_NORMS,
+    METHODS,
+    UPDATES,
+    Score,
+    find_score,
+)
+from gradpipe.stages.prune.target import Group, parse_targets
 from gradpipe.store.shard import Shard
 
 Options = dict[str, Any]  # fields of a `PruneConfig`
@@ -46,9 +50,16 @@ def recipe_options(name: str | None, chosen: Options) -> Options:
     if is_global or not chosen.keys().isdisjoint({"score", "update"}):
         del recipe["method"]
     options = recipe | chosen
-    if options.get("method") != "alps" and options.get("update") != "lsq":
+    method, update = options.get("method", _DEFAULT_METHOD), options.get("update", "none")
+    if recipe["curvature"] not in _curvatures(method, update):
         del recipe["curvature"]
     return recipe | chosen
+
+
+def _curvatures(method: str, update: str) -> tuple[str, ...]:
+    """What may be minimised; nothing for names that are not known."""
+    entries = (METHODS.get(method), UPDATES.get(update))
+    return tuple(name for entry in entries if entry is not None for name in entry.curvatures)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +107,7 @@ class PruneConfig:
                 )
         self._check_group()
         self._check_combination()
-        labels = [target.label for target in self.targets()]
+        labels = [target.label for target in parse_targets(self.sparsities, self.patterns)]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise InputError(
                 f"--sparsity or --pattern: {twice[0]} is given twice, expected different targets: "
@@ -114,9 +125,9 @@ class PruneConfig:
             raise InputError(
                 f"--group {self.group}: an n:m pattern compares within its m inputs; leave it out"
             )
-        if self.method == "sparsegpt":
+        if (own := METHODS[self.method].compares) is not None:
             raise InputError(
-                f"--group {self.group}: sparsegpt compares within 128 columns; leave it out"
+                f"--group {self.group}: {self.method} compares within {own}; leave it out"
             )
         if self.group == "global" and (self.allocation != "uniform" or not self._has_score):
             raise InputError(
@@ -134,8 +145,7 @@ class PruneConfig:
             raise InputError(f"--score: {self.method} has no score; leave out the one or the other")
         if self.score is not None and self.method != _DEFAULT_METHOD:
             raise InputError(f"--score takes the method's place: leave out --method {self.method}")
-        if self.curvature != "input" and self.update != "lsq" and self.method != "alps":
-            raise InputError(f"--curvature {self.curvature}: only --update lsq and alps use it")
+        self._check_curvature()
         if self.allocation not in ALLOCATIONS and not Path(self.allocation).is_file():
             hint = ": for one threshold, --group global" if self.allocation == "global" else ""
             raise InputError(
@@ -143,16 +153,26 @@ class PruneConfig:
                 f"JSON file of sparsities by layer name{hint}"
             )
         if self.allocation_score is not None:
-            if self.allocation not in SCORES:
+            if self.allocation not in ALLOCATIONS or not ALLOCATIONS[self.allocation].num_passes:
                 raise InputError(f"--allocation-score: --allocation {self.allocation} uses none")
             find_score(self.allocation_score, self.grad_norm, self.alpha)
         if self.mixed_patterns and (self.allocation == "uniform" or not self.patterns):
             raise InputError("--mixed-patterns: it needs a --pattern and an --allocation")
         self._check_norms()
 
+    def _check_curvature(self) -> None:
+        """One that nothing minimises would be ignored; the default is no choice."""
+        used = _curvatures(self.method, self.update)
+        if self.curvature not in (*used, next(iter(CURVATURES))):
+            users = [f"--update {x}" for x in UPDATES if self.curvature in UPDATES[x].curvatures]
+            users += [x for x in METHODS if self.curvature in METHODS[x].curvatures]
+            raise InputError(
+                f"--curvature {self.curvature}: only {' and '.join(users)} use it: leave it out"
+            )
+
     def _check_norms(self) -> None:
         """`--alpha` and `--grad-norm` are parts of a formula."""
-        scores = [self._score() if self._has_score else None, self.shares_score()]
+        scores = [self._score() if self._has_score else None, self._allocation_score()]
         names = {name for score in scores if score is not None for name in score.expression.names}
         what = self.score or self.method
         if self.alpha != _DEFAULT_ALPHA and "a" not in names:
@@ -167,50 +187,8 @@ class PruneConfig:
     def _score(self) -> Score:
         return find_score(self.score or self.method, self.grad_norm, self.alpha)
 
-    def targets(self) -> tuple[Target, ...]:
-        """The checkpoints to write, in order; none given a file of sparsities alone."""
-        has_own = bool(self.patterns) or self.allocation not in ALLOCATIONS
-        sparsities = self.sparsities or (() if has_own else (0.5,))
-        patterns = tuple(Pattern.parse(text) for text in self.patterns)
-        return (
-            *(Target(sparsity) for sparsity in sparsities),
-            *(Target(float(pattern.sparsity), pattern) for pattern in patterns),
-        )
-
-    def procedure(self) -> Procedure:
-        """How each layer is pruned."""
-        return Procedure(
-            method=self.method,
-            score=self._score() if self._has_score else None,
-            update=self.update,
-            curvature=self.curvature,
-            group=self._group(),
-        )
-
-    def _group(self) -> Group:
-        if self.group == "global":
-            return Group.parse("layer")  # once each layer has its share
-        return Group.parse(self.group or METHODS[self.method].group)
-
-    def shares(self) -> Allocation:
-        """How much of each layer goes."""
-        return Allocation(
-            kind="global" if self.group == "global" else self.allocation,
-            group=self._group(),
-            is_exact=self.method == "sparsegpt",
-            mixes_patterns=self.mixed_patterns,
-        )
-
-    def shares_score(self) -> Score | None:
-        """What the allocation looks at; None if it needs no scores."""
-        if self.group == "global":
-            return self._score()
-        name = self.allocation_score or SCORES.get(self.allocation)
+    def _allocation_score(self) -> Score | None:
+        """What the allocation looks at, if that is not the method's own score."""
+        rule = ALLOCATIONS.get(self.allocation)
+        name = self.allocation_score or (rule.score if rule is not None else None)
         return None if name is None else find_score(name, self.grad_norm, self.alpha)
-
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        """Names of the statistics to read from the store."""
-        score = self.shares_score()
-        names = (*self.procedure().statistics, *(score.statistics if score else ()))
-        return tuple(dict.fromkeys(names))

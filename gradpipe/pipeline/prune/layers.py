@@ -9,8 +9,8 @@ from itertools import product
 from gradpipe.errors import InputError
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.checkpoint.tensors import check_type, matrix_shape
-from gradpipe.stages.prune.mask import check_pattern
+from gradpipe.stages.checkpoint.tensors import TensorInfo, check_type, matrix_shape
+from gradpipe.stages.prune.target import Target
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import ACTIVATION_STATISTICS
@@ -27,28 +27,38 @@ _IMPORTED_BY = {
 
 
 def select_layers(
-    config: PruneConfig, checkpoint: Checkpoint, store: GradientStore
+    config: PruneConfig,
+    checkpoint: Checkpoint,
+    store: GradientStore,
+    targets: Iterable[Target],
+    statistics: Sequence[str],
 ) -> dict[str, LayerSpec]:
-    """The layers to prune, by weight key, each checked against checkpoint, store and pattern."""
-    candidates = {layer.weight_key: layer for layer in store.spec.layers}
+    """The layers to prune, by name, each checked against checkpoint, store and options."""
+    candidates = {layer.name: layer for layer in store.spec.layers}
+    measured = {layer.weight_key for layer in store.spec.layers}
     blocks = {_list_of(x.name) for x in store.spec.layers if x.block is not None}
     for info in checkpoint.tensors.values():
-        is_bare = info.key not in candidates and info.is_matrix and info.key.endswith(".weight")
+        is_bare = info.key not in measured and info.is_matrix and info.key.endswith(".weight")
         if is_bare and _list_of(info.key) not in blocks:  # an embedding or a head, not a router
-            candidates[info.key] = checkpoint.layer_spec(info.key, block=None)
+            layer = checkpoint.layer_spec(info.key, block=None)
+            candidates[layer.name] = layer
     _check_patterns(config, checkpoint, [*candidates.values()])
-    layers = {key: layer for key, layer in candidates.items() if _is_selected(config, layer)}
+    layers = {name: layer for name, layer in candidates.items() if _is_selected(config, layer)}
     if not layers:
         raise InputError("no layer is left to prune: check --include and --exclude")
     for layer in layers.values():
         _check_tensor(config, checkpoint, store, layer)
     _check_tied(checkpoint, [*candidates.values()], layers)
-    _check_statistics(config, store, layers.values())
-    for target in config.targets():
-        for layer in layers.values():
-            if target.pattern is not None:
-                check_pattern(target.pattern, layer.name, layer.shape[1])
+    _check_statistics(config, store, layers.values(), statistics)
+    patterns = [target.pattern for target in targets if target.pattern is not None]
+    for pattern, layer in product(patterns, layers.values()):
+        pattern.check_width(layer.name, layer.shape[1])
     return layers
+
+
+def place_of(checkpoint: Checkpoint, layer: LayerSpec) -> TensorInfo | None:
+    """Where a layer's weights lie; None if the checkpoint has no such tensor."""
+    return checkpoint.tensors.get(layer.weight_key)
 
 
 def _check_patterns(
@@ -89,9 +99,9 @@ def _check_tied(
 ) -> None:
     """An embedding and a head that are equal are one matrix to transformers, if it ties them."""
     outside = [x for x in candidates if x.block is None and x.weight_key in checkpoint.tensors]
-    chosen = [x for x in outside if x.weight_key in layers]
+    chosen = [x for x in outside if x.name in layers]
     for one, other in product(chosen, outside) if _may_tie(checkpoint) else ():
-        if other.weight_key in layers or other.shape != one.shape:
+        if other.name in layers or other.shape != one.shape:
             continue
         if checkpoint.read_bytes(one.weight_key) == checkpoint.read_bytes(other.weight_key):
             raise InputError(
@@ -118,7 +128,7 @@ def _check_tensor(
     config: PruneConfig, checkpoint: Checkpoint, store: GradientStore, layer: LayerSpec
 ) -> None:
     """The checkpoint has this layer, and in a shape and type that can be pruned."""
-    info = checkpoint.tensors.get(layer.weight_key)
+    info = place_of(checkpoint, layer)
     if info is None:
         raise InputError(
             f"store {store.url} is of another model ({store.spec.model.name}): "
@@ -134,11 +144,13 @@ def _check_tensor(
 
 
 def _check_statistics(
-    config: PruneConfig, store: GradientStore, layers: Iterable[LayerSpec]
+    config: PruneConfig,
+    store: GradientStore,
+    layers: Iterable[LayerSpec],
+    needed: Sequence[str],
 ) -> None:
     """The store holds what the options read of each layer."""
     collected = {layer.name for layer in store.spec.layers}
-    needed = config.statistics
     lacking = [name for name in needed if name not in store.spec.statistics]
     for layer in layers:
         if needed and (lacking or layer.name not in collected):

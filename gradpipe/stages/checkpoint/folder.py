@@ -143,7 +143,10 @@ class Checkpoint:
 
     def read_bytes(self, key: str) -> bytearray:
         """The raw bytes of one tensor."""
-        info = self.tensors[key]
+        return self.read_place(self.tensors[key])
+
+    def read_place(self, info: TensorInfo) -> bytearray:
+        """The raw bytes of a tensor, or of a part of one."""
         data = bytearray(info.stop - info.start)
         with (self.folder / info.file).open("rb") as file:
             file.seek(info.start)

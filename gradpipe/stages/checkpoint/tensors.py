@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,25 @@ class TensorInfo:
     def is_matrix(self) -> bool:
         """True for a 2-D float tensor, which is what can be pruned."""
         return len(self.shape) == 2 and self.dtype in FLOAT_TYPES
+
+    def part(self, index: int, count: int) -> TensorInfo:
+        """The `index`-th of `count` equal parts along the first dimension, (a, b): a place again.
+
+        Of a tensor (count · a, b), or (count, a, b). Raises InputError if it has no such parts.
+        """
+        first, *others = self.shape
+        rows = others[:1] if len(self.shape) == 3 else [first // count]
+        fits = (
+            first == count if len(self.shape) == 3 else len(self.shape) == 2 and first % count == 0
+        )
+        if not (fits and 0 <= index < count):
+            raise InputError(
+                f"{self.key} of shape {self.shape} has no part {index} of {count}: give the model "
+                "that the store was collected from"
+            )
+        num_bytes = (self.stop - self.start) // count
+        start = self.start + index * num_bytes
+        return replace(self, shape=(*rows, others[-1]), start=start, stop=start + num_bytes)
 
 
 def check_type(layer: str, info: TensorInfo) -> None:

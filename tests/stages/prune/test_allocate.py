@@ -17,7 +17,7 @@ from gradpipe import CollectConfig, DataConfig, InputError, PruneConfig, collect
 from gradpipe.pipeline.prune.config import recipe_options
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.prune.allocation_rules import dlp, owl, rounded, shifted
-from gradpipe.stages.prune.thresholds import Ranks
+from gradpipe.stages.prune.thresholds import Thresholds
 from tests.support.models import save_tiny
 from tests.support.reference import (
     input_norm,
@@ -113,7 +113,7 @@ def test_ranks_are_those_of_a_sort(parts: dict[int, list[float]], data: st.DataO
     order = {k: i for i, k in enumerate(parts)}
     everything.sort(key=lambda pair: (pair[0], order[pair[1]]))
     rank = data.draw(st.integers(0, len(everything) - 1))
-    ranks = Ranks(lambda: ((k, torch.tensor(x)) for k, x in parts.items()), [0, rank])
+    ranks = Thresholds(lambda: ((k, torch.tensor(x)) for k, x in parts.items()), [0, rank])
     assert ranks.values[1] == everything[rank][0]
     counts: dict[int, int] = defaultdict(int)
     for _, k in everything[: rank + 1]:

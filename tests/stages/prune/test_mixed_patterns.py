@@ -15,7 +15,7 @@ from rich.console import Console
 
 from gradpipe import CollectConfig, DataConfig, PruneConfig, collect, open_store, prune
 from gradpipe.stages.prune.allocation_rules import shifted, whole_parts
-from gradpipe.stages.prune.mask import Pattern
+from gradpipe.stages.prune.target import Pattern
 from tests.support.models import save_tiny
 from tests.support.texts import write_text
 
