@@ -5,7 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from torch import Tensor
 
-from gradpipe.pipeline.progress import progress_bar
+from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.pipeline.prune.files import score_of
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
 from gradpipe.stages.prune.allocation import Budgets
@@ -23,14 +23,15 @@ def allocate(plan: PrunePlan, console: Console) -> AllocatedPlan:
 
 def _allocated(plan: PrunePlan, console: Console) -> list[Budgets]:
     """What the allocation gives layers that were seen."""
-    seen, score, rule = plan.seen, plan.allocation_score, plan.allocation.rule
-    if score is None:
-        return plan.allocation.budgets(seen, plan.targets, scores=None)
-    with progress_bar(console, "allocating", rule.num_passes * len(seen), "layers") as advance:
+    total = plan.allocation.rule.num_passes * len(plan.seen)
+    shown = console if total else QUIET
+    with progress_bar(shown, "allocating", total, "layers") as advance:
 
         def compute(name: str) -> Tensor:
-            score_OI = score_of(plan, name, score)
+            assert plan.allocation_score is not None  # a rule with passes has one
+            score_OI = score_of(plan, name, plan.allocation_score)
             advance(1)
             return score_OI
 
-        return plan.allocation.budgets(seen, plan.targets, ScorePasses(seen, compute))
+        scores = ScorePasses(plan.seen, compute)
+        return plan.allocation.budgets(plan.seen, plan.targets, scores)

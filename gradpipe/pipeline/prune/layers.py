@@ -27,13 +27,9 @@ _IMPORTED_BY = {
 
 
 def select_layers(
-    config: PruneConfig,
-    checkpoint: Checkpoint,
-    store: GradientStore,
-    targets: Iterable[Target],
-    statistics: Sequence[str],
+    config: PruneConfig, checkpoint: Checkpoint, store: GradientStore
 ) -> dict[str, LayerSpec]:
-    """The layers to prune, by name, each checked against checkpoint, store and options."""
+    """The layers to prune, by name; InputError if none is left, or one is tied to another."""
     candidates = {layer.name: layer for layer in store.spec.layers}
     measured = {layer.weight_key for layer in store.spec.layers}
     blocks = {_list_of(x.name) for x in store.spec.layers if x.block is not None}
@@ -46,19 +42,8 @@ def select_layers(
     layers = {name: layer for name, layer in candidates.items() if _is_selected(config, layer)}
     if not layers:
         raise InputError("no layer is left to prune: check --include and --exclude")
-    for layer in layers.values():
-        _check_tensor(config, checkpoint, store, layer)
     _check_tied(checkpoint, [*candidates.values()], layers)
-    _check_statistics(config, store, layers.values(), statistics)
-    patterns = [target.pattern for target in targets if target.pattern is not None]
-    for pattern, layer in product(patterns, layers.values()):
-        pattern.check_width(layer.name, layer.shape[1])
     return layers
-
-
-def place_of(checkpoint: Checkpoint, layer: LayerSpec) -> TensorInfo | None:
-    """Where a layer's weights lie; None if the checkpoint has no such tensor."""
-    return checkpoint.tensors.get(layer.weight_key)
 
 
 def _check_patterns(
@@ -124,32 +109,40 @@ def _is_selected(config: PruneConfig, layer: LayerSpec) -> bool:
     return layer.block is not None
 
 
-def _check_tensor(
+def place_of(
     config: PruneConfig, checkpoint: Checkpoint, store: GradientStore, layer: LayerSpec
-) -> None:
-    """The checkpoint has this layer, and in a shape and type that can be pruned."""
-    info = place_of(checkpoint, layer)
+) -> TensorInfo:
+    """Where a layer's weights lie in the checkpoint's files.
+
+    Raises InputError if they are not there, or not in a shape and type that can be pruned.
+    """
+    another = f"store {store.url} is of another model ({store.spec.model.name}): "
+    info = checkpoint.tensors.get(layer.weight_key)
     if info is None:
-        raise InputError(
-            f"store {store.url} is of another model ({store.spec.model.name}): "
-            f"{config.model} has no {layer.weight_key}"
-        )
+        raise InputError(f"{another}{config.model} has no {layer.weight_key}")
     shape = matrix_shape(info, transposed=layer.transposed)
     if shape != layer.shape:
         raise InputError(
-            f"store {store.url} is of another model ({store.spec.model.name}): layer {layer.name} "
-            f"is {layer.shape} there, {shape} in {config.model}"
+            f"{another}layer {layer.name} is {layer.shape} there, {shape} in {config.model}"
         )
     check_type(layer.name, info)
+    return info
 
 
-def _check_statistics(
+def check_widths(layers: Iterable[LayerSpec], targets: Iterable[Target]) -> None:
+    """Each layer divides into the groups of each pattern; InputError for one that does not."""
+    patterns = [target.pattern for target in targets if target.pattern is not None]
+    for pattern, layer in product(patterns, layers):
+        pattern.check_width(layer.name, layer.shape[1])
+
+
+def check_statistics(
     config: PruneConfig,
     store: GradientStore,
     layers: Iterable[LayerSpec],
     needed: Sequence[str],
 ) -> None:
-    """The store holds what the options read of each layer."""
+    """The store holds what the options read of each layer; InputError if not: how to get it."""
     collected = {layer.name for layer in store.spec.layers}
     lacking = [name for name in needed if name not in store.spec.statistics]
     for layer in layers:

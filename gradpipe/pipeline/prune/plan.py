@@ -12,11 +12,17 @@ import torch
 
 from gradpipe.errors import InputError
 from gradpipe.pipeline.prune.config import PruneConfig
-from gradpipe.pipeline.prune.layers import place_of, select_layers
+from gradpipe.pipeline.prune.layers import check_statistics, check_widths, place_of, select_layers
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import TensorInfo
 from gradpipe.stages.device import resolve_device
-from gradpipe.stages.prune.allocation import ALLOCATIONS, GLOBAL, Allocation, AllocationFile
+from gradpipe.stages.prune.allocation import (
+    ALLOCATIONS,
+    GLOBAL,
+    Allocation,
+    AllocationFile,
+    AllocationRule,
+)
 from gradpipe.stages.prune.methods import METHODS, UPDATES, ChosenMethod, Score, find_score
 from gradpipe.stages.prune.target import Budget, Group, Target, parse_targets
 from gradpipe.store.objects import digest
@@ -39,6 +45,7 @@ class PrunePlan:
     layers: Layers
     places: Mapping[str, TensorInfo]  # by layer name: where its weights lie
     unseen: frozenset[str]  # names of layers that no calibration token reached: experts
+    seen: Layers  # the others; all, if tokens reached none
     chosen: ChosenMethod
     chosen_unseen: ChosenMethod  # for those layers
     targets: tuple[Target, ...]
@@ -58,16 +65,22 @@ class PrunePlan:
         score = _allocation_score(config, allocation, chosen)
         looked_at = () if score is None else score.statistics
         statistics = tuple(dict.fromkeys((*chosen.statistics, *looked_at)))
-        layers = select_layers(config, checkpoint, store, targets, statistics)
-        unseen = frozenset(x.name for x in layers.values() if statistics and store.is_unseen(x))
+        layers = select_layers(config, checkpoint, store)
+        places = {x.name: place_of(config, checkpoint, store, x) for x in layers.values()}
+        check_statistics(config, store, layers.values(), statistics)
+        check_widths(layers.values(), targets)
+        is_read = bool(statistics)
+        unseen = frozenset(x.name for x in layers.values() if is_read and store.is_unseen(x))
+        seen = {name: layer for name, layer in layers.items() if name not in unseen} or layers
         if file is not None and not targets:
-            targets = (file.own_target(seen_of(layers, unseen)),)
+            targets = (file.own_target(seen),)
         return cls(
             checkpoint=checkpoint,
             store=store,
             layers=layers,
-            places={name: _place(checkpoint, layer) for name, layer in layers.items()},
+            places=places,
             unseen=unseen,
+            seen=seen,
             chosen=chosen,
             chosen_unseen=chosen.by_magnitude(),
             targets=targets,
@@ -77,11 +90,6 @@ class PrunePlan:
             device=resolve_device(config.device),
             allow_mismatch=config.allow_mismatch,
         )
-
-    @property
-    def seen(self) -> Layers:
-        """The layers that tokens reached; all if they reached none."""
-        return seen_of(self.layers, self.unseen)
 
     def chosen_for(self, name: str) -> ChosenMethod:
         """How a layer is pruned."""
@@ -107,17 +115,6 @@ class AllocatedPlan:
     def of_layer(self, name: str) -> list[Budget]:
         """A layer's budgets, in the targets' order."""
         return [self.budgets[target][name] for target in self.plan.targets]
-
-
-def seen_of(layers: Layers, unseen: frozenset[str]) -> Layers:
-    """The layers that tokens reached; all if they reached none."""
-    return {name: layer for name, layer in layers.items() if name not in unseen} or layers
-
-
-def _place(checkpoint: Checkpoint, layer: LayerSpec) -> TensorInfo:
-    place = place_of(checkpoint, layer)
-    assert place is not None  # `select_layers` has checked it
-    return place
 
 
 def _targets(config: PruneConfig, file: AllocationFile | None) -> tuple[Target, ...]:
@@ -147,9 +144,12 @@ def _group(config: PruneConfig) -> Group:
 
 
 def _allocation(config: PruneConfig, file: AllocationFile | None) -> Allocation:
-    rule = file.rule() if file is not None else ALLOCATIONS[config.allocation]
+    if file is not None:
+        rule, name = AllocationRule(wish=file.wish), file.name
+    else:
+        rule, name = ALLOCATIONS[config.allocation], config.allocation
     return Allocation(
-        name=file.name if file is not None else config.allocation,
+        name=name,
         rule=GLOBAL if config.group == _GLOBAL_GROUP else rule,
         group=_group(config),
         whole_counts=METHODS[config.method].whole_counts,

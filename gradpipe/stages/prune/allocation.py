@@ -1,9 +1,9 @@
 """ALLOCATIONS: how much of each layer goes, by rules, an entry each.
 
 A rule is a function from what is asked for to a wish: sparsities by layer whose mean, weighted by
-size, is the target. It is told of scores by passes over all layers (`Scores`), before anything is
-written. A new rule is an entry here, or added to ALLOCATIONS from outside. Without torch: options
-are checked against the table before it is loaded.
+size, is the target. It learns of scores by passes over all layers, before anything is written. A
+new rule is an entry here, or added to ALLOCATIONS from outside. Without torch: options are checked
+against the table before it is loaded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from gradpipe.errors import InputError
 from gradpipe.stages.prune.allocation_rules import (
@@ -29,6 +29,9 @@ from gradpipe.stages.prune.allocation_rules import (
 from gradpipe.stages.prune.target import Budget, Group, Pattern, Target
 from gradpipe.store.schema import LayerSpec
 
+if TYPE_CHECKING:
+    from gradpipe.stages.prune.score_passes import ScorePasses
+
 Layers = Mapping[str, LayerSpec]  # by name
 
 Wish = dict[str, float]  # sparsities by layer name
@@ -36,50 +39,32 @@ Wish = dict[str, float]  # sparsities by layer name
 Budgets = dict[str, Budget]  # by layer name
 
 
-class Scores(Protocol):
-    """What a rule may ask of all layers' scores: see `gradpipe.stages.prune.score_passes`."""
-
-    def outlier_shares(self, blocks: Mapping[str, str], times: float) -> dict[str, float]:
-        """Each block's share of scores above so many `times` its mean."""
-
-    def medians(self, blocks: Mapping[str, str]) -> dict[str, float]:
-        """Each block's median score."""
-
-    def counts_of_lowest(self, counts: Sequence[int]) -> list[dict[str, int]]:
-        """For each count, how many weights of each layer are among so many lowest of all."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllocationRule:
     """How a sparsity is shared out among layers."""
 
-    wish: Callable[[Layers, Sequence[Target], Scores | None], list[Wish]] | None  # None: uniform
+    wish: Callable[[Layers, Sequence[Target], ScorePasses], list[Wish]] | None  # None: uniform
     num_passes: int = 0  # over the scores of all layers; 0: it looks at none
     score: str | None = None  # the method or formula to look at; None: the run's own
 
-    def __post_init__(self) -> None:
-        """Refuse a score that no pass would look at."""
-        if self.score is not None and not self.num_passes:
-            raise ValueError("an allocation rule that names a score says in how many passes")
 
-
-def _owl(layers: Layers, targets: Sequence[Target], scores: Scores | None) -> list[Wish]:
-    shares = _asked(scores).outlier_shares(_blocks(layers), OWL_OUTLIERS)
+def _owl(layers: Layers, targets: Sequence[Target], scores: ScorePasses) -> list[Wish]:
+    shares = scores.outlier_shares(_blocks(layers), OWL_OUTLIERS)
     return _by_block(layers, [owl(shares, _block_sizes(layers), x) for x in _sparsities(targets)])
 
 
-def _dlp(layers: Layers, targets: Sequence[Target], scores: Scores | None) -> list[Wish]:
-    medians = _asked(scores).medians(_blocks(layers))
+def _dlp(layers: Layers, targets: Sequence[Target], scores: ScorePasses) -> list[Wish]:
+    medians = scores.medians(_blocks(layers))
     return _by_block(layers, [dlp(medians, _block_sizes(layers), x) for x in _sparsities(targets)])
 
 
 def _competing(
-    layers: Layers, targets: Sequence[Target], scores: Scores | None, *, part: float
+    layers: Layers, targets: Sequence[Target], scores: ScorePasses, *, part: float
 ) -> list[Wish]:
     """All weights compete: so far from uniform to what they would come to."""
     sizes = _sizes(layers)
     totals = [int(target.budget.sparsity * sum(sizes.values())) for target in targets]
-    counts = _asked(scores).counts_of_lowest(totals)
+    counts = scores.counts_of_lowest(totals)
     return [
         {name: part * n / sizes[name] + (1 - part) * sparsity for name, n in of_layer.items()}
         for sparsity, of_layer in zip(_sparsities(targets), counts, strict=True)
@@ -100,28 +85,11 @@ GLOBAL = AllocationRule(wish=partial(_competing, part=1.0), num_passes=3)  # --g
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllocationFile:
-    """A JSON file of sparsities by layer name, as a rule."""
+    """A JSON file of sparsities by layer name; its `wish` is a rule's."""
 
     path: str  # as the user gave it, for messages alone
     name: str  # for reports: the file's own name, and the digest of its content
     document: object  # what the file holds
-
-    def rule(self) -> AllocationRule:
-        """The file's sparsities, moved to each target."""
-        return AllocationRule(wish=self._wish)
-
-    def own_target(self, layers: Layers) -> Target:
-        """What the file comes to by itself: the sparsities' mean, weighted by the layers' sizes.
-
-        Raises InputError if that leaves no weight, or the file leaves a layer out.
-        """
-        sparsities, sizes = self.sparsities(layers), _sizes(layers)
-        mean = math.fsum(sparsities[name] * sizes[name] for name in sizes) / sum(sizes.values())
-        if mean >= 1:
-            raise InputError(
-                f"--allocation {self.path}: it leaves no weight: expected a mean below 1"
-            )
-        return Target(mean)
 
     def sparsities(self, layers: Layers) -> Wish:
         """Sparsities by layer name; InputError if one is none, or left out."""
@@ -137,9 +105,23 @@ class AllocationFile:
             wish[name] = float(value)
         return wish
 
-    def _wish(self, layers: Layers, targets: Sequence[Target], _: Scores | None) -> list[Wish]:
+    def wish(self, layers: Layers, targets: Sequence[Target], _: ScorePasses) -> list[Wish]:
+        """The file's sparsities, moved to each target."""
         wish, sizes = self.sparsities(layers), _sizes(layers)
         return [shifted(wish, sizes, sparsity) for sparsity in _sparsities(targets)]
+
+    def own_target(self, layers: Layers) -> Target:
+        """What the file comes to by itself: the sparsities' mean, weighted by the layers' sizes.
+
+        Raises InputError if that leaves no weight, or the file leaves a layer out.
+        """
+        sparsities, sizes = self.sparsities(layers), _sizes(layers)
+        mean = math.fsum(sparsities[name] * sizes[name] for name in sizes) / sum(sizes.values())
+        if mean >= 1:
+            raise InputError(
+                f"--allocation {self.path}: it leaves no weight: expected a mean below 1"
+            )
+        return Target(mean)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,9 +144,9 @@ class Allocation:
         return target.pattern is not None and not self.mixes_patterns
 
     def budgets(
-        self, layers: Layers, targets: Sequence[Target], scores: Scores | None
+        self, layers: Layers, targets: Sequence[Target], scores: ScorePasses
     ) -> list[Budgets]:
-        """One budget for each layer, for each target; `scores` are None if the rule needs none."""
+        """One budget for each layer, for each target."""
         if self.rule.wish is None or all(map(self.keeps_pattern, targets)):
             return [dict.fromkeys(layers, target.budget) for target in targets]
         wishes = self.rule.wish(layers, targets, scores)
@@ -189,12 +171,6 @@ class Allocation:
         if self.whole_counts or self.group.axis is None:
             return 1
         return max(layer.shape[self.group.axis] // self.group.size, 1)
-
-
-def _asked(scores: Scores | None) -> Scores:
-    if scores is None:
-        raise ValueError("an allocation rule that looks at scores names one")
-    return scores
 
 
 def _sparsities(targets: Sequence[Target]) -> list[float]:

@@ -115,7 +115,8 @@ class Expression:
 
         `number` makes a float32 scalar of a constant. No value is written to.
         """
-        return _value(self.tree, values, number).float()
+        result: Tensor = _walk(self.tree, values, number, _FUNCTIONS)
+        return result.float()
 
 
 def _check(node: ast.expr, text: str) -> set[str]:
@@ -153,51 +154,35 @@ def _is_constant(node: ast.AST) -> TypeGuard[ast.expr]:
 
 
 def _is_finite(node: ast.expr) -> bool:
-    """True if a constant operand, and each step to it, is a finite float32."""
+    """True if a constant operand is a finite float32."""
     try:
-        return math.isfinite(_number(node))
+        return math.isfinite(_float32(_walk(node, {}, _float32, _OF_NUMBERS)))
     except (ArithmeticError, ValueError, struct.error):  # 1/0, log(0), a power that is complex
         return False
 
 
-def _number(node: ast.expr) -> float:
-    """The value of a constant operand, each step rounded to float32; raises as `math` does."""
-    match node:
-        case ast.BinOp(left=left, op=op, right=right):
-            value = _BINARY[type(op)](_number(left), _number(right))
-        case ast.UnaryOp(op=op, operand=operand):
-            value = _UNARY[type(op)](_number(operand))
-        case ast.Call(func=ast.Name(id=name), args=[argument]):
-            value = _OF_NUMBERS[name](_number(argument))
-        case ast.Constant(value=int() | float() as constant):
-            value = float(constant)
-        case _:  # pragma: no cover
-            raise _not_checked(node)
-    return float(struct.unpack("f", struct.pack("f", value))[0])
+def _float32(number: float) -> float:
+    """The nearest float32; OverflowError beyond the largest."""
+    return float(struct.unpack("f", struct.pack("f", number))[0])
 
 
-def _value(
-    node: ast.expr, values: Mapping[str, Callable[[], Tensor]], number: Callable[[float], Tensor]
-) -> Tensor:
-    """A node's value, in a tree that was checked."""
-    result: Tensor
+def _walk(
+    node: ast.expr,
+    values: Mapping[str, Callable[[], Any]],
+    number: Callable[[float], Any],
+    functions: Mapping[str, Callable[[Any], Any]],
+) -> Any:
+    """The value of a node of a checked tree, in the arithmetic that its leaves are of."""
     match node:
         case ast.BinOp(left=left, op=op, right=right):
-            a, b = _value(left, values, number), _value(right, values, number)
-            result = _BINARY[type(op)](a, b)
+            first = _walk(left, values, number, functions)
+            return _BINARY[type(op)](first, _walk(right, values, number, functions))
         case ast.UnaryOp(op=op, operand=operand):
-            result = _UNARY[type(op)](_value(operand, values, number))
+            return _UNARY[type(op)](_walk(operand, values, number, functions))
         case ast.Call(func=ast.Name(id=name), args=[argument]):
-            result = _FUNCTIONS[name](_value(argument, values, number))
+            return functions[name](_walk(argument, values, number, functions))
         case ast.Constant(value=int() | float() as constant):
-            result = number(float(constant))
+            return number(float(constant))
         case ast.Name(id=name):
-            result = values[name]()
-        case _:  # pragma: no cover
-            raise _not_checked(node)
-    return result
-
-
-def _not_checked(node: ast.expr) -> AssertionError:
-    """`_check` lets no other node through."""
-    return AssertionError(ast.dump(node))
+            return values[name]()
+    raise AssertionError(ast.dump(node))  # pragma: no cover (`_check` lets no other through)

@@ -89,11 +89,6 @@ class Update:
     make: MakeUpdate | None = None  # None: they stay as they are
     curvatures: tuple[str, ...] = ()  # that it can minimise
 
-    def __post_init__(self) -> None:
-        """As a method does, refuse half an entry."""
-        if (self.make is None) != (not self.curvatures):
-            raise ValueError("an update minimises some curvature")
-
 
 def _obs(problem: LayerProblem) -> UpdateKept:
     from gradpipe.stages.prune.sparsegpt import obs_updater  # noqa: PLC0415
