@@ -120,6 +120,8 @@ def place_of(
     info = checkpoint.tensors.get(layer.weight_key)
     if info is None:
         raise InputError(f"{another}{config.model} has no {layer.weight_key}")
+    if layer.part is not None:
+        info = info.part(*layer.part)
     shape = matrix_shape(info, transposed=layer.transposed)
     if shape != layer.shape:
         raise InputError(

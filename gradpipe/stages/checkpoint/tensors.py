@@ -38,23 +38,21 @@ class TensorInfo:
         return len(self.shape) == 2 and self.dtype in FLOAT_TYPES
 
     def part(self, index: int, count: int) -> TensorInfo:
-        """The `index`-th of `count` equal parts along the first dimension, (a, b): a place again.
+        """The `index`-th of `count` equal parts along the first dimension: a place of shape (a, b).
 
-        Of a tensor (count · a, b), or (count, a, b). Raises InputError if it has no such parts.
+        Of a tensor (count · a, b) or (count, a, b). Raises InputError if it has no such part.
         """
         first, *others = self.shape
-        rows = others[:1] if len(self.shape) == 3 else [first // count]
-        fits = (
-            first == count if len(self.shape) == 3 else len(self.shape) == 2 and first % count == 0
-        )
-        if not (fits and 0 <= index < count):
+        shape = (first // count, *others) if len(others) == 1 else tuple(others)
+        fits = first % count == 0 if len(others) == 1 else first == count and len(others) == 2
+        if not fits or not 0 <= index < count:
             raise InputError(
                 f"{self.key} of shape {self.shape} has no part {index} of {count}: give the model "
                 "that the store was collected from"
             )
         num_bytes = (self.stop - self.start) // count
         start = self.start + index * num_bytes
-        return replace(self, shape=(*rows, others[-1]), start=start, stop=start + num_bytes)
+        return replace(self, shape=shape, start=start, stop=start + num_bytes)
 
 
 def check_type(layer: str, info: TensorInfo) -> None:
