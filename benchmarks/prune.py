@@ -47,8 +47,7 @@ from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import as_tensor, count_zeros, tensor_bytes
 from gradpipe.stages.prune.mask import budget_mask
 from gradpipe.stages.prune.methods import find_score
-from gradpipe.stages.prune.score import score_weights
-from gradpipe.stages.prune.statistics import LayerStatistics
+from gradpipe.stages.prune.score import LayerStatistics, score_weights
 from gradpipe.stages.prune.target import Group, Target
 from gradpipe.store.objects import digest, fsync
 

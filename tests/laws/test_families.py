@@ -16,8 +16,7 @@ from gradpipe.stages.model.layers import Layer, find_blocks, find_layers
 from gradpipe.stages.model.load import build_skeleton, load_model
 from gradpipe.stages.prune.mask import pattern_mask, unstructured_mask
 from gradpipe.stages.prune.methods import find_score
-from gradpipe.stages.prune.score import score_weights
-from gradpipe.stages.prune.statistics import LayerStatistics
+from gradpipe.stages.prune.score import LayerStatistics, score_weights
 from gradpipe.stages.prune.target import Group, Pattern, exact_sparsity
 from gradpipe.store.codec import norm_of
 from gradpipe.store.statistics import SECOND_MOMENTS, STATISTICS

@@ -20,8 +20,7 @@ from gradpipe.stages.checkpoint.tensors import as_tensor
 from gradpipe.stages.device import memory_errors
 from gradpipe.stages.prune.layer import SolvedLayer
 from gradpipe.stages.prune.methods import Score
-from gradpipe.stages.prune.score import score_layer
-from gradpipe.stages.prune.statistics import LayerStatistics
+from gradpipe.stages.prune.score import LayerStatistics, score_layer
 from gradpipe.stages.prune.target import Target
 from gradpipe.store.codec import Encoded
 from gradpipe.store.objects import digest

@@ -164,7 +164,14 @@ def _allocation_score(
     if not allocation.rule.num_passes:
         return None
     name = config.allocation_score or allocation.rule.score
-    return chosen.score if name is None else find_score(name, config.grad_norm, config.alpha)
+    if name is not None:
+        return find_score(name, config.grad_norm, config.alpha)
+    if chosen.score is None:
+        raise InputError(
+            f"--allocation {allocation.name} looks at the method's score, and {config.method} has "
+            "none: give --allocation-score"
+        )
+    return chosen.score
 
 
 def _read_allocation(config: PruneConfig) -> AllocationFile | None:

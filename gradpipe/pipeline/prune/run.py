@@ -79,7 +79,7 @@ def _say(allocated: AllocatedPlan, written: Written, console: Console) -> None:
             highlight=False,
         )
     for target in plan.targets:
-        if plan.allocation.keeps_pattern(target) and not plan.allocation.is_uniform:
+        if plan.allocation.keeps_pattern(target) and not plan.allocation.rule.is_uniform:
             console.print(
                 f"{target.pattern} in every block, whatever the allocation: --mixed-patterns "
                 "lets it choose",

@@ -47,6 +47,11 @@ class AllocationRule:
     num_passes: int = 0  # over the scores of all layers; 0: it looks at none
     score: str | None = None  # the method or formula to look at; None: the run's own
 
+    @property
+    def is_uniform(self) -> bool:
+        """True if all layers get the same: it looks at nothing, and mixes no patterns."""
+        return self.wish is None
+
 
 def _owl(layers: Layers, targets: Sequence[Target], scores: ScorePasses) -> list[Wish]:
     shares = scores.outlier_shares(_blocks(layers), OWL_OUTLIERS)
@@ -133,11 +138,6 @@ class Allocation:
     group: Group
     whole_counts: bool  # counts are of single weights, whatever the group
     mixes_patterns: bool  # n of an n:m pattern may differ between blocks
-
-    @property
-    def is_uniform(self) -> bool:
-        """True if all layers get the same."""
-        return self.rule.wish is None
 
     def keeps_pattern(self, target: Target) -> bool:
         """True for a target whose pattern is every block's, whatever the rule."""

@@ -14,9 +14,8 @@ from gradpipe.errors import GradpipeError
 from gradpipe.stages.prune.curvature import Curvature
 from gradpipe.stages.prune.mask import budget_mask
 from gradpipe.stages.prune.methods import ChosenMethod, Score, Update
-from gradpipe.stages.prune.score import is_finite, score_layer
+from gradpipe.stages.prune.score import LayerStatistics, is_finite, score_layer
 from gradpipe.stages.prune.solver import LayerProblem, Solver
-from gradpipe.stages.prune.statistics import LayerStatistics
 from gradpipe.stages.prune.target import Budget
 
 

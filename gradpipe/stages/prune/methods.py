@@ -4,21 +4,22 @@ A method is a formula, which scores weights, or a solver, which picks weights an
 Nothing else in the package knows a method by its name: whoever must tell methods apart reads the
 entry. A new one is an entry here, or added to METHODS from outside; a solver is a class as well
 (`gradpipe.stages.prune.solver`). Without torch: options are checked against the table before it is
-loaded, so the functions that name a solver import it when it is first used.
+loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from gradpipe.errors import InputError
 from gradpipe.stages.prune.formula import Expression
 from gradpipe.stages.prune.target import Group
 
 if TYPE_CHECKING:
-    from gradpipe.stages.prune.solver import LayerProblem, MakeUpdate, Solver, UpdateKept
+    from gradpipe.stages.prune.solver import LayerProblem, MakeUpdate, Solver
 
 GRAD_NORMS = ("l1", "l2", "sum")
 
@@ -51,16 +52,13 @@ class Method:
             raise ValueError("a formula reads what its letters say, and no second moments")
 
 
-def _sparsegpt(problem: LayerProblem) -> Solver:
-    from gradpipe.stages.prune.sparsegpt import SparseGpt  # noqa: PLC0415 (see above)
+def _imported(module: str, name: str) -> Callable[[LayerProblem], Any]:
+    """A class or function of this package, imported when it is first called: it needs torch."""
 
-    return SparseGpt(problem)
+    def make(problem: LayerProblem) -> Any:
+        return getattr(import_module(f"{__package__}.{module}"), name)(problem)
 
-
-def _alps(problem: LayerProblem) -> Solver:
-    from gradpipe.stages.prune.alps import Alps  # noqa: PLC0415
-
-    return Alps(problem)
+    return make
 
 
 METHODS = {
@@ -72,13 +70,15 @@ METHODS = {
     "ria": Method(formula="ri(W)*sqrt(X)"),  # Zhang et al., 2024
     "gradient-ria": Method(formula="ri(W)*sqrt(a*G+X)"),  # RIA by GBLM's norm, not the activation's
     "sparsegpt": Method(  # Frantar & Alistarh, 2023
-        solver=_sparsegpt,
+        solver=_imported("sparsegpt", "SparseGpt"),
         curvatures=("input",),
         group="layer",
         compares="128 columns",
         whole_counts=True,
     ),
-    "alps": Method(solver=_alps, curvatures=("input", "kfac"), group="layer"),  # Meng et al., 2024
+    "alps": Method(  # Meng et al., 2024
+        solver=_imported("alps", "Alps"), curvatures=("input", "kfac"), group="layer"
+    ),
 }
 
 
@@ -90,22 +90,12 @@ class Update:
     curvatures: tuple[str, ...] = ()  # that it can minimise
 
 
-def _obs(problem: LayerProblem) -> UpdateKept:
-    from gradpipe.stages.prune.sparsegpt import obs_updater  # noqa: PLC0415
-
-    return obs_updater(problem)
-
-
-def _lsq(problem: LayerProblem) -> UpdateKept:
-    from gradpipe.stages.prune.least_squares import least_squares_updater  # noqa: PLC0415
-
-    return least_squares_updater(problem)
-
-
 UPDATES = {
     "none": Update(),
-    "obs": Update(make=_obs, curvatures=("input",)),
-    "lsq": Update(make=_lsq, curvatures=("input", "kfac")),
+    "obs": Update(make=_imported("sparsegpt", "obs_updater"), curvatures=("input",)),
+    "lsq": Update(
+        make=_imported("least_squares", "least_squares_updater"), curvatures=("input", "kfac")
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from gradpipe.stages.prune.curvature import Curvature
-from gradpipe.stages.prune.statistics import LayerStatistics
+from gradpipe.stages.prune.score import LayerStatistics
 from gradpipe.stages.prune.target import Budget, Group
 
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from gradpipe import InputError
 from gradpipe.stages.prune.formula import Expression, relative_importance
 from gradpipe.stages.prune.methods import METHODS, find_score
-from gradpipe.stages.prune.score import score_weights
-from gradpipe.stages.prune.statistics import LayerStatistics
+from gradpipe.stages.prune.score import LayerStatistics, score_weights
 
 METHODS_PAGE = Path(__file__).parents[3] / "docs" / "methods.md"
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.25, -1.0]])

@@ -14,8 +14,8 @@ from gradpipe.stages.prune.layer import SolvedLayer
 from gradpipe.stages.prune.least_squares import least_squares
 from gradpipe.stages.prune.mask import pattern_mask, unstructured_mask
 from gradpipe.stages.prune.methods import METHODS, UPDATES, ChosenMethod
+from gradpipe.stages.prune.score import LayerStatistics
 from gradpipe.stages.prune.sparsegpt import obs_update, sparsegpt
-from gradpipe.stages.prune.statistics import LayerStatistics
 from gradpipe.stages.prune.target import Budget, Group, Pattern
 from tests.support.reference import (
     damped,
