@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradpipe.errors import GradpipeError, InputError, one_line
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
-from gradpipe.stages.checkpoint.rewrite import rewriting
+from gradpipe.stages.checkpoint.rewrite import Rewriting, rewriting
 from gradpipe.stages.checkpoint.tensors import as_tensor
 from gradpipe.stages.device import memory_errors
 from gradpipe.stages.prune.layer import SolvedLayer
@@ -78,11 +78,8 @@ def write_file(
             if not item.matches:
                 _refuse_mismatch(plan, item.name)
                 written.mismatched.append(item.name)
-            with _device_errors(item.name):
-                layer = _solved(plan, item)
-                tensors = map(layer.to, allocated.of_layer(item.name))
-                digests = rewritten.replace(plan.places[item.name], tensors)
-            written.add_layer(item.name, plan.targets, digests, layer.notes)
+            digests, notes = _replace(allocated, item, rewritten)
+            written.add_layer(item.name, plan.targets, digests, notes)
             advance(1)
     return written
 
@@ -108,16 +105,21 @@ def _load(plan: PrunePlan, name: str, statistics: tuple[str, ...]) -> _Loaded:
     )
 
 
-def _solved(plan: PrunePlan, item: _Loaded) -> SolvedLayer:
-    """All that a layer's budgets need, done on the device."""
-    chosen = plan.chosen_for(item.name)
-    return SolvedLayer.of(
-        item.name,
-        item.weight.to(plan.device),
-        LayerStatistics.decode(item.encoded, chosen.statistics, plan.device),
-        chosen,
-        transposed=plan.layers[item.name].transposed,
-    )
+def _replace(
+    allocated: AllocatedPlan, item: _Loaded, rewritten: Rewriting
+) -> tuple[list[str], tuple[str, ...]]:
+    """Solve a layer and write it for every target; digests and notes outlive what it took."""
+    plan, chosen = allocated.plan, allocated.plan.chosen_for(item.name)
+    with _device_errors(item.name):
+        layer = SolvedLayer.of(
+            item.name,
+            item.weight.to(plan.device),
+            LayerStatistics.decode(item.encoded, chosen.statistics, plan.device),
+            chosen,
+            transposed=plan.layers[item.name].transposed,
+        )
+        tensors = map(layer.to, allocated.of_layer(item.name))
+        return rewritten.replace(plan.places[item.name], tensors), layer.notes
 
 
 def score_of(plan: PrunePlan, name: str, score: Score) -> Tensor:
