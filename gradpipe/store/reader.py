@@ -26,6 +26,7 @@ from gradpipe.store.folder import Calibration, read_calibration
 from gradpipe.store.nodes import read_array, read_attributes
 from gradpipe.store.objects import ObjectReader
 from gradpipe.store.schema import LayerSpec, StatisticSpec, StoreSpec
+from gradpipe.store.statistics import Sums
 
 
 class GradientStore:
@@ -75,7 +76,7 @@ class GradientStore:
         codec.check_bases(encoded)
         return encoded
 
-    def read_norms(self, layer: LayerSpec, statistic: str) -> codec.Sums:
+    def read_norms(self, layer: LayerSpec, statistic: str) -> Sums:
         """One statistic of a layer as float32 norms: Σ|G|, √ΣG², ΣG, (out, in); √Σx², Σx, (in,).
 
         Second moments are packed triangles. Raises as `read` does.

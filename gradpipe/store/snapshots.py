@@ -15,15 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from gradpipe.errors import StoreError
 from gradpipe.store.folder import PARTIAL
 from gradpipe.store.nodes import read_array, read_attributes, write_array, write_group
 from gradpipe.store.objects import CommitRecord, ObjectReader, ObjectWriter
 from gradpipe.store.schema import JsonSpec, LayerSpec
 from gradpipe.store.shard import Shard
-from gradpipe.store.writer import LayerStats
+from gradpipe.store.statistics import LayerStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,14 +147,3 @@ def begun_shards(store: Path) -> set[Shard]:
     """The shards of which a store holds a folder, finished or not."""
     names = [path.name for path in (store / PARTIAL).glob("*-of-*") if path.is_dir()]
     return {Shard.parse(name.replace("-of-", "/")) for name in names}
-
-
-def add_stats(total: LayerStats | None, more: LayerStats) -> LayerStats:
-    """The sum of two shards' sums."""
-    if total is None:
-        return more
-    return LayerStats(
-        arrays={name: np.add(sums, more.arrays[name]) for name, sums in total.arrays.items()},
-        num_samples=total.num_samples + more.num_samples,
-        num_tokens=total.num_tokens + more.num_tokens,
-    )

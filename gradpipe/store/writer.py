@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from gradpipe.errors import GradpipeError
@@ -11,15 +10,7 @@ from gradpipe.store.folder import _BEGUN_KEY, PARTIAL, Calibration, tidy
 from gradpipe.store.nodes import write_array, write_group
 from gradpipe.store.objects import CommitRecord, ObjectWriter
 from gradpipe.store.schema import LayerSpec, StoreSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerStats:
-    """Sums over samples for one layer."""
-
-    arrays: dict[str, codec.Sums]  # statistic -> (out, in) or (in,)
-    num_samples: int
-    num_tokens: int
+from gradpipe.store.statistics import LayerStats
 
 
 class StoreWriter:

@@ -18,9 +18,7 @@ from gradpipe.stages.prune.mask import pattern_mask, unstructured_mask
 from gradpipe.stages.prune.methods import find_score
 from gradpipe.stages.prune.score import LayerStatistics, score_weights
 from gradpipe.stages.prune.target import Group, Pattern, exact_sparsity
-from gradpipe.store.codec import norm_of
-from gradpipe.store.statistics import SECOND_MOMENTS, STATISTICS
-from gradpipe.store.writer import LayerStats
+from gradpipe.store.statistics import SECOND_MOMENTS, STATISTICS, LayerStats
 from tests.support.models import FAMILIES, VOCAB_SIZE, random_ids, save_tiny, tiny_model
 from tests.support.reference import (
     reference_mask,
@@ -34,7 +32,10 @@ IDS = random_ids(VOCAB_SIZE, NUM_SAMPLES, SEQ_LEN, seed=1)
 
 
 def collected(
-    folder: Path, batch_size: int, dtype: str = "float32", statistics: tuple[str, ...] = STATISTICS
+    folder: Path,
+    batch_size: int,
+    dtype: str = "float32",
+    statistics: tuple[str, ...] = tuple(STATISTICS),
 ) -> dict[str, LayerStats]:
     """Statistics of the model in `folder` by layer name, with the package's own hooks."""
     checkpoint = Checkpoint.open(str(folder))
@@ -50,7 +51,7 @@ def collected(
 
 def norms_of(stats: LayerStats) -> LayerStatistics:
     """The norms that stage two would score with."""
-    norms = {name: torch.from_numpy(norm_of(name, sums)) for name, sums in stats.arrays.items()}
+    norms = {x: torch.from_numpy(STATISTICS[x].norm_of(s)) for x, s in stats.arrays.items()}
     return LayerStatistics(values=norms, num_samples=dict.fromkeys(norms, stats.num_samples))
 
 

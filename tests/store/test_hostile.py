@@ -33,7 +33,8 @@ from gradpipe.store.arrays import decode_array, encode_array
 from gradpipe.store.folder import Calibration
 from gradpipe.store.objects import CommitRecord, digest
 from gradpipe.store.schema import FORMAT_VERSION, LayerSpec, ModelSpec, SampleSpec, StoreSpec
-from gradpipe.store.writer import LayerStats, StoreWriter
+from gradpipe.store.statistics import LayerStats
+from gradpipe.store.writer import StoreWriter
 
 Objects = dict[str, bytes]
 Mutation = Callable[[Objects], None]

@@ -40,7 +40,7 @@ from gradpipe.store.schema import (
 )
 from gradpipe.store.shard import Shard
 from gradpipe.store.snapshots import Partial, begun_shards
-from gradpipe.store.statistics import STATISTICS
+from gradpipe.store.statistics import in_order
 from gradpipe.store.writer import StoreWriter
 
 _MAX_TOKENS = 2**31  # of all samples: they are kept in memory, and in the store
@@ -151,7 +151,7 @@ def _spec(config: CollectConfig, skeleton: Skeleton, samples: SampleSpec) -> Sto
         objective=task,
         model=checkpoint.model_spec(dtype_name(skeleton.model.dtype)),
         samples=samples,
-        statistics=tuple(name for name in STATISTICS if name in config.statistics),
+        statistics=in_order(config.statistics),
         encoding=config.encoding,
         layers=tuple(layer.spec for layer in skeleton.layers),
         command=recorded_command("collect-grads", (checkpoint.label, "STORE"), options),

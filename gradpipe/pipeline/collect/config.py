@@ -10,9 +10,8 @@ from gradpipe.pipeline.options import check_counts, check_regexes
 from gradpipe.stages.collect.estimate import check_schedule
 from gradpipe.stages.data.config import DataConfig
 from gradpipe.stages.model.tasks import check_task
-from gradpipe.store.codec import ENCODINGS
 from gradpipe.store.shard import Shard
-from gradpipe.store.statistics import DEFAULT_STATISTICS, STATISTICS
+from gradpipe.store.statistics import DEFAULT_STATISTICS, ENCODINGS, STATISTICS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,13 +12,12 @@ from gradpipe.pipeline.places import check_store
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.gblm_files import match_layers, read_gblm_file
 from gradpipe.stages.model.tasks import find_task
-from gradpipe.store.codec import Sums
 from gradpipe.store.folder import LOCK_NAME, clear, is_complete
 from gradpipe.store.lock import locked
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import FORMAT_VERSION, LayerSpec, SampleSpec, StoreSpec
-from gradpipe.store.statistics import ACTIVATION_STATISTICS
-from gradpipe.store.writer import LayerStats, StoreWriter
+from gradpipe.store.statistics import STATISTICS, LayerStats, Sums, is_of_activations
+from gradpipe.store.writer import StoreWriter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +77,8 @@ def import_gblm(config: ImportConfig) -> GradientStore:
 
 
 def _read_files(config: ImportConfig) -> dict[str, dict[str, Sums]]:
-    files = {"grad_l1": config.l1, "grad_l2": config.l2}
+    given = {"l1": config.l1, "l2": config.l2}
+    files = {name: given.get(x.gblm_file or "") for name, x in STATISTICS.items()}
     return {
         statistic: read_gblm_file(path, statistic, config.scale)
         for statistic, path in files.items()
@@ -102,7 +102,7 @@ def _check_files(sums: dict[str, dict[str, Sums]], layers: dict[str, LayerSpec])
 
 def _taken(activations: GradientStore, layers: dict[str, LayerSpec]) -> tuple[str, ...]:
     """The activation statistics to take, once the store is known to be of the same weights."""
-    taken = tuple(s for s in ACTIVATION_STATISTICS if s in activations.spec.statistics)
+    taken = tuple(filter(is_of_activations, activations.spec.statistics))
     if not taken:
         raise InputError(
             f"store {activations.url} holds no activations: collect with --statistics act_l2"

@@ -13,8 +13,9 @@ from gradpipe.store.lock import locked
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import StoreSpec
 from gradpipe.store.shard import Shard
-from gradpipe.store.snapshots import Partial, Snapshot, add_stats, begun_shards
-from gradpipe.store.writer import LayerStats, StoreWriter
+from gradpipe.store.snapshots import Partial, Snapshot, begun_shards
+from gradpipe.store.statistics import LayerStats
+from gradpipe.store.writer import StoreWriter
 
 
 def merge(stores: Sequence[Path]) -> GradientStore:
@@ -91,7 +92,8 @@ def _add_up(
     for layer in spec.layers:
         total: LayerStats | None = None
         for snapshots in sums:
-            total = add_stats(total, snapshots[layer.name].layer(layer, spec.statistics))
+            more = snapshots[layer.name].layer(layer, spec.statistics)
+            total = more if total is None else total.merged(more)
         assert total is not None  # there is at least one shard
         writer.write_layer(layer, total)
     writer.commit()

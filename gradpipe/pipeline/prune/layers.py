@@ -13,17 +13,11 @@ from gradpipe.stages.checkpoint.tensors import TensorInfo, check_type, matrix_sh
 from gradpipe.stages.prune.target import Target
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
-from gradpipe.store.statistics import ACTIVATION_STATISTICS
+from gradpipe.store.statistics import STATISTICS, is_of_activations
 
 _PLAIN = ("none", "input", "uniform")  # values of options that ask for nothing
 
 _HEADS = ("lm_head", "embed_out")  # as transformers names them
-
-_IMPORTED_BY = {
-    "grad_l1": "import-gblm --l1 FILE",
-    "grad_l2": "import-gblm --l2 FILE",
-    **dict.fromkeys(ACTIVATION_STATISTICS, "import-gblm --activations STORE"),
-}
 
 
 def select_layers(
@@ -160,8 +154,8 @@ def _remedy(
     store: GradientStore, layer: LayerSpec, lacking: Sequence[str], *, is_collected: bool
 ) -> str:
     """How to get statistics that a store lacks."""
-    if lacking and store.spec.samples.sampling == "imported" and lacking[0] in _IMPORTED_BY:
-        return f"import again with {_IMPORTED_BY[lacking[0]]}"
+    if lacking and store.spec.samples.sampling == "imported" and (by := _import_of(lacking[0])):
+        return f"import again with import-gblm {by}"
     wanted = ",".join(dict.fromkeys((*store.spec.statistics, *lacking)))
     collect = f"collect again with --statistics {wanted}"
     if is_collected:
@@ -170,6 +164,13 @@ def _remedy(
         f"{collect} --include {layer.name}; an embedding has no statistics: --method magnitude "
         "alone prunes it"
     )
+
+
+def _import_of(statistic: str) -> str | None:
+    """What brings a statistic into an imported store, None if nothing does."""
+    if file := STATISTICS[statistic].gblm_file:
+        return f"--{file} FILE"
+    return "--activations STORE" if is_of_activations(statistic) else None
 
 
 def _wish(config: PruneConfig) -> str:

@@ -16,8 +16,8 @@ from gradpipe.stages.data.windows import draw_samples
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.layers import find_blocks, find_layers
 from gradpipe.stages.model.load import load_model, load_tokenizer
-from gradpipe.store.codec import norm_of
 from gradpipe.store.schema import LayerSpec
+from gradpipe.store.statistics import STATISTICS
 from tests.support.models import save_tiny, tiny_model
 from tests.support.reference import reference_statistics
 from tests.support.texts import SENTENCE, write_text
@@ -51,7 +51,7 @@ def test_the_store_holds_the_reference_s_statistics_of_its_own_samples(root: Pat
     expected = reference_statistics(tiny_model("llama"), ids)
     for layer in store.spec.layers:
         for statistic in ("grad_l1", "grad_l2", "act_l2"):
-            sums = norm_of(statistic, expected[layer.name][statistic].numpy())
+            sums = STATISTICS[statistic].norm_of(expected[layer.name][statistic].numpy())
             got = store.read_norms(layer, statistic)
             np.testing.assert_allclose(got, sums, rtol=1e-5, atol=1e-5 * np.sqrt((sums**2).mean()))
 
