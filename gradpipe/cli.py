@@ -62,6 +62,7 @@ from gradpipe.pipeline.flags import (
     Update,
     Version,
 )
+from gradpipe.pipeline.launch import slurm_shard
 from gradpipe.pipeline.prune import run as pruning
 from gradpipe.pipeline.prune.config import RECIPE_STATISTICS, PruneConfig, recipe_options
 from gradpipe.pipeline.reports.tables import demo_table, layer_table, plan_table, store_table
@@ -357,4 +358,4 @@ def _data(
 
 def _shard(text: str | None) -> Shard | None:
     """The shard asked for, or the task of the Slurm array that this runs in."""
-    return Shard.of_slurm(os.environ) if text is None else Shard.parse(text)
+    return slurm_shard(os.environ) if text is None else Shard.parse(text)

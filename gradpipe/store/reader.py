@@ -4,7 +4,7 @@
     calibration/input_ids, …/sources         the samples: text, or
     calibration/pixel_values, …/labels       images
     layers/<layer>/<statistic>/<part>        plain Zarr arrays; StatisticSpec on the statistic
-    partial/…                                while collecting: see `gradpipe.store.partial`
+    partial/…                                while collecting: see `gradpipe.store.snapshots`
     commit.json                              written last: key, size, digest of every object
 
 A store is complete when it has its commit record, and begun when it has the record of its
@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from gradpipe.errors import InputError, StoreError
 from gradpipe.store import codec
+from gradpipe.store.arrays import check_copy, read_array, read_root
 from gradpipe.store.folder import Calibration, read_calibration
-from gradpipe.store.nodes import read_array, read_attributes
 from gradpipe.store.objects import ObjectReader
 from gradpipe.store.schema import LayerSpec, StatisticSpec, StoreSpec
 from gradpipe.store.statistics import Sums
@@ -35,7 +35,8 @@ class GradientStore:
     def __init__(self, objects: ObjectReader) -> None:
         """Use `GradientStore.open`."""
         self._objects = objects
-        self.spec = StoreSpec.from_json(read_attributes(objects, ""))
+        self._root = read_root(objects)
+        self.spec = StoreSpec.from_json(self._root.attributes)
         self.digest = objects.record_digest  # names the whole content
 
     @classmethod
@@ -66,7 +67,7 @@ class GradientStore:
         if missing := [name for name in waiting if name not in self.spec.statistics]:
             raise InputError(
                 f"store {self.url} has no {missing[0]}, it has "
-                f"{', '.join(self.spec.statistics)}: collect again with --statistics"
+                f"{', '.join(self.spec.statistics)}: collect again, with that statistic"
             )
         while waiting:
             statistic = waiting.pop()
@@ -87,7 +88,7 @@ class GradientStore:
         """The calibration samples; InputError if the store was imported."""
         if not self.spec.samples.digest:
             raise InputError(f"store {self.url} was imported: it does not have its samples")
-        return read_calibration(self._objects, self.spec)
+        return read_calibration(self._objects, self.spec, self._root.nodes)
 
     def input_ids(self) -> npt.NDArray[np.int32]:
         """The calibration tokens, (samples, tokens); InputError if the store has none."""
@@ -105,7 +106,10 @@ class GradientStore:
     def verify(self) -> None:
         """Read every object; raise StoreError naming the first that is not as it was written."""
         for key in self._objects.record.objects:
-            self._objects.verify(key)
+            if key.endswith("/zarr.json"):
+                check_copy(self._objects, key.removesuffix("/zarr.json"), self._root)
+            else:
+                self._objects.verify(key)
 
     def validate(self) -> None:
         """Verify, then decode everything; StoreError names the first that is not as it must be."""
@@ -132,12 +136,17 @@ class GradientStore:
     def _read_statistic(self, layer: LayerSpec, statistic: str) -> codec.Encoded:
         key = _key(layer, statistic)
         spec = self._statistic_spec(key)
-        types = codec.part_types(spec, layer, statistic)
-        parts = {name: read_array(self._objects, f"{key}/{name}", *types[name]) for name in types}
+        parts = {}
+        for name, (shape, dtype) in codec.part_types(spec, layer, statistic).items():
+            part = f"{key}/{name}"
+            parts[name] = read_array(self._objects, part, shape, dtype, self._root.nodes.get(part))
         return codec.Encoded(spec=spec, parts=parts)
 
     def _statistic_spec(self, key: str) -> StatisticSpec:
-        return StatisticSpec.from_json(read_attributes(self._objects, key))
+        try:
+            return StatisticSpec.from_json(self._root.attributes_of(key))
+        except StoreError as error:
+            raise StoreError(f"store {self.url}: {error}") from error
 
 
 def open_store(url: str | Path, options: dict[str, Any] | None = None) -> GradientStore:

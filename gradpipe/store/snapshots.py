@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradpipe.errors import StoreError
+from gradpipe.store.arrays import read_array, read_attributes, write_array, write_group
 from gradpipe.store.folder import PARTIAL
-from gradpipe.store.nodes import read_array, read_attributes, write_array, write_group
 from gradpipe.store.objects import CommitRecord, ObjectReader, ObjectWriter
 from gradpipe.store.schema import JsonSpec, LayerSpec
 from gradpipe.store.shard import Shard
@@ -41,7 +41,7 @@ class SnapshotSpec(JsonSpec):
     layers: tuple[LayerCounts, ...]
 
 
-class Partial:
+class Snapshots:
     """One shard's folder of snapshots."""
 
     def __init__(self, store: Path, shard: Shard) -> None:
@@ -117,7 +117,7 @@ class Snapshot:
     """A committed snapshot; each layer's sums are read, and verified, when they are asked for."""
 
     def __init__(self, store: Path, prefix: str) -> None:
-        """Use `Partial.read`."""
+        """Use `Snapshots.read`."""
         self._objects = ObjectReader(str(store), record_key=f"{prefix}.json")
         self._prefix = prefix
         self.spec = SnapshotSpec.from_json(read_attributes(self._objects, prefix))

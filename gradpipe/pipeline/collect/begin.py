@@ -39,7 +39,7 @@ from gradpipe.store.schema import (
     StoreSpec,
 )
 from gradpipe.store.shard import Shard
-from gradpipe.store.snapshots import Partial, begun_shards
+from gradpipe.store.snapshots import Snapshots, begun_shards
 from gradpipe.store.statistics import in_order
 from gradpipe.store.writer import StoreWriter
 
@@ -86,7 +86,7 @@ def begin(
         _check_count(folder, shard)
         spec, calibration = read_begun(folder)
         check_same(folder, _spec(config, skeleton, spec.samples), spec)
-        held.enter_context(locked(Partial(folder, shard).lock, of=folder, wait=False))
+        held.enter_context(locked(Snapshots(folder, shard).lock, of=folder, wait=False))
         return spec, calibration
 
 

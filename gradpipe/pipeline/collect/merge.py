@@ -13,7 +13,7 @@ from gradpipe.store.lock import locked
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import StoreSpec
 from gradpipe.store.shard import Shard
-from gradpipe.store.snapshots import Partial, Snapshot, begun_shards
+from gradpipe.store.snapshots import Snapshot, Snapshots, begun_shards
 from gradpipe.store.statistics import LayerStats
 from gradpipe.store.writer import StoreWriter
 
@@ -79,7 +79,7 @@ def finalize(folder: Path, others: Sequence[Path] = ()) -> GradientStore:
         )
     with ExitStack() as held:
         for shard in homes:  # one that is run again is waited for: it may be reading its sums
-            held.enter_context(locked(Partial(folder, shard).lock, of=folder, wait=True))
+            held.enter_context(locked(Snapshots(folder, shard).lock, of=folder, wait=True))
         return _add_up(folder, spec, calibration, homes)
 
 
@@ -131,7 +131,7 @@ def _is_finished(folder: Path, spec: StoreSpec, shard: Shard) -> bool:
     return _layer_index(folder, spec, shard).keys() >= {layer.name for layer in spec.layers}
 
 
-def _snapshots(partial: Partial) -> Iterator[Snapshot]:
+def _snapshots(partial: Snapshots) -> Iterator[Snapshot]:
     """The shard's snapshots, less those that are damaged, or that its worker deletes just now."""
     for name in partial.names():
         with suppress(StoreError):
@@ -140,10 +140,10 @@ def _snapshots(partial: Partial) -> Iterator[Snapshot]:
 
 def _layer_index(folder: Path, spec: StoreSpec, shard: Shard) -> dict[str, Snapshot]:
     """The snapshot that holds each layer's sums of all of the shard's samples."""
-    share = tuple(shard.share(spec.samples.num_samples))
+    share = tuple(shard.part_of(spec.samples.num_samples))
     return {
         name: snapshot
-        for snapshot in _snapshots(Partial(folder, shard))
+        for snapshot in _snapshots(Snapshots(folder, shard))
         if snapshot.spec.samples == share
         for name in snapshot.counts
     }

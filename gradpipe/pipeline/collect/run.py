@@ -151,7 +151,7 @@ def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_digests: bo
 
 def _workload(config: CollectConfig, shard: Shard, seq_len: int) -> Workload:
     return Workload(
-        num_samples=len(shard.share(config.num_samples)),
+        num_samples=len(shard.part_of(config.num_samples)),
         seq_len=seq_len,
         batch_size=config.batch_size,
         statistics=config.statistics,

@@ -101,7 +101,7 @@ def _prune_shard(
         allocated = allocate(plan, console)
         files = plan.checkpoint.files
         with progress_bar(console, "pruning", len(plan.layers), "layers") as advance:
-            for file in (files[index] for index in shard.share(len(files))):
+            for file in (files[index] for index in shard.part_of(len(files))):
                 if not staging.is_written(file):
                     written = write_file(allocated, file, staging.folder, advance)
                     staging.record(file, written.to_bytes())

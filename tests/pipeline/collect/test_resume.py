@@ -26,7 +26,7 @@ from gradpipe.stages.collect import estimate as planning
 from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.store.shard import Shard
-from gradpipe.store.snapshots import Partial
+from gradpipe.store.snapshots import Snapshots
 from gradpipe.store.writer import StoreWriter
 from tests.support.forked import Processes, processes
 from tests.support.models import save_tiny, tiny_model, tiny_tokenizer
@@ -98,7 +98,7 @@ def interrupt(
 
 def snapshots(store: Path) -> list[str]:
     """Names of the committed snapshots."""
-    return Partial(store, Shard(0, 1)).names()
+    return Snapshots(store, Shard(0, 1)).names()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
