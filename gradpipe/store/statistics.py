@@ -65,6 +65,7 @@ class Statistic:
     once_per_input: bool = False  # layers that read the same input keep one
     letter: str | None = None  # in formulas
     unit: Callable[[Any, int], Any] = _as_it_is  # norms over so many samples -> the letter's values
+    grad_norm: str | None = None  # how it is named where the letter G may stand for it
     gblm_file: str | None = None  # which file of GBLM-Pruner's code holds it: l1 or l2
     is_default: bool = False  # collected unless the user says otherwise
 
@@ -165,6 +166,7 @@ STATISTICS: dict[str, Statistic] = {
             compact_bytes=0.33,  # measured, at 128 samples: docs/benchmarks.md
             base="grad_l2",
             letter="G1",
+            grad_norm="l1",
             unit=_mean,
             gblm_file="l1",
             is_default=True,
@@ -178,6 +180,7 @@ STATISTICS: dict[str, Statistic] = {
             compact="log",
             compact_bytes=0.48,
             letter="G2",
+            grad_norm="l2",
             unit=_root_mean,
             gblm_file="l2",
             is_default=True,
@@ -190,6 +193,7 @@ STATISTICS: dict[str, Statistic] = {
             compact="float16",
             compact_bytes=2.0,
             letter="GS",
+            grad_norm="sum",
             unit=_mean,
         ),
         Statistic(  # Σₙ Σₜ xₙₜ²
@@ -230,8 +234,6 @@ STATISTICS: dict[str, Statistic] = {
 
 DEFAULT_STATISTICS = tuple(name for name, x in STATISTICS.items() if x.is_default)
 
-GRADIENT_STATISTICS = tuple(name for name, x in STATISTICS.items() if x.axes == (OUT, IN))
-
 SECOND_MOMENTS = tuple(name for name, x in STATISTICS.items() if x.is_symmetric)
 
 
@@ -239,6 +241,13 @@ def in_order(names: Iterable[str]) -> tuple[str, ...]:
     """The statistics of these names, each once, in the table's order."""
     wanted = set(names)
     return tuple(name for name in STATISTICS if name in wanted)
+
+
+def letters(grad_norm: str | None = None) -> dict[str, str]:
+    """The statistic that each letter of a formula stands for; G too, by the name of a norm."""
+    of = {x.letter: name for name, x in STATISTICS.items() if x.letter}
+    named = {x.grad_norm: name for name, x in STATISTICS.items()}
+    return of if grad_norm is None else of | {"G": named[grad_norm]}
 
 
 def is_of_activations(name: str) -> bool:

@@ -22,13 +22,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 from gradpipe.errors import InputError
+from gradpipe.store.statistics import IN, OUT, STATISTICS, letters
 
 if TYPE_CHECKING:
     from torch import Tensor  # a formula is checked without torch
-
-_STATISTICS = {"X": "act_l2", "G1": "grad_l1", "G2": "grad_l2", "GS": "grad_sum"}
-
-_MATRICES = ("W", "G1", "G2", "GS", "G")
 
 _BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -105,7 +102,7 @@ class Expression:
 
     def statistics(self, grad_norm: str) -> tuple[str, ...]:
         """What must be read to compute it."""
-        table = {**_STATISTICS, "G": f"grad_{grad_norm}"}
+        table = letters(grad_norm)
         return tuple(dict.fromkeys(table[x] for x in sorted(self.names) if x in table))
 
     def evaluate(
@@ -128,21 +125,27 @@ def _check(node: ast.expr, text: str) -> set[str]:
             return _check(operand, text)
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
             names = _check(argument, text)
-            if name == "ri" and names.isdisjoint(_MATRICES):
-                raise InputError(f"--score {text!r}: ri() is of a matrix: {', '.join(_MATRICES)}")
+            if name == "ri" and names.isdisjoint(matrices := _matrices()):
+                raise InputError(f"--score {text!r}: ri() is of a matrix: {', '.join(matrices)}")
             return names
         case ast.Constant(value=int() | float() as number) if not isinstance(
             number, bool
         ) and math.isfinite(float(number)):
             return set()
-        case ast.Name(id=name) if name in {*_STATISTICS, "W", "G", "a"}:
+        case ast.Name(id=name) if name in {*letters(), "W", "G", "a"}:
             return {name}
     part = ast.get_source_segment(text.strip(), node) or text
-    known = ", ".join(("W", *_STATISTICS, "G", "a", *(f"{x}()" for x in _FUNCTIONS)))
+    known = ", ".join(("W", *letters(), "G", "a", *(f"{x}()" for x in _FUNCTIONS)))
     raise InputError(
         f"--score {text!r}: {part[:80]!r} is not understood, expected {known}, numbers, "
         "parentheses and + - * / ** (a power)"
     )
+
+
+def _matrices() -> tuple[str, ...]:
+    """The letters that have a value for each weight."""
+    of = letters()
+    return ("W", *(x for x in of if STATISTICS[of[x]].axes == (OUT, IN)), "G")
 
 
 def _is_constant(node: ast.AST) -> TypeGuard[ast.expr]:

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 from gradpipe.errors import InputError
 from gradpipe.stages.prune.formula import Expression
 from gradpipe.stages.prune.target import Group
+from gradpipe.store.statistics import STATISTICS
 
 if TYPE_CHECKING:
     from gradpipe.stages.prune.solver import LayerProblem, MakeUpdate, Solver
 
-GRAD_NORMS = ("l1", "l2", "sum")
+GRAD_NORMS = tuple(x.grad_norm for x in STATISTICS.values() if x.grad_norm)
 
 CURVATURES = {  # what solving minimises -> the second moments that it reads; the first: default
     "input": ("hessian",),

@@ -14,8 +14,9 @@ Shapes: O out, I in.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 import torch
@@ -25,9 +26,7 @@ from gradpipe.errors import GradpipeError
 from gradpipe.stages.prune.decode import decode_norms
 from gradpipe.stages.prune.methods import Score
 from gradpipe.store.codec import Encoded
-from gradpipe.store.statistics import GRADIENT_STATISTICS, SECOND_MOMENTS
-
-_REFERENCE_SAMPLES = 128
+from gradpipe.store.statistics import OUT, STATISTICS, letters
 
 _CHUNK_VALUES = 1 << 20  # of a layer, scored at a time: they stay in a CPU's cache
 
@@ -52,27 +51,17 @@ class LayerStatistics:
     def of_rows(self, rows: slice) -> LayerStatistics:
         """The same of some outputs alone, without second moments."""
         values = {
-            name: self.values[name][rows] if name in GRADIENT_STATISTICS else self.values[name]
-            for name in self.values.keys() - set(SECOND_MOMENTS)
+            name: value[rows] if STATISTICS[name].has_rows else value
+            for name, value in self.values.items()
+            if not STATISTICS[name].is_symmetric
         }
         return LayerStatistics(values=values, num_samples=self.num_samples)
 
-    def activation(self) -> Tensor:
-        """‖X‖₂ of each input, (I,)."""
-        return self.values["act_l2"] / math.sqrt(self.num_samples["act_l2"])
-
-    def gradient(self, norm: str) -> Tensor:
-        """‖G‖₁, ‖G‖₂ or |ΣG| of each weight over samples, (O, I); a tensor of its own."""
-        return self._scaled(norm).abs_()
-
-    def gradient_sum(self) -> Tensor:
-        """ΣG of each weight over samples, with its sign, (O, I); a tensor of its own."""
-        return self._scaled("sum")
-
-    def _scaled(self, norm: str) -> Tensor:
-        statistic = f"grad_{norm}"
-        ratio = _REFERENCE_SAMPLES / self.num_samples[statistic]
-        return self.values[statistic] * (math.sqrt(ratio) if norm == "l2" else ratio)
+    def scaled(self, name: str) -> Tensor:
+        """A statistic as formulas have it: ‖X‖₂, ‖G‖₁ …; (O, I), (I,) or, of outputs, (O, 1)."""
+        statistic = STATISTICS[name]
+        values: Tensor = statistic.unit(self.values[name], self.num_samples[name])
+        return values[:, None] if statistic.axes == (OUT,) else values
 
 
 def score_layer(name: str, weight_OI: Tensor, statistics: LayerStatistics, score: Score) -> Tensor:
@@ -104,18 +93,16 @@ def score_weights(weight_OI: Tensor, statistics: LayerStatistics, score: Score) 
 
 def _of_rows(weight_OI: Tensor, statistics: LayerStatistics, score: Score) -> Tensor:
     """The formula with this layer's values for its letters."""
-    return score.expression.evaluate(
-        {
-            "W": weight_OI.float,
-            "X": statistics.activation,
-            "G": lambda: statistics.gradient(score.grad_norm),
-            "G1": lambda: statistics.gradient("l1"),
-            "G2": lambda: statistics.gradient("l2"),
-            "GS": statistics.gradient_sum,
-            "a": lambda: torch.tensor(score.alpha),
-        },
-        torch.tensor,
-    )
+    of = letters(score.grad_norm)
+    values: dict[str, Callable[[], Tensor]] = {
+        letter: partial(statistics.scaled, name) for letter, name in of.items()
+    }
+    values |= {
+        "W": weight_OI.float,
+        "G": lambda: statistics.scaled(of["G"]).abs(),
+        "a": lambda: torch.tensor(score.alpha),
+    }
+    return score.expression.evaluate(values, torch.tensor)
 
 
 def is_finite(matrix: Tensor) -> bool:

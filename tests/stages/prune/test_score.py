@@ -28,11 +28,11 @@ NORMS = LayerStatistics(
 )
 VALUES = {
     "W": WEIGHT.double(),
-    "X": NORMS.activation().double(),
-    "G1": NORMS.gradient("l1").double(),
-    "G2": NORMS.gradient("l2").double(),
+    "X": NORMS.scaled("act_l2").double(),
+    "G1": NORMS.scaled("grad_l1").double(),
+    "G2": NORMS.scaled("grad_l2").double(),
     "GS": NORMS.values["grad_sum"].double(),
-    "G": NORMS.gradient("l2").double(),
+    "G": NORMS.scaled("grad_l2").double(),
     "a": torch.tensor(7.0).double(),
     "tensor": lambda number: torch.tensor(number, dtype=torch.float64),
     "abs": torch.abs,
