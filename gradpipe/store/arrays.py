@@ -17,8 +17,8 @@ import struct
 import sys
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -54,18 +54,6 @@ _NODE_BYTES = 1 << 20  # of a group's or an array's metadata
 _ROOT_BYTES, _BYTES_AN_OBJECT = 1 << 28, 1 << 11  # of the root's: it has those of all others
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Root:
-    """What a store's root says: of the store, and as a copy of all other metadata."""
-
-    attributes: object  # under `ATTRIBUTE`
-    nodes: Mapping[str, str]  # key of a group or an array -> its metadata, as one line of JSON
-
-    def attributes_of(self, key: str) -> object:
-        """What a group says of itself; StoreError if there is none, or it says nothing."""
-        return _own_attributes(self.nodes.get(key, "null"), key)
-
-
 def write_group(objects: ObjectWriter, key: str, attributes: dict[str, Any] | None) -> None:
     """Write the metadata of a group."""
     document = {} if attributes is None else {ATTRIBUTE: attributes}
@@ -78,90 +66,86 @@ def write_array(objects: ObjectWriter, key: str, array: Array) -> None:
         objects.write(f"{key}/{name}", data)
 
 
-def read_attributes(objects: ObjectReader, key: str) -> object:
-    """What the group under `key` says of itself in its own metadata; StoreError if nothing."""
-    metadata = objects.read(_metadata_key(key), _NODE_BYTES)
-    try:
-        return _own_attributes(metadata, key)
-    except StoreError as error:
-        raise StoreError(f"store {objects.url}: {error}") from error
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Groups and arrays among a reader's objects; StoreError wherever one is not as it must be."""
 
+    objects: ObjectReader
+    copies: Mapping[str, str] = field(default_factory=dict)  # of metadata, by key, in one line each
 
-def read_array(
-    objects: ObjectReader,
-    key: str,
-    shape: tuple[int, ...],
-    dtype: str,
-    metadata: bytes | str | None = None,
-) -> Array:
-    """The array under `key`, which must have this shape and dtype, else StoreError.
+    @classmethod
+    def of_root(cls, objects: ObjectReader) -> tuple[object, Self]:
+        """What the root of a complete store says of the store, and all below, by its copies."""
+        known = objects.record.objects
+        limit = min(_ROOT_BYTES, _NODE_BYTES + _BYTES_AN_OBJECT * len(known))
+        metadata = objects.read(_metadata_key(""), limit)
+        try:
+            attributes, copies = parse_root(metadata)
+        except StoreError as error:
+            raise StoreError(f"store {objects.url}: zarr.json: {error}") from error
+        listed = {_metadata_key(key) for key in copies}
+        if odd := sorted(listed ^ {key for key in known if key.endswith("/zarr.json")}):
+            raise StoreError(
+                f"store {objects.url}: zarr.json and the commit record differ over {odd[0][:200]}: "
+                "the store is damaged"
+            )
+        return attributes, cls(objects, copies)
 
-    Its metadata are read where the caller has no copy of them.
-    """
-    data = objects.read("/".join([key, "c", *("0" for _ in shape)]), most_bytes(shape, dtype))
-    metadata = objects.read(_metadata_key(key), _NODE_BYTES) if metadata is None else metadata
-    try:
-        return decode_array(metadata, data, shape, dtype)
-    except StoreError as error:
-        raise StoreError(f"store {objects.url}: {key}: {error}") from error
+    def attributes(self, key: str) -> object:
+        """What a group says of itself."""
+        try:
+            return parse_group(self._metadata(key))["attributes"][ATTRIBUTE]
+        except (KeyError, TypeError) as error:
+            name = _metadata_key(key)
+            raise StoreError(
+                f"store {self.objects.url}: {name} has no gradpipe attributes: it is damaged"
+            ) from error
 
+    def array(self, key: str, shape: tuple[int, ...], dtype: str) -> Array:
+        """An array, which must have this shape and dtype."""
+        name = "/".join([key, "c", *("0" for _ in shape)])
+        data = self.objects.read(name, most_bytes(shape, dtype))
+        metadata = self._metadata(key)
+        try:
+            return decode_array(metadata, data, shape, dtype)
+        except StoreError as error:
+            raise StoreError(f"store {self.objects.url}: {key}: {error}") from error
 
-def read_root(objects: ObjectReader) -> Root:
-    """The root of a complete store; StoreError unless it has a copy of what the record names."""
-    known = objects.record.objects
-    limit = min(_ROOT_BYTES, _NODE_BYTES + _BYTES_AN_OBJECT * len(known))
-    metadata = objects.read(_metadata_key(""), limit)
-    try:
-        root = parse_root(metadata)
-    except StoreError as error:
-        raise StoreError(f"store {objects.url}: zarr.json: {error}") from error
-    listed = {_metadata_key(key) for key in root.nodes}
-    if odd := sorted(listed ^ {key for key in known if key.endswith("/zarr.json")}):
-        raise StoreError(
-            f"store {objects.url}: zarr.json and the commit record differ over {odd[0][:200]}: "
-            "the store is damaged"
-        )
-    return root
+    def check_copies(self) -> None:
+        """Refuse copies of metadata that are not what the group or the array itself says."""
+        for key, copy in self.copies.items():
+            name = _metadata_key(key)
+            if _loads(self.objects.read(name, _NODE_BYTES), _folded) != copy:
+                raise StoreError(
+                    f"store {self.objects.url}: {name} is not what the root's zarr.json says of "
+                    "it: the store is damaged"
+                )
 
-
-def check_copy(objects: ObjectReader, key: str, root: Root) -> None:
-    """StoreError unless a group's or an array's own metadata are what the root has of them."""
-    if _loads(objects.read(_metadata_key(key), _NODE_BYTES), _folded) != root.nodes[key]:
-        raise StoreError(
-            f"store {objects.url}: {_metadata_key(key)} is not what the root's zarr.json says of "
-            "it: the store is damaged"
-        )
+    def _metadata(self, key: str) -> bytes | str:
+        copy = self.copies.get(key)
+        return self.objects.read(_metadata_key(key), _NODE_BYTES) if copy is None else copy
 
 
 def _metadata_key(key: str) -> str:
     return f"{key}/zarr.json".lstrip("/")
 
 
-def _own_attributes(metadata: bytes | str, key: str) -> object:
-    try:
-        return parse_group(metadata)["attributes"][ATTRIBUTE]
-    except (KeyError, TypeError, StoreError) as error:
-        raise StoreError(
-            f"{_metadata_key(key)} has no gradpipe attributes: it is damaged"
-        ) from error
+def parse_root(metadata: bytes) -> tuple[object, dict[str, str]]:
+    """What a root says of its store, and its copies of all other metadata, by key.
 
-
-def parse_root(metadata: bytes) -> Root:
-    """The root's metadata, and those of all others in it; StoreError if it is anything else.
-
-    Each group and array becomes a line of JSON as soon as it is read: as dictionaries they would
-    take ten times the room, and most lines are equal.
+    Each copy becomes a line of JSON as soon as it is read: as dictionaries they would take ten
+    times the room, and most lines are equal.
     """
     document = _checked_group(_parse_json(metadata, object_hook=_folded))
     try:
         attributes = document["attributes"][ATTRIBUTE]
-        nodes = document["consolidated_metadata"]["metadata"]
-        is_whole = all(isinstance(node, str) for node in nodes.values())
+        copies = document["consolidated_metadata"]["metadata"]
+        is_whole = all(isinstance(copy, str) for copy in copies.values())
     except (KeyError, TypeError, AttributeError) as error:
         raise StoreError("no gradpipe attributes, or no consolidated metadata") from error
     if not is_whole:
         raise StoreError("consolidated metadata of what is no group and no array")
-    return Root(attributes=attributes, nodes=nodes)
+    return attributes, copies
 
 
 def _folded(document: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy.typing as npt
 
 from gradpipe.errors import StoreError, one_line
 from gradpipe.store import arrays
-from gradpipe.store.arrays import ATTRIBUTE, read_array
+from gradpipe.store.arrays import ATTRIBUTE, Nodes
 from gradpipe.store.lock import locked
 from gradpipe.store.objects import COMMIT_KEY, CommitRecord, ObjectReader, digest, remove_strays
 from gradpipe.store.schema import StoreSpec
@@ -68,7 +67,7 @@ def read_begun(folder: Path) -> tuple[StoreSpec, Calibration]:
     try:
         document = arrays.parse_group((folder / "zarr.json").read_bytes())
         spec = StoreSpec.from_json(document["attributes"][ATTRIBUTE])
-        return spec, read_calibration(ObjectReader(str(folder), record_key=BEGUN_KEY), spec)
+        return spec, read_calibration(Nodes(ObjectReader(str(folder), record_key=BEGUN_KEY)), spec)
     except (StoreError, FileNotFoundError, KeyError, TypeError) as error:
         raise StoreError(
             f"store {folder} was begun, but its samples or its zarr.json are damaged "
@@ -76,24 +75,19 @@ def read_begun(folder: Path) -> tuple[StoreSpec, Calibration]:
         ) from error
 
 
-def read_calibration(
-    objects: ObjectReader, spec: StoreSpec, nodes: Mapping[str, str] | None = None
-) -> Calibration:
-    """The samples in a store; StoreError unless they are those that its spec names.
-
-    `nodes` is the root's copy of metadata, which a store has when it is complete.
-    """
+def read_calibration(nodes: Nodes, spec: StoreSpec) -> Calibration:
+    """The samples in a store; StoreError unless they are those that its spec names."""
     types = spec.samples.arrays()
-    found = {}
-    for name, (shape, dtype) in types.items():
-        key = f"calibration/{name}"
-        found[name] = read_array(objects, key, shape, dtype, (nodes or {}).get(key))
-    calibration = Calibration(arrays=found)
+    calibration = Calibration(
+        arrays={name: nodes.array(f"calibration/{name}", *types[name]) for name in types}
+    )
     if calibration.digest != spec.samples.digest:
         names = ", ".join(name for name in types if name != "sources")
-        raise StoreError(f"store {objects.url}: calibration/{names} are not the spec's samples")
-    if "labels" in found and int(found["labels"].min()) < 0:
-        raise StoreError(f"store {objects.url}: calibration/labels are negative")
+        raise StoreError(
+            f"store {nodes.objects.url}: calibration/{names} are not the spec's samples"
+        )
+    if "labels" in calibration.arrays and int(calibration.arrays["labels"].min()) < 0:
+        raise StoreError(f"store {nodes.objects.url}: calibration/labels are negative")
     return calibration
 
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from gradpipe.errors import InputError, StoreError
 from gradpipe.store import codec
-from gradpipe.store.arrays import check_copy, read_array, read_root
+from gradpipe.store.arrays import Nodes
 from gradpipe.store.folder import Calibration, read_calibration
 from gradpipe.store.objects import ObjectReader
 from gradpipe.store.schema import LayerSpec, StatisticSpec, StoreSpec
@@ -35,8 +35,8 @@ class GradientStore:
     def __init__(self, objects: ObjectReader) -> None:
         """Use `GradientStore.open`."""
         self._objects = objects
-        self._root = read_root(objects)
-        self.spec = StoreSpec.from_json(self._root.attributes)
+        attributes, self._nodes = Nodes.of_root(objects)
+        self.spec = StoreSpec.from_json(attributes)
         self.digest = objects.record_digest  # names the whole content
 
     @classmethod
@@ -88,7 +88,7 @@ class GradientStore:
         """The calibration samples; InputError if the store was imported."""
         if not self.spec.samples.digest:
             raise InputError(f"store {self.url} was imported: it does not have its samples")
-        return read_calibration(self._objects, self.spec, self._root.nodes)
+        return read_calibration(self._nodes, self.spec)
 
     def input_ids(self) -> npt.NDArray[np.int32]:
         """The calibration tokens, (samples, tokens); InputError if the store has none."""
@@ -105,10 +105,9 @@ class GradientStore:
 
     def verify(self) -> None:
         """Read every object; raise StoreError naming the first that is not as it was written."""
+        self._nodes.check_copies()
         for key in self._objects.record.objects:
-            if key.endswith("/zarr.json"):
-                check_copy(self._objects, key.removesuffix("/zarr.json"), self._root)
-            else:
+            if not key.endswith("/zarr.json"):  # these have just been read
                 self._objects.verify(key)
 
     def validate(self) -> None:
@@ -136,17 +135,12 @@ class GradientStore:
     def _read_statistic(self, layer: LayerSpec, statistic: str) -> codec.Encoded:
         key = _key(layer, statistic)
         spec = self._statistic_spec(key)
-        parts = {}
-        for name, (shape, dtype) in codec.part_types(spec, layer, statistic).items():
-            part = f"{key}/{name}"
-            parts[name] = read_array(self._objects, part, shape, dtype, self._root.nodes.get(part))
+        types = codec.part_types(spec, layer, statistic)
+        parts = {name: self._nodes.array(f"{key}/{name}", *types[name]) for name in types}
         return codec.Encoded(spec=spec, parts=parts)
 
     def _statistic_spec(self, key: str) -> StatisticSpec:
-        try:
-            return StatisticSpec.from_json(self._root.attributes_of(key))
-        except StoreError as error:
-            raise StoreError(f"store {self.url}: {error}") from error
+        return StatisticSpec.from_json(self._nodes.attributes(key))
 
 
 def open_store(url: str | Path, options: dict[str, Any] | None = None) -> GradientStore:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gradpipe.errors import StoreError
-from gradpipe.store.arrays import read_array, read_attributes, write_array, write_group
+from gradpipe.store.arrays import Nodes, write_array, write_group
 from gradpipe.store.folder import PARTIAL
 from gradpipe.store.objects import CommitRecord, ObjectReader, ObjectWriter
 from gradpipe.store.schema import JsonSpec, LayerSpec
@@ -118,9 +118,9 @@ class Snapshot:
 
     def __init__(self, store: Path, prefix: str) -> None:
         """Use `Snapshots.read`."""
-        self._objects = ObjectReader(str(store), record_key=f"{prefix}.json")
+        self._nodes = Nodes(ObjectReader(str(store), record_key=f"{prefix}.json"))
         self._prefix = prefix
-        self.spec = SnapshotSpec.from_json(read_attributes(self._objects, prefix))
+        self.spec = SnapshotSpec.from_json(self._nodes.attributes(prefix))
         self.counts = {counts.name: counts for counts in self.spec.layers}
 
     def layer(self, layer: LayerSpec, statistics: tuple[str, ...]) -> LayerStats:
@@ -130,11 +130,8 @@ class Snapshot:
             raise StoreError(f"{self._prefix} holds no sums of {layer.name}: it is damaged")
         return LayerStats(  # what belongs to another layer is read with that one
             arrays={
-                name: read_array(
-                    self._objects,
-                    f"{self._prefix}/{layer.name}/{name}",
-                    layer.statistic_shape(name),
-                    "float32",
+                name: self._nodes.array(
+                    f"{self._prefix}/{layer.name}/{name}", layer.statistic_shape(name), "float32"
                 )
                 for name in layer.own(statistics)
             },
