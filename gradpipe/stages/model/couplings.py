@@ -18,7 +18,7 @@ import bisect
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ _STILL = 1e-4  # an input that moves by less than this part of a step does not m
 
 _Runs = tuple[tuple[int, int], ...]
 
-_Couplings = dict[tuple[str, str], list[_Runs]]  # (source, target), less the block's path -> runs
+_Couplings = dict[tuple[str, str], list[_Runs]]  # (target, source), both less the block's path
 
 
 def find_couplings(
@@ -46,64 +46,62 @@ def find_couplings(
 ) -> tuple[CouplingSpec, ...]:
     """The couplings inside each block, in the layers' order of targets, sources, outputs.
 
-    None where the model's code does not run so. Blocks that look alike are traced twice, the first
-    and the last of them, and what both show holds for all.
+    None where the model's code does not run so. Of blocks that look alike the first and the last
+    are traced, and what both show holds for all. `layers` know whose input they read.
     """
-    inside = {layer.path: layer for layer in layers if layer.spec.block is not None}
-    groups = {path: _groups(path, inside) for path in blocks.paths}
-    widths = [sum(x.spec.shape[0] for x in g) for block in groups.values() for g in block]
-    stand_in = StandIn(model, num_rows=3 + max(widths, default=1).bit_length())
-    calls = stand_in.calls(blocks.paths)
-    alike = defaultdict(list)
-    for path, call in calls.items():
-        alike[_looks(stand_in, path, call)].append(path)
-    found = {}
-    for paths in alike.values():
-        traced = [_trace(stand_in, p, calls[p], groups[p]) for p in {paths[0], paths[-1]}]
-        agreed = {key: runs for key, runs in traced[0].items() if traced[-1].get(key) == runs}
-        found |= {(p + s, p + t): runs for p in paths for (s, t), runs in agreed.items()}
-    return tuple(_specs(found, inside))
+    inside = {path: [x for x in layers if x.path.startswith(path + ".")] for path in blocks.paths}
+    kinds = _kinds(model, inside)
+    like = {path: kind[0] for kind in kinds for path in kind}
+    like |= {kind[-1]: kind[-1] for kind in kinds}
+    groups = {path: _groups(path, inside[path]) for path in sorted(set(like.values()))}
+    widths = [sum(x.spec.shape[0] for x in group) for block in groups.values() for group in block]
+    stand_in = StandIn(model, num_rows=3 + max(widths).bit_length(), like=like)
+    calls = stand_in.calls(groups)
+    traced = {path: _trace(stand_in, path, call, groups[path]) for path, call in calls.items()}
+    names = {layer.path: layer.spec.name for layer in layers}
+    found = [
+        (path + target, path + source, outputs)
+        for kind in kinds
+        for (target, source), sequences in traced.get(kind[0], {}).items()
+        if traced.get(kind[-1], {}).get((target, source)) == sequences
+        for path in kind
+        for outputs in sequences
+    ]
+    order = {path: index for index, path in enumerate(names)}
+    return tuple(
+        CouplingSpec(source=names[source], target=names[target], outputs=outputs)
+        for target, source, outputs in sorted(found, key=lambda x: (order[x[0]], order[x[1]], x[2]))
+    )
 
 
-def _specs(found: _Couplings, layers: Mapping[str, Layer]) -> Iterator[CouplingSpec]:
-    order = {path: index for index, path in enumerate(layers)}
-    for source, target in sorted(found, key=lambda pair: (order[pair[1]], order[pair[0]])):
-        for outputs in found[source, target]:
-            yield CouplingSpec(
-                source=layers[source].spec.name, target=layers[target].spec.name, outputs=outputs
-            )
+def _kinds(model: Any, inside: Mapping[str, Sequence[Layer]]) -> list[list[str]]:
+    """The blocks' paths, those together that have the same modules, shapes and shared inputs."""
+    kinds = defaultdict(list)
+    for path, layers in inside.items():
+        block = model.get_submodule(path)
+        order = {layer.spec.name: index for index, layer in enumerate(layers)}
+        reads = [order.get(layer.spec.hessian_of or "") for layer in layers]
+        shapes = [(name, parameter.shape) for name, parameter in block.named_parameters()]
+        types = [(name, type(module)) for name, module in block.named_modules()]
+        kinds[tuple(reads), tuple(shapes), tuple(types)].append(path)
+    return list(kinds.values())
 
 
-def _groups(block: str, layers: Mapping[str, Layer]) -> list[list[Layer]]:
+def _groups(block: str, layers: Iterable[Layer]) -> list[list[Layer]]:
     """The block's layers, those together that differ in numbers alone, as experts do.
 
     It spares runs; any grouping finds the same.
     """
     groups = defaultdict(list)
-    for path, layer in layers.items():
-        if path.startswith(block + "."):
-            groups[re.sub(r"\.\d+\.", ".#.", path.removeprefix(block))].append(layer)
+    for layer in layers:
+        groups[re.sub(r"\.\d+\.", ".#.", layer.path.removeprefix(block))].append(layer)
     return list(groups.values())
-
-
-def _looks(stand_in: StandIn, path: str, call: Call) -> object:
-    """Equal for blocks of the same modules and shapes that run alike: who reads whose input."""
-    block = stand_in.model.get_submodule(path)
-    inputs = stand_in.run(path, call)
-    firsts: dict[int, str] = {}
-    reads = [
-        (name.removeprefix(path), firsts.setdefault(id(x), name.removeprefix(path)))
-        for name, x in inputs.items()
-    ]
-    shapes = [(name, p.shape) for name, p in block.named_parameters()]
-    kinds = [(name, type(module)) for name, module in block.named_modules()]
-    return tuple(reads), tuple(shapes), tuple(kinds)
 
 
 def _trace(
     stand_in: StandIn, path: str, call: Call, groups: Iterable[Sequence[Layer]]
 ) -> _Couplings:
-    """The couplings inside one block, each layer's path less the block's."""
+    """The couplings inside one block."""
     found: _Couplings = {}
     for group in groups:
         stops = list(itertools.accumulate(layer.spec.shape[0] for layer in group))
@@ -112,7 +110,7 @@ def _trace(
                 number = bisect.bisect(stops, int(indices_I[0]))
                 local_I = indices_I - ([0, *stops][number])
                 if 0 <= local_I.min() and local_I.max() < group[number].spec.shape[0]:
-                    key = group[number].path.removeprefix(path), target.removeprefix(path)
+                    key = target.removeprefix(path), group[number].path.removeprefix(path)
                     found.setdefault(key, []).append(_runs(local_I.tolist()))
     return found
 

@@ -10,7 +10,7 @@ Shapes: N rows of the batch, each a sequence of its own; O outputs, I inputs of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -43,12 +43,13 @@ class StandIn:
     [0.5, 1.5], where no common activation is flat.
     """
 
-    def __init__(self, model: nn.Module, num_rows: int) -> None:
-        self.model: Any = copy.deepcopy(model).double()
+    def __init__(self, model: nn.Module, num_rows: int, like: Mapping[str, str]) -> None:
+        """`like` has the path of each block -> that of the block which runs in its place."""
+        self.num_rows = num_rows
         self.seed = 0  # of the made-up outputs: another seed, others
         self.shifts: Mapping[str, Tensor] = {}  # path of a linear map -> what to add, (N, O)
         self.inputs: dict[str, Tensor] = {}  # path -> what it has read last, in order
-        self.num_rows = num_rows
+        self.model: Any = _copied(model, like).double()
         self._stub_maps()
         self._stub_fused_experts()
         self._fill_in()
@@ -56,18 +57,19 @@ class StandIn:
             if isinstance(module, nn.ModuleList):  # one that is called is a mixture's experts
                 module.register_forward_pre_hook(_to_every_expert)
 
-    def calls(self, paths: tuple[str, ...]) -> dict[str, Call]:
-        """Run the model once: what the modules at `paths` were called with, as far as it ran."""
+    def calls(self, paths: Iterable[str]) -> dict[str, Call]:
+        """Run the model, and each of the blocks at `paths` once: what they were called with.
+
+        Not all of them are there where the model's code raises.
+        """
         found: dict[str, Call] = {}
-
-        def hook(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            found[path] = Call(args=args, kwargs=kwargs)
-
-        for path in paths:
-            module = self.model.get_submodule(path)
-            module.register_forward_pre_hook(partial(hook, path), with_kwargs=True)
+        blocks = {path: self.model.get_submodule(path) for path in paths}
+        for path, block in blocks.items():
+            block.forward = _once(path, block.forward, found)
         with _running():
             self.model(**self._batch())
+        for block in blocks.values():
+            del block.forward
         return found
 
     def run(self, path: str, call: Call) -> dict[str, Tensor]:
@@ -121,6 +123,28 @@ class StandIn:
                     values = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
                     known[key] = nn.Parameter(values.expand(old.shape), requires_grad=False)
                 setattr(module, name, known[key])
+
+
+def _copied(model: nn.Module, like: Mapping[str, str]) -> nn.Module:
+    """A copy in which blocks are one module that runs in the place of several."""
+    memo: dict[int, Any] = {}
+    for path, other in like.items():
+        stand_in = copy.deepcopy(model.get_submodule(other), memo)
+        memo[id(model.get_submodule(path))] = stand_in
+    return copy.deepcopy(model, memo)
+
+
+def _once(path: str, forward: Callable[..., Any], found: dict[str, Call]) -> Callable[..., Any]:
+    """A block's `forward` that records its first call, and repeats its output for the others."""
+    outputs: list[Any] = []
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        if not outputs:
+            found[path] = Call(args=args, kwargs=kwargs)
+            outputs.append(forward(*args, **kwargs))
+        return outputs[0]
+
+    return first
 
 
 def _num_outputs(module: Any) -> int:
