@@ -81,7 +81,7 @@ class StandIn:
 
     def _batch(self) -> dict[str, Any]:
         if self.model.main_input_name == "pixel_values":
-            return {"pixel_values": torch.zeros(self.num_rows, *image_shape(self.model))}
+            return {"pixel_values": torch.zeros(self.num_rows, *image_shape(self.model)).double()}
         ids_N1 = torch.ones(self.num_rows, 1, dtype=torch.long)
         return {"input_ids": ids_N1, "use_cache": False}
 
@@ -106,23 +106,28 @@ class StandIn:
             self.model.get_submodule(owner).forward = lambda x, *_, **__: torch.ones_like(x)
 
     def _fill_in(self) -> None:
-        """Give values to the parameters of all other modules: norms, convolutions, embeddings.
+        """Give values to all that has none: norms, convolutions, embeddings, buffers of weights.
 
-        Those of one shape share their memory, as do an embedding's rows.
+        Those of one shape share their memory. So do the rows of an embedding, and of a map, whose
+        weight is read only by code that goes round the map.
         """
         generator = torch.Generator().manual_seed(0)
-        known: dict[tuple[bool, torch.Size], nn.Parameter] = {}
+        known: dict[tuple[bool, torch.Size], Tensor] = {}
         for module in self.model.modules():
-            for name, old in module.named_parameters(recurse=False):
-                if is_linear(module) or (old.ndim == 3 and "experts" in name):
+            is_map = isinstance(module, nn.Embedding) or is_linear(module)
+            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            for name, old in tensors:
+                if not old.is_meta:
                     continue
-                is_one_row = isinstance(module, nn.Embedding) or old.numel() > _LARGE
+                is_one_row = is_map or old.numel() > _LARGE
                 key = (is_one_row, old.shape)
                 if key not in known:
                     shape = old.shape[-1:] if is_one_row else old.shape
                     values = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
-                    known[key] = nn.Parameter(values.expand(old.shape), requires_grad=False)
-                setattr(module, name, known[key])
+                    known[key] = values.expand(old.shape)
+                new = known[key].to(old.dtype)
+                is_weight = isinstance(old, nn.Parameter)
+                setattr(module, name, nn.Parameter(new, requires_grad=False) if is_weight else new)
 
 
 def _copied(model: nn.Module, like: Mapping[str, str]) -> nn.Module:
@@ -184,5 +189,10 @@ def _doubled(value: Any) -> Any:
 @contextmanager
 def _running() -> Iterator[None]:
     """What a model's code raises is no error: what has run until then is known."""
-    with suppress(Exception), torch.no_grad(), _Doubled():
-        yield
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with suppress(Exception), torch.no_grad(), _Doubled():
+            yield
+    finally:
+        torch.set_default_dtype(default)
