@@ -27,7 +27,7 @@ from gradpipe import (
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.layers import find_blocks, find_layers
 from gradpipe.stages.model.load import build_skeleton
-from gradpipe.stages.model.shared_inputs import share_hessians
+from gradpipe.stages.model.shared_inputs import share_inputs
 from gradpipe.stages.prune.curvature import Curvature
 from gradpipe.stages.prune.decode import decode_norms
 from gradpipe.stages.prune.least_squares import least_squares
@@ -86,7 +86,7 @@ def test_layers_with_one_input_share_one_hessian(family: str, tmp_path: Path) ->
     """q, k, v and gate, up, in every block, found without values."""
     checkpoint = Checkpoint.open(str(save_tiny(family, tmp_path / "model")))
     model = build_skeleton(checkpoint, torch.float32)
-    layers = share_hessians(model, find_layers(model, find_blocks(model), checkpoint))
+    layers = share_inputs(model, find_layers(model, find_blocks(model), checkpoint))
     for block in (0, 1):
         inside = [x.spec for x in layers if x.spec.block == block]
         assert sum(x.input_of is None for x in inside) == _SHARED[family]

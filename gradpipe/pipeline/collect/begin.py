@@ -154,5 +154,6 @@ def _spec(config: CollectConfig, skeleton: Skeleton, samples: SampleSpec) -> Sto
         statistics=in_order(config.statistics),
         encoding=config.encoding,
         layers=tuple(layer.spec for layer in skeleton.layers),
+        couplings=skeleton.couplings,
         command=recorded_command("collect-grads", (checkpoint.label, "STORE"), options),
     )

@@ -80,7 +80,7 @@ def _kinds(model: Any, inside: Mapping[str, Sequence[Layer]]) -> list[list[str]]
     for path, layers in inside.items():
         block = model.get_submodule(path)
         order = {layer.spec.name: index for index, layer in enumerate(layers)}
-        reads = [order.get(layer.spec.hessian_of or "") for layer in layers]
+        reads = [order.get(layer.spec.input_of or "") for layer in layers]
         shapes = [(name, parameter.shape) for name, parameter in block.named_parameters()]
         types = [(name, type(module)) for name, module in block.named_modules()]
         kinds[tuple(reads), tuple(shapes), tuple(types)].append(path)
