@@ -41,9 +41,7 @@ _Runs = tuple[tuple[int, int], ...]
 _Couplings = dict[tuple[str, str], list[_Runs]]  # (target, source), both less the block's path
 
 
-def find_couplings(
-    model: Any, blocks: Blocks, layers: Sequence[Layer]
-) -> tuple[CouplingSpec, ...]:
+def find_couplings(model: Any, blocks: Blocks, layers: Sequence[Layer]) -> tuple[CouplingSpec, ...]:
     """The couplings inside each block, in the layers' order of targets, sources, outputs.
 
     None where the model's code does not run so. Of blocks that look alike the first and the last
@@ -109,7 +107,7 @@ def _trace(
             for indices_I in _sequences(read_2I):
                 number = bisect.bisect(stops, int(indices_I[0]))
                 local_I = indices_I - ([0, *stops][number])
-                if 0 <= local_I.min() and local_I.max() < group[number].spec.shape[0]:
+                if local_I.min() >= 0 and local_I.max() < group[number].spec.shape[0]:
                     key = target.removeprefix(path), group[number].path.removeprefix(path)
                     found.setdefault(key, []).append(_runs(local_I.tolist()))
     return found
@@ -137,7 +135,7 @@ def _trace_group(
 
 
 def _shifts(num_rows: int, width: int) -> Tensor:
-    """By how much each row shifts each output: nothing, 1, each bit of its index, random; (N, O)."""
+    """How much rows shift outputs: by 0, by 1, by each bit of the index, at random; (N, O)."""
     index_O = torch.arange(width)
     bits = [(index_O >> k) & 1 for k in range(num_rows - 3)]
     random_O = torch.rand(width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -149,9 +147,10 @@ def _read(x: Tensor, shifts_NO: Tensor) -> Tensor:
 
     -1 where an input follows none, or more.
     """
-    x_NTI = x.reshape(len(shifts_NO), x.shape[:-1].numel() // len(shifts_NO), x.shape[-1])
-    if x_NTI.shape[1] == 0:
+    num_tokens, rest = divmod(x.shape[:-1].numel(), len(shifts_NO))
+    if num_tokens == 0 or rest:
         return torch.full((2, x.shape[-1]), -1)
+    x_NTI = x.reshape(len(shifts_NO), num_tokens, x.shape[-1])
     moves_NI = (x_NTI[:, -1] - x_NTI[0, -1]) / _STEP
     total_I, bits_KI = moves_NI[1], moves_NI[2:-1]
     largest_I = moves_NI.abs().amax(dim=0)

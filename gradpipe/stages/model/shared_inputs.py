@@ -51,6 +51,8 @@ def _first_readers(model: Any, layers: Sequence[Layer]) -> dict[str, str]:
         firsts: dict[int, str] = {}
         found = {path: firsts.setdefault(id(tensor), path) for tensor, path in seen}
         best = max(best, found, key=len)
+        if len(best) == len(layers):
+            break
     return best
 
 

@@ -63,12 +63,12 @@ class StandIn:
         Not all of them are there where the model's code raises.
         """
         found: dict[str, Call] = {}
-        blocks = {path: self.model.get_submodule(path) for path in paths}
-        for path, block in blocks.items():
+        blocks = {self.model.get_submodule(path): path for path in paths}
+        for block, path in blocks.items():
             block.forward = _once(path, block.forward, found)
         with _running():
             self.model(**self._batch())
-        for block in blocks.values():
+        for block in blocks:
             del block.forward
         return found
 
@@ -115,7 +115,10 @@ class StandIn:
         known: dict[tuple[bool, torch.Size], Tensor] = {}
         for module in self.model.modules():
             is_map = isinstance(module, nn.Embedding) or is_linear(module)
-            tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+            tensors = [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]
             for name, old in tensors:
                 if not old.is_meta:
                     continue
@@ -165,9 +168,7 @@ def _to_every_expert(experts: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 class _Doubled(TorchFunctionMode):
-    """Reads float32 as float64: models compute norms and softmaxes in float32, which is too coarse
-    for differences.
-    """
+    """Reads float32 as float64: too coarse for differences, it is what norms are computed in."""
 
     def __torch_function__(
         self,
