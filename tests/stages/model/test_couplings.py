@@ -146,7 +146,7 @@ def test_couplings_are_those_written_by_hand(family: str, tmp_path: Path) -> Non
 def test_a_changed_row_moves_the_inputs_that_the_couplings_name(
     family: str, tmp_path: Path
 ) -> None:
-    """In the real model, over several tokens; and no row moves so few inputs without being named."""
+    """In the real model, over several tokens; and no row moves so few inputs and is not named."""
     checkpoint = save(family, tmp_path / "model")
     skeleton, blocks, layers = take_apart(checkpoint)
     model = real_model(family, checkpoint)
@@ -229,7 +229,7 @@ def samples_of(module: nn.Module, inputs: tuple[Any, ...], size: int) -> Tensor:
         routed_R, num_tokens = inputs[1:]
         sample_R: Tensor = routed_R // (num_tokens // size)
         return sample_R
-    num_rows = inputs[0][..., 0].numel()
+    num_rows: int = inputs[0][..., 0].numel()
     return torch.arange(num_rows) // (num_rows // size)
 
 
@@ -320,7 +320,7 @@ def runs_of(couplings: Sequence[CouplingSpec]) -> list[tuple[tuple[int, ...], ..
         (lambda x: nn.functional.layer_norm(x, (12,)), 12, []),
         (lambda x: x[..., :4] * x[..., 4:8] * x[..., 8:], 4, []),  # each follows three
         (lambda x: x.cumsum(-1), 12, []),
-        (lambda x: torch.ones_like(x), 12, []),
+        (torch.ones_like, 12, []),
         (lambda x: x[..., :6].repeat(1, 1, 2) * (torch.arange(12) % 12 > 0), 12, []),  # one is cut
     ],
 )
@@ -377,7 +377,7 @@ def test_code_that_cannot_run_without_weights_is_no_error() -> None:
     """What ran before is kept; a block that was not reached has no couplings."""
 
     def fail(x: Tensor) -> Tensor:
-        raise ValueError("no such cache")
+        raise ValueError(f"no cache of {len(x)} rows")
 
     assert toy_couplings(Between(fail)) == ()
     wide = Between(torch.relu, out=13, width=13)
