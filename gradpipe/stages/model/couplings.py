@@ -47,13 +47,16 @@ def find_couplings(model: Any, blocks: Blocks, layers: Sequence[Layer]) -> tuple
     None where the model's code does not run so. Of blocks that look alike the first and the last
     are traced, and what both show holds for all. `layers` know whose input they read.
     """
-    inside = {path: [x for x in layers if x.path.startswith(path + ".")] for path in blocks.paths}
+    inside: dict[str, list[Layer]] = {path: [] for path in blocks.paths}
+    for layer in layers:
+        if layer.spec.block is not None:
+            inside[f"{blocks.path}.{layer.spec.block}"].append(layer)
     kinds = _kinds(model, inside)
     like = {path: kind[0] for kind in kinds for path in kind}
     like |= {kind[-1]: kind[-1] for kind in kinds}
     groups = {path: _groups(path, inside[path]) for path in sorted(set(like.values()))}
     widths = [sum(x.spec.shape[0] for x in group) for block in groups.values() for group in block]
-    stand_in = StandIn(model, num_rows=3 + max(widths).bit_length(), like=like)
+    stand_in = StandIn(model, num_rows=3 + max(widths, default=0).bit_length(), like=like)
     calls = stand_in.calls(groups)
     traced = {path: _trace(stand_in, path, call, groups[path]) for path, call in calls.items()}
     names = {layer.path: layer.spec.name for layer in layers}
@@ -64,6 +67,7 @@ def find_couplings(model: Any, blocks: Blocks, layers: Sequence[Layer]) -> tuple
         if traced.get(kind[-1], {}).get((target, source)) == sequences
         for path in kind
         for outputs in sequences
+        if path + target in names  # or it stays dense
     ]
     order = {path: index for index, path in enumerate(names)}
     return tuple(

@@ -281,8 +281,8 @@ class Between(nn.Module):
         return y
 
 
-def toy_couplings(*blocks: nn.Module) -> tuple[CouplingSpec, ...]:
-    """What is found in a toy model of these blocks, on the meta device."""
+def toy_couplings(*blocks: nn.Module, without: str = "") -> tuple[CouplingSpec, ...]:
+    """What is found in a toy model of these blocks, on the meta device, `without` some layers."""
     model = Toy(*blocks).to("meta")
     layers = [
         Layer(
@@ -297,7 +297,7 @@ def toy_couplings(*blocks: nn.Module) -> tuple[CouplingSpec, ...]:
             ),
         )
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in without.split()
     ]
     return find_couplings(model, Blocks(path="blocks", count=len(blocks)), layers)
 
@@ -383,6 +383,12 @@ def test_code_that_cannot_run_without_weights_is_no_error() -> None:
     wide = Between(torch.relu, out=13, width=13)
     assert [x.target for x in toy_couplings(wide, Between(fail))] == ["blocks.0.two"]
     assert torch.get_default_dtype() is torch.float32
+
+
+def test_maps_that_are_no_layers_are_not_coupled() -> None:
+    """Such as a router, which stays dense."""
+    for without in ("one", "two", "one two"):
+        assert toy_couplings(Between(torch.relu), without=without) == ()
 
 
 def test_a_layer_that_runs_on_another_number_of_rows_is_not_coupled() -> None:
