@@ -40,7 +40,7 @@ class Halving:
     def __init__(self, problem: LayerProblem) -> None:
         """Keep what it needs."""
         self.weight_OI, self.group = problem.weight, problem.group
-        self.score_OI = problem.statistics.gradient("l1")
+        self.score_OI = problem.statistics.scaled("grad_l1")
 
     def to(self, budget: Budget) -> tuple[Tensor, Tensor]:
         """Weights and mask."""
