@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:  # the command's options are known without numpy
+    import numpy as np
+    import numpy.typing as npt
 
-Sums = npt.NDArray[np.float32]
+Sums: TypeAlias = "npt.NDArray[np.float32]"
 
 INPUTS, OUTPUTS = "inputs", "outputs"  # x (T, I), y (T, O) of a sample, in float32
 
@@ -38,6 +39,10 @@ OUT, IN = "out", "in"
 ENCODINGS = ("compact", "float32", "float16")
 
 _REFERENCE_SAMPLES = 128  # gradients in formulas are those of so many, as in GBLM-Pruner's code
+
+
+def _added(sums: Sums, more: Sums) -> Sums:
+    return sums + more
 
 
 def _as_it_is(norms: Any, _: int) -> Any:
@@ -56,7 +61,7 @@ class Statistic:
     of: str  # INPUTS, OUTPUTS, OUTPUT_GRADIENTS or WEIGHT_GRADIENTS
     axes: tuple[str, ...]  # of OUT and IN; twice the same: a symmetric matrix, kept as a triangle
     add: Callable[[Any, Any], object]
-    merge: Callable[[Sums, Sums], Sums] = np.add  # sums over some samples with those over others
+    merge: Callable[[Sums, Sums], Sums] = _added  # sums over some samples with those over others
     uses_up: bool = False  # `add` overwrites the values: it is called last
     is_squared: bool = False  # sums of squares, whose roots are the norms
     compact: str = "float32"  # its encoding in a compact store: see `gradpipe.store.codec`
@@ -112,6 +117,8 @@ class Statistic:
 
     def norm_of(self, sums: Sums) -> Sums:
         """The root of sums of squares, other sums as they are."""
+        import numpy as np  # noqa: PLC0415 (see above)
+
         with np.errstate(invalid="ignore"):  # a hostile store's squares may be negative: NaN
             return np.sqrt(sums) if self.is_squared else sums
 

@@ -43,7 +43,7 @@ def config(inputs: Path, store: Path, **options: object) -> CollectConfig:
         "seq_len": 16,
         "batch_size": 2,
         "schedule": "resident",
-        "checkpoint_every": 2,
+        "checkpoint_every": None if options.get("schedule") == "streamed" else 2,
     }
     return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
 

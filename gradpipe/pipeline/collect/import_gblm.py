@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.options import check_counts
+from gradpipe.options import recorded_command, recorded_options
+from gradpipe.pipeline.collect.config import ImportConfig
 from gradpipe.pipeline.places import check_store
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.gblm_files import match_layers, read_gblm_file
@@ -18,28 +19,6 @@ from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import FORMAT_VERSION, LayerSpec, SampleSpec, StoreSpec
 from gradpipe.store.statistics import STATISTICS, LayerStats, Sums, is_of_activations
 from gradpipe.store.writer import StoreWriter
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportConfig:
-    """Which files to import, for which checkpoint, into which store."""
-
-    model: str
-    store: Path
-    l1: Path | None = None  # gradients_aggregrate_norm_l1_model_*.pth
-    l2: Path | None = None  # gradients_aggregrate_norm_l2_model_*.pth
-    activations: str | None = None  # a store of the same checkpoint, to take act_* from
-    num_samples: int = 128  # over how many the reference summed
-    scale: float = 100.0  # what it multiplied gradients by
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if self.l1 is None and self.l2 is None:
-            raise InputError("nothing to import: give --l1 FILE, --l2 FILE or both")
-        check_counts(self, {"num_samples": 1})
-        if not 0 < self.scale < float("inf"):
-            raise InputError(f"--scale {self.scale}: expected a finite number, more than 0")
 
 
 def import_gblm(config: ImportConfig) -> GradientStore:
@@ -139,5 +118,7 @@ def _spec(
         statistics=statistics,
         encoding="float32",
         layers=tuple(sorted(layers.values(), key=lambda layer: (layer.block or 0, layer.name))),
-        command=f"pipe store import-gblm {checkpoint.label} STORE",
+        command=recorded_command(
+            "store import-gblm", (checkpoint.label, "STORE"), recorded_options(config)
+        ),
     )

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gradpipe.errors import GradpipeError
-from gradpipe.pipeline.options import changed_options, recorded_command
+from gradpipe.options import recorded_command, recorded_options
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.files import Written
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
@@ -19,10 +19,6 @@ from gradpipe.stages.checkpoint.tensors import as_tensor, count_zeros
 from gradpipe.stages.prune.methods import METHODS
 from gradpipe.stages.prune.target import Target
 from gradpipe.store.objects import digest
-
-_NOT_RECORDED = {  # places and targets, which have their own words in a command; how it is run
-    *("model", "store", "out", "sparsities", "patterns", "overwrite", "device", "shard"),
-}
 
 
 def missed_target(allocated: AllocatedPlan, target: Target) -> list[str]:
@@ -44,12 +40,12 @@ def missed_target(allocated: AllocatedPlan, target: Target) -> list[str]:
 def order_of(config: PruneConfig, plan: PrunePlan, target: Target) -> PruneOrder:
     """What is asked for: the same whether or not other targets run beside it."""
     pattern = target.budget.pattern_name
-    goal = {"pattern": pattern} if pattern else {"sparsity": target.sparsity}
-    options = changed_options(config, _NOT_RECORDED) | goal
+    goal = {"--pattern": pattern} if pattern else {"--sparsity": target.sparsity}
+    options = recorded_options(config) | goal
     if config.score is None:
-        options["method"] = config.method
-    if "allocation" in options:
-        options["allocation"] = plan.allocation.name
+        options["--method"] = config.method
+    if "--allocation" in options:
+        options["--allocation"] = plan.allocation.name
     score = plan.chosen.score
     return PruneOrder(
         gradpipe=version("gradpipe"),

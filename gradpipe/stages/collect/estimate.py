@@ -16,12 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpipe.errors import InputError
 from gradpipe.stages.model.layers import Layer, Skeleton
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS, needs_backward
-
-SCHEDULES = ("auto", "resident", "streamed")
 
 _GROUPS = (Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
 
@@ -144,12 +141,6 @@ def _choose(asked: str, resident: int, free: int) -> tuple[str, str]:
     fits = resident * _MARGIN <= free
     needs = f"resident needs about {_gib(resident)}, {_gib(free)} are free"
     return ("resident" if fits else "streamed"), needs
-
-
-def check_schedule(asked: str) -> None:
-    """Raises InputError for a schedule that is not one."""
-    if asked not in SCHEDULES:
-        raise InputError(f"--schedule {asked}: expected one of {', '.join(SCHEDULES)}")
 
 
 def _gib(num_bytes: int) -> str:
