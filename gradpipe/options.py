@@ -199,7 +199,7 @@ def recorded_options(config: Any) -> dict[str, Any]:
 
 
 def recorded_command(verb: str, arguments: tuple[str, ...], options: dict[str, Any]) -> str:
-    """`pipe VERB ARGUMENTS --option value …`, less options that are None, False or empty.
+    """`pipe VERB ARGUMENTS FLAG VALUE …`, less options that are None, False or empty.
 
     Paths of outputs are placeholders among the arguments: the same work gives the same bytes
     anywhere.

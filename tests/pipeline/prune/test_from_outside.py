@@ -21,7 +21,6 @@ from gradpipe import (
     open_store,
     prune,
 )
-from gradpipe.pipeline.prune.config import recipe_options
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.prune.allocation import ALLOCATIONS, AllocationRule
 from gradpipe.stages.prune.mask import budget_mask
@@ -167,12 +166,15 @@ def test_options_that_an_entry_does_not_take_are_refused(
 
 def test_a_recipe_leaves_out_what_an_entry_does_not_take() -> None:
     """The recipe's curvature goes beside a method that minimises none, and stays beside one."""
-    best = recipe_options("best", {})
-    assert recipe_options("best", {"method": "halving"}) == {
-        "method": "halving",
-        "allocation": best["allocation"],
+    chosen = {}
+    for method in ("alps", "halving", "trace"):
+        run = config(Path("m"), Path("out"), recipe="best", method=method)
+        chosen[method] = (run.method, run.curvature, run.allocation)
+    assert chosen == {
+        "alps": ("alps", "kfac", "sensitivity"),
+        "halving": ("halving", "input", "sensitivity"),
+        "trace": ("trace", "kfac", "sensitivity"),
     }
-    assert recipe_options("best", {"method": "trace"}) == best | {"method": "trace"}
 
 
 def test_a_toy_formula_is_a_method(root: Path, tmp_path: Path) -> None:
