@@ -45,10 +45,10 @@ from benchmarks.random_llama import (
 from gradpipe import GradientStore, PruneConfig, prune
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import as_tensor, count_zeros, tensor_bytes
-from gradpipe.stages.prune.layer import norms_on
-from gradpipe.stages.prune.mask import Group
+from gradpipe.stages.prune.mask import budget_mask
 from gradpipe.stages.prune.methods import find_score
-from gradpipe.stages.prune.target import Target
+from gradpipe.stages.prune.score import LayerStatistics, score_weights
+from gradpipe.stages.prune.target import Group, Target
 from gradpipe.store.objects import digest, fsync
 
 STATISTICS: Final = ("grad_l1", "act_l2")  # and grad_l2, which grad_l1 is coded against
@@ -147,13 +147,13 @@ def time_stages(bench: Bench) -> dict[str, float]:
                 encoded = store.read(layer, STATISTICS)
             weight_OI = as_tensor(data, checkpoint.tensors[layer.weight_key])
             with clock("decode them to norms"):
-                norms = norms_on(encoded, STATISTICS, cpu)
+                statistics = LayerStatistics.decode(encoded, STATISTICS, cpu)
             with clock("score"):
-                score_OI = score.of(weight_OI, norms)
+                score_OI = score_weights(weight_OI, statistics, score)
             with clock("check that the score is finite"):
                 torch.stack(torch.aminmax(score_OI)).tolist()
             with clock("mask"):
-                mask_OI = target.budget.mask(score_OI, Group.parse("output"))
+                mask_OI = budget_mask(score_OI, target.budget, Group.parse("output"))
             with clock("fill with zeros"):
                 pruned_OI = weight_OI.masked_fill(~mask_OI, 0.0)
             with clock("digest of the output"):

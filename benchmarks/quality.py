@@ -31,12 +31,13 @@ from gradpipe import (
     prune,
 )
 from gradpipe.pipeline.evaluate import evaluate_each
-from gradpipe.pipeline.prune.config import RECIPES
+from gradpipe.pipeline.recipes import RECIPES
 
 SPARSITIES: Final = (0.5, 0.6, 0.7)
 PATTERNS: Final = ("2:4", "4:8")
 STATISTICS: Final = ("grad_l1", "grad_l2", "grad_sum", "act_l2", "hessian", "grad_cov")
-BEST: Final[dict[str, Any]] = RECIPES["best"]
+_RECIPE: Final = RECIPES["best"]
+BEST_UNIFORM: Final[dict[str, Any]] = {"method": _RECIPE.method, "curvature": _RECIPE.curvature}
 ROWS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("magnitude, layer", {"method": "magnitude", "group": "layer"}),
     ("wanda", {"method": "wanda"}),
@@ -65,7 +66,7 @@ ROWS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("alps, kfac, output", {"method": "alps", "curvature": "kfac", "group": "output"}),
     ("alps, kfac", {"method": "alps", "curvature": "kfac"}),
     ("alps, kfac + owl", {"method": "alps", "curvature": "kfac", "allocation": "owl"}),
-    ("--recipe best", BEST),
+    ("--recipe best", {"recipe": "best"}),
 )
 
 app = typer.Typer(add_completion=False)
@@ -134,7 +135,6 @@ class Bench:
         current = self.model
         store = open_store(self.folder / "store")
         blocks = sorted({x.block for x in store.spec.layers if x.block is not None})
-        uniform = {k: v for k, v in BEST.items() if k != "allocation"}
         for block in blocks:
             again = self.folder / f"sequential-{block}"
             out = self.folder / f"sequential-out-{block}"
@@ -148,7 +148,7 @@ class Bench:
                     include=(f"^({names})$",),
                     overwrite=True,
                     **target,
-                    **uniform,
+                    **BEST_UNIFORM,
                 )
             )
             current = str(out)
@@ -190,7 +190,7 @@ def main(
         if sequential:
             values = [bench.sequential(target) for _, target in targets()]
             lines.append(["best, uniform, sequential", *(f"{x:.2f}" for x in values)])
-            chosen = [("best, uniform", {k: v for k, v in BEST.items() if k != "allocation"})]
+            chosen = [("best, uniform", BEST_UNIFORM)]
         else:
             chosen = [(name, options) for name, options in ROWS if rows in name]
         for name, options in chosen:

@@ -40,11 +40,10 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from gradpipe.pipeline.progress import peak_memory
 from gradpipe.stages.checkpoint.folder import INDEX_NAME, Checkpoint
 from gradpipe.stages.checkpoint.tensors import TensorInfo
-from gradpipe.store.codec import Sums
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import FORMAT_VERSION, LayerSpec, SampleSpec, StoreSpec
-from gradpipe.store.statistics import ACTIVATION_STATISTICS
-from gradpipe.store.writer import LayerStats, StoreWriter
+from gradpipe.store.statistics import LayerStats, Sums, is_of_activations
+from gradpipe.store.writer import StoreWriter
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MB: Final = 1e6
@@ -210,7 +209,7 @@ def _random_sums(
     mean_OI = row_O1 * column_I * np.float32(1e-6) * _spread(layer, 0.24, generator)
     sums = {}
     for name in names:
-        if name in ACTIVATION_STATISTICS:
+        if is_of_activations(name):
             sums[name] = column_I * _NUM_SAMPLES
         elif name == "grad_l2":
             sums[name] = np.square(mean_OI) * _NUM_SAMPLES

@@ -18,7 +18,6 @@ import typer
 
 from benchmarks.random_llama import heading, table
 from gradpipe import CollectConfig, DataConfig, EvalConfig, PruneConfig, classify, collect, prune
-from gradpipe.pipeline.prune.config import RECIPES
 
 SPARSITIES: Final = (0.4, 0.5, 0.6, 0.7, 0.8)
 STATISTICS: Final = ("grad_l1", "grad_l2", "act_l2", "hessian", "grad_cov")
@@ -31,7 +30,7 @@ ROWS: Final[tuple[tuple[str, dict[str, Any]], ...]] = (
     ("gblm l1", {"method": "gblm"}),
     ("gblm l2", {"method": "gblm", "grad_norm": "l2"}),
     ("sparsegpt", {"method": "sparsegpt"}),
-    ("--recipe best", RECIPES["best"]),
+    ("--recipe best", {"recipe": "best"}),
 )
 
 

@@ -1,10 +1,11 @@
 from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
-from gradpipe.pipeline.collect.config import CollectConfig
-from gradpipe.pipeline.collect.import_gblm import ImportConfig, import_gblm
+from gradpipe.pipeline.collect.config import CollectConfig, ImportConfig
+from gradpipe.pipeline.collect.import_gblm import import_gblm
 from gradpipe.pipeline.collect.merge import merge
 from gradpipe.pipeline.collect.run import collect, collect_shard, plan
 from gradpipe.pipeline.demo import demo
-from gradpipe.pipeline.evaluate import EvalConfig, classify, evaluate
+from gradpipe.pipeline.evaluate import classify, evaluate
+from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.run import prune
 from gradpipe.pipeline.reports.results import (

@@ -19,7 +19,7 @@ def main() -> None:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
-        from gradpipe import cli  # noqa: PLC0415 (it takes seconds)
+        from gradpipe import cli  # noqa: PLC0415 (it takes a moment)
 
         if not asked:  # else the exception was lost in a library's finaliser
             cli.main()

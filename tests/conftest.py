@@ -8,6 +8,8 @@ from pathlib import Path
 # Read when huggingface_hub is imported, tokenizers or CUDA are first used; and by subprocesses.
 os.environ |= {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",

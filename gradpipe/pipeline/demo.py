@@ -10,12 +10,13 @@ from rich.console import Console
 from gradpipe.errors import InputError
 from gradpipe.pipeline.collect.config import CollectConfig
 from gradpipe.pipeline.collect.run import collect
-from gradpipe.pipeline.evaluate import EvalConfig, evaluate_each
+from gradpipe.pipeline.evaluate import evaluate_each
+from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.progress import QUIET
-from gradpipe.pipeline.prune.config import RECIPES, PruneConfig
+from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.run import prune
 from gradpipe.pipeline.reports.results import DemoResult, PruneResult
-from gradpipe.stages.checkpoint.folder import EMBEDDED_NAME
+from gradpipe.stages.checkpoint.place import EMBEDDED_NAME
 from gradpipe.stages.data.config import DataConfig
 from gradpipe.store.folder import is_begun, is_complete
 from gradpipe.store.statistics import DEFAULT_STATISTICS, SECOND_MOMENTS
@@ -35,7 +36,7 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (  # name, options
     ("fisher", {"method": "fisher"}),
     ("sparsegpt", {"method": "sparsegpt"}),
     ("alps", {"method": "alps"}),
-    ("best", RECIPES["best"]),
+    ("best", {"recipe": "best"}),
 )
 
 _SEQ_LEN = 256  # what the embedded model was trained at

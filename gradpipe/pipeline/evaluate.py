@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 
-from gradpipe.errors import InputError
-from gradpipe.pipeline.options import check_counts
+from gradpipe.options import refuse_given
+from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.pipeline.reports.results import Accuracy, Metrics
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.data.config import DataConfig, split_name
+from gradpipe.stages.data.config import split_name
 from gradpipe.stages.data.images import Processor, load_images
 from gradpipe.stages.data.text import load_text
 from gradpipe.stages.data.tokens import is_tokens, token_windows, window_length
@@ -29,61 +28,23 @@ from gradpipe.stages.model.load import (
     load_tokenizer,
     resolve_dtype,
 )
-from gradpipe.stages.model.tasks import check_task, find_task
+from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EvalConfig:
-    """Which checkpoint to measure, on which text or images."""
-
-    model: str  # directory, Hub id, or `embedded`
-    task: str | None = None  # causal-lm or image-classification; default by the architecture
-    data: DataConfig = field(default_factory=lambda: DataConfig(name="wikitext2"))
-    seq_len: int | None = None  # tokens; default 2048, or the model's maximum where that is less
-    max_windows: int | None = None
-    batch_size: int = 1
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        check_task(self.task)
-        check_counts(self, {"seq_len": 2, "max_windows": 1, "batch_size": 1})
 
 
 def measure(config: EvalConfig, console: Console = QUIET) -> Metrics | Accuracy:
     """What the checkpoint's task is measured by; InputError if model or data cannot be used."""
-    if find_task(Checkpoint.open(config.model), config.task) == IMAGE_CLASSIFICATION:
-        return classify(config, console)
-    return evaluate(config, console)
+    checkpoint = Checkpoint.open(config.model)
+    if find_task(checkpoint, config.task) == IMAGE_CLASSIFICATION:
+        return _classify(checkpoint, config, console)
+    return next(_evaluate_each([checkpoint], config, console))
 
 
 def classify(config: EvalConfig, console: Console = QUIET) -> Accuracy:
     """Top-1 accuracy of an image classifier; InputError if model or data cannot be used."""
-    for name in ("seq_len", "max_windows"):
-        if getattr(config, name) is not None:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag}: images have no windows: leave it out")
     checkpoint = Checkpoint.open(config.model)
     find_task(checkpoint, IMAGE_CLASSIFICATION)
-    device = resolve_device(config.device)
-    with memory_errors("give a smaller --batch-size"):
-        model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
-        processor = Processor(checkpoint, model)
-        images = load_images(config.data, "evaluation", checkpoint, model)
-        with progress_bar(console, "evaluating", len(images.labels), "images") as advance:
-            value = top1(model, images, processor, config.batch_size, advance)
-    return Accuracy(
-        top1=value,
-        model=config.model,
-        dataset=config.data.name,
-        dataset_config=config.data.config,
-        split=split_name(config.data, "evaluation"),
-        revision=images.revision,
-        num_images=len(images.labels),
-        dtype=dtype_name(model.dtype),
-    )
+    return _classify(checkpoint, config, console)
 
 
 def evaluate(config: EvalConfig, console: Console = QUIET) -> Metrics:
@@ -94,13 +55,40 @@ def evaluate(config: EvalConfig, console: Console = QUIET) -> Metrics:
 def evaluate_each(
     models: Iterable[str], config: EvalConfig, console: Console = QUIET
 ) -> Iterator[Metrics]:
-    """Measure checkpoints that share `config.model`'s tokenizer, on text tokenised once."""
+    """Measure checkpoints that share the first one's tokenizer, on text tokenised once."""
+    return _evaluate_each(map(Checkpoint.open, models), config, console)
+
+
+def _classify(checkpoint: Checkpoint, config: EvalConfig, console: Console) -> Accuracy:
+    refuse_given(config, ("seq_len", "max_windows"), "images have no windows")
     device = resolve_device(config.device)
-    checkpoint = Checkpoint.open(config.model)
-    find_task(checkpoint, CAUSAL_LM)
-    windows, revision = _windows(config, checkpoint)
-    for name in models:
-        checkpoint = Checkpoint.open(name)
+    with memory_errors("give a smaller --batch-size"):
+        model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
+        processor = Processor(checkpoint, model)
+        images = load_images(config.data, "evaluation", checkpoint, model)
+        with progress_bar(console, "evaluating", len(images.labels), "images") as advance:
+            value = top1(model, images, processor, config.batch_size, advance)
+    return Accuracy(
+        top1=value,
+        model=checkpoint.label,
+        dataset=config.data.label,
+        dataset_config=config.data.config,
+        split=split_name(config.data, "evaluation"),
+        revision=images.revision,
+        num_images=len(images.labels),
+        dtype=dtype_name(model.dtype),
+    )
+
+
+def _evaluate_each(
+    checkpoints: Iterable[Checkpoint], config: EvalConfig, console: Console
+) -> Iterator[Metrics]:
+    device = resolve_device(config.device)
+    drawn = None
+    for checkpoint in checkpoints:
+        find_task(checkpoint, CAUSAL_LM)
+        drawn = drawn or _windows(config, checkpoint)
+        windows, revision = drawn
         with memory_errors("give a smaller --batch-size or --seq-len, or --dtype bfloat16"):
             model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
             check_tokens(windows, checkpoint, model)
@@ -110,8 +98,8 @@ def evaluate_each(
                 value = perplexity(model, windows, config.batch_size, advance)
         yield Metrics(
             perplexity=value,
-            model=name,
-            dataset=config.data.name,
+            model=checkpoint.label,
+            dataset=config.data.label,
             dataset_config=config.data.config,
             split=split_name(config.data, "evaluation"),
             revision=revision,

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a request: finish the micro-batch, save, and say how to go on."""
+"""SIGINT and SIGTERM: while a run works, a request to save and stop; before it, an end at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+Handler = Callable[[int, FrameType | None], None]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -28,9 +30,34 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
+    with _handled(handle):
+        yield lambda: requested
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Libraries are imported inside; a signal ends that, be its exception lost in their finalisers.
+
+    For the main thread alone.
+    """
+    asked = False
+
+    def stop(_: int, __: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        raise KeyboardInterrupt
+
+    with _handled(stop):
+        yield
+    if asked:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _handled(handle: Handler) -> Iterator[None]:
     before = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:
-        yield lambda: requested
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

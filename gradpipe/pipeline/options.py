@@ -1,56 +1,70 @@
-"""Commands: options that several take, and the command recorded in what it made.
-
-Paths of outputs are left as placeholders, so that the same work gives the same bytes anywhere.
-"""
+"""The options that several commands take, each told once."""
 
 from __future__ import annotations
 
-import dataclasses
-import re
-import shlex
-from typing import Any
+import os
+from typing import Annotated
 
-from gradpipe.errors import InputError
+from gradpipe.options import Option
+from gradpipe.pipeline.launch import slurm_shard
+from gradpipe.pipeline.recipes import RECIPES
+from gradpipe.store.schema import OBJECTIVES
+from gradpipe.store.shard import Shard
 
-_TOO_MANY = 2**31
+Model = Annotated[
+    str,
+    Option(help="Model directory, Hub id, or `embedded`.", is_argument=True, is_recorded=False),
+]
 
+Task = Annotated[
+    str | None,
+    Option(
+        help="{choices}.",
+        choices=OBJECTIVES,
+        default="by the architecture",
+        is_recorded=False,
+    ),
+]
 
-def check_regexes(flag: str, patterns: tuple[str, ...]) -> None:
-    """Refuse what is not a regular expression."""
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise InputError(f"{flag} {pattern!r}: not a regular expression: {error}") from error
+SeqLen = Annotated[
+    int | None,
+    Option(help="Tokens of a window.", least=2, default="2048, or the model's maximum"),
+]
 
+BatchSize = Annotated[
+    int, Option(help="Samples in one pass; results depend on it up to rounding.", least=1)
+]
 
-def check_counts(config: Any, least: dict[str, int]) -> None:
-    """Refuse fields below their `least`, or that a store could not record; None is fine."""
-    for name, low in least.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value < _TOO_MANY:
-            expected = f"at least {low}" if value < low else "less than 2³¹"
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+Device = Annotated[str, Option(help="auto, cpu, cuda, cuda:1 …", is_recorded=False)]
 
+Dtype = Annotated[
+    str,
+    Option(help="auto (the checkpoint's; float32 for float64), float32, bfloat16, float16."),
+]
 
-def recorded_command(verb: str, arguments: tuple[str, ...], options: dict[str, Any]) -> str:
-    """`pipe VERB ARGUMENTS --option value …`, less options that are None, False or empty."""
-    words = ["pipe", verb, *arguments]
-    for name, value in options.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, tuple):
-            words.extend(word for item in value for word in (flag, str(item)))
-        elif value is not None and value is not False:
-            words.extend((flag, str(value)))
-    return shlex.join(words)
+Include = Annotated[
+    tuple[str, ...], Option(help="Regex on layer names; repeatable.", is_regex=True)
+]
 
+RecipeName = Annotated[
+    str | None,
+    Option(
+        help="{choices}: the recommended options; other flags change them.",
+        choices=RECIPES,
+        is_recorded=False,
+    ),
+]
 
-def changed_options(config: Any, leave_out: set[str]) -> dict[str, Any]:
-    """The fields of a config that differ from their defaults."""
-    return {
-        f.name: getattr(config, f.name)
-        for f in dataclasses.fields(config)
-        if f.name not in leave_out and getattr(config, f.name) != f.default
-    }
+ShardOption = Annotated[
+    Shard | None,
+    Option(
+        help="I/N: be job I of N on this store.",
+        default="Slurm's array task",
+        parse=Shard.parse,
+        metavar="I/N",
+        otherwise=lambda: slurm_shard(os.environ),
+        is_recorded=False,
+    ),
+]
+
+Overwrite = Annotated[bool, Option(help="Replace what exists.", is_recorded=False)]

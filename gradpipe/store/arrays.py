@@ -1,9 +1,12 @@
-"""Arrays as objects: Zarr v3 is the format, one object of data per array.
+"""Arrays and groups as objects: Zarr v3 is the format, one object of data per array.
 
 Zarr encodes in memory; `store.objects` moves the bytes. Only the one layout that the format allows
 is ever decoded (`docs/store-format.md`): one chunk, or one shard of inner chunks of whole rows,
 zstd with a checksum. What a store's metadata asks for beyond that is refused, and so is a chunk
 that would decode to more or less than its place in the array, before memory is taken for it.
+
+A complete store's root holds a copy of all metadata: a reader takes it from there, in one request,
+and reads no other `zarr.json`.
 """
 
 from __future__ import annotations
@@ -11,8 +14,11 @@ from __future__ import annotations
 import json
 import math
 import struct
+import sys
 import warnings
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +29,11 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from gradpipe.errors import StoreError
+from gradpipe.store.objects import ObjectReader, ObjectWriter
 
 Array = npt.NDArray[Any]
+
+ATTRIBUTE = "gradpipe"  # everything that a group says of itself stands under this key
 
 DTYPES = ("uint8", "int16", "int32", "int64", "float16", "float32")
 
@@ -39,6 +48,118 @@ _BYTES_A_CODE = 8  # a byte of codes becomes two float32 norms
 _ZSTD_MAGIC = 0xFD2FB528
 
 _NO_CHUNK = (1 << 64) - 1  # in a shard's index: never written
+
+_NODE_BYTES = 1 << 20  # of a group's or an array's metadata
+
+_ROOT_BYTES, _BYTES_AN_OBJECT = 1 << 28, 1 << 11  # of the root's: it has those of all others
+
+
+def write_group(objects: ObjectWriter, key: str, attributes: dict[str, Any] | None) -> None:
+    """Write the metadata of a group."""
+    document = {} if attributes is None else {ATTRIBUTE: attributes}
+    objects.write(_metadata_key(key), group_metadata(document))
+
+
+def write_array(objects: ObjectWriter, key: str, array: Array) -> None:
+    """Write the metadata and the data of an array."""
+    for name, data in encode_array(array).items():
+        objects.write(f"{key}/{name}", data)
+
+
+@dataclass(frozen=True, slots=True)
+class Nodes:
+    """Groups and arrays among a reader's objects; StoreError wherever one is not as it must be."""
+
+    objects: ObjectReader
+    copies: Mapping[str, str] = field(default_factory=dict)  # of metadata, by key, in one line each
+
+    @classmethod
+    def of_root(cls, objects: ObjectReader) -> tuple[object, Self]:
+        """What the root of a complete store says of the store, and all below, by its copies."""
+        known = objects.record.objects
+        limit = min(_ROOT_BYTES, _NODE_BYTES + _BYTES_AN_OBJECT * len(known))
+        metadata = objects.read(_metadata_key(""), limit)
+        try:
+            attributes, copies = parse_root(metadata)
+        except StoreError as error:
+            raise StoreError(f"store {objects.url}: zarr.json: {error}") from error
+        listed = {_metadata_key(key) for key in copies}
+        if odd := sorted(listed ^ {key for key in known if key.endswith("/zarr.json")}):
+            raise StoreError(
+                f"store {objects.url}: zarr.json and the commit record differ over {odd[0][:200]}: "
+                "the store is damaged"
+            )
+        return attributes, cls(objects, copies)
+
+    def attributes(self, key: str) -> object:
+        """What a group says of itself."""
+        try:
+            return parse_group(self._metadata(key))["attributes"][ATTRIBUTE]
+        except (KeyError, TypeError) as error:
+            name = _metadata_key(key)
+            raise StoreError(
+                f"store {self.objects.url}: {name} has no gradpipe attributes: it is damaged"
+            ) from error
+
+    def array(self, key: str, shape: tuple[int, ...], dtype: str) -> Array:
+        """An array, which must have this shape and dtype."""
+        name = "/".join([key, "c", *("0" for _ in shape)])
+        data = self.objects.read(name, most_bytes(shape, dtype))
+        metadata = self._metadata(key)
+        try:
+            return decode_array(metadata, data, shape, dtype)
+        except StoreError as error:
+            raise StoreError(f"store {self.objects.url}: {key}: {error}") from error
+
+    def check_copies(self) -> None:
+        """Refuse copies of metadata that are not what the group or the array itself says."""
+        for key, copy in self.copies.items():
+            name = _metadata_key(key)
+            if _loads(self.objects.read(name, _NODE_BYTES), _folded) != copy:
+                raise StoreError(
+                    f"store {self.objects.url}: {name} is not what the root's zarr.json says of "
+                    "it: the store is damaged"
+                )
+
+    def _metadata(self, key: str) -> bytes | str:
+        copy = self.copies.get(key)
+        return self.objects.read(_metadata_key(key), _NODE_BYTES) if copy is None else copy
+
+
+def _metadata_key(key: str) -> str:
+    return f"{key}/zarr.json".lstrip("/")
+
+
+def parse_root(metadata: bytes) -> tuple[object, dict[str, str]]:
+    """What a root says of its store, and its copies of all other metadata, by key.
+
+    Each copy becomes a line of JSON as soon as it is read: as dictionaries they would take ten
+    times the room, and most lines are equal.
+    """
+    document = _checked_group(_parse_json(metadata, object_hook=_folded))
+    try:
+        attributes = document["attributes"][ATTRIBUTE]
+        copies = document["consolidated_metadata"]["metadata"]
+        is_whole = all(isinstance(copy, str) for copy in copies.values())
+    except (KeyError, TypeError, AttributeError) as error:
+        raise StoreError("no gradpipe attributes, or no consolidated metadata") from error
+    if not is_whole:
+        raise StoreError("consolidated metadata of what is no group and no array")
+    return attributes, copies
+
+
+def _folded(document: dict[str, Any]) -> Any:
+    """A group or an array as a line, anything else, the root too, as it is."""
+    copies = document.get("consolidated_metadata")
+    is_root = isinstance(copies, dict) and bool(copies.get("metadata"))
+    is_node = document.get("node_type") in ("array", "group")
+    return _one_line(document) if is_node and not is_root else document
+
+
+def _one_line(node: dict[str, Any]) -> str:
+    """A group's or an array's metadata, less what the root's copy alone has, in canonical form."""
+    own = {name: value for name, value in node.items() if name != "consolidated_metadata"}
+    return sys.intern(json.dumps(own, sort_keys=True, separators=(",", ":")))
 
 
 def encode_array(array: Array) -> dict[str, bytes]:
@@ -59,7 +180,7 @@ def encode_array(array: Array) -> dict[str, bytes]:
     return _contents(store)
 
 
-def decode_array(metadata: bytes, data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
+def decode_array(metadata: bytes | str, data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
     """The array behind two objects, which must have this shape and dtype, else StoreError."""
     _check_metadata(_parse_json(metadata), shape, dtype)
     itemsize = np.dtype(dtype).itemsize
@@ -116,9 +237,12 @@ def _compact(document: bytes) -> bytes:
     return json.dumps(json.loads(document), separators=(",", ":")).encode()
 
 
-def parse_group(metadata: bytes) -> dict[str, Any]:
+def parse_group(metadata: bytes | str) -> dict[str, Any]:
     """A group's document, checked to be a Zarr v3 group, else StoreError."""
-    document = _parse_json(metadata)
+    return _checked_group(_parse_json(metadata))
+
+
+def _checked_group(document: dict[str, Any]) -> dict[str, Any]:
     if document.get("zarr_format") != 3 or document.get("node_type") != "group":
         raise StoreError("expected a Zarr v3 group")
     return document
@@ -135,15 +259,22 @@ def _layout(shape: tuple[int, ...], itemsize: int) -> tuple[tuple[int, ...], tup
     return (rows, *shape[1:]), (shard_rows, *shape[1:])
 
 
-def _parse_json(data: bytes) -> dict[str, Any]:
+def _parse_json(
+    data: bytes | str, object_hook: Callable[[dict[str, Any]], Any] | None = None
+) -> dict[str, Any]:
     """A JSON object, or StoreError."""
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"metadata is not JSON ({type(error).__name__})") from error
+    document = _loads(data, object_hook)
     if not isinstance(document, dict):
         raise StoreError(f"metadata is {type(document).__name__}, expected a JSON object")
     return document
+
+
+def _loads(data: bytes | str, object_hook: Callable[[dict[str, Any]], Any] | None) -> Any:
+    """What is in a JSON document, or StoreError."""
+    try:
+        return json.loads(data, object_hook=object_hook)
+    except (ValueError, RecursionError, TypeError) as error:
+        raise StoreError(f"metadata is not JSON ({type(error).__name__})") from error
 
 
 def _check_metadata(document: dict[str, Any], shape: tuple[int, ...], dtype: str) -> None:

@@ -3,19 +3,20 @@
 A statistic is stored as a group of plain arrays, its *parts*, and a `StatisticSpec` that says how
 to read them. Lossy steps happen here, on the values, never as Zarr filters, so that any Zarr
 reader sees ordinary numbers. What comes back is a norm: the root of the sum where the sum is of
-squares (`SQUARED`), the sum itself elsewhere.
+squares, the sum itself elsewhere. Which encodings a statistic may be in stands in its entry of
+`STATISTICS`.
 
     float32   values = the sums, exact
     float16   values = norms / scale, with a power of two as scale that puts the largest near 2¹⁴
-    compact   gradient norms as 4-bit logarithms (below); activations as float32, signed sums as
-              float16; second moments as 16-bit correlations beside a float32 diagonal
+    compact   gradient norms as 4-bit logarithms (`log`, below); activations as float32, signed sums
+              as float16; second moments as 16-bit correlations beside a float32 diagonal
 
 A compact norm is 2^(level/16), at most 2.2 % off. A gradient's magnitude is close to a product
 of one factor per row and one per column, so level = rows[i] + cols[j] + code, and the codes are
 small: 0..14 fit half a byte, 15 says that the next escape stands here instead. `offsets` holds
-rows, cols and escapes. Where both gradient norms are kept, `grad_l1` is coded against `grad_l2`,
-whose levels are added.
-`docs/store-format.md` decodes it in ten lines; `gradpipe.stages.decode` does so on a device.
+rows, cols and escapes. Where a statistic's base is kept too (`grad_l2` is that of `grad_l1`), it is
+coded against that, whose levels are added.
+`docs/store-format.md` decodes it in ten lines; `gradpipe.stages.prune.decode` does so on a device.
 """
 
 from __future__ import annotations
@@ -31,19 +32,13 @@ import numpy.typing as npt
 
 from gradpipe.errors import StoreError
 from gradpipe.store.schema import LayerSpec, StatisticSpec
-from gradpipe.store.statistics import SECOND_MOMENTS
-
-Sums = npt.NDArray[np.float32]
+from gradpipe.store.statistics import STATISTICS, Statistic, Sums
 
 Levels = npt.NDArray[np.int32]
 
 Levels16 = npt.NDArray[np.int16]
 
 Parts = dict[str, npt.NDArray[Any]]
-
-ENCODINGS = ("compact", "float32", "float16")
-
-SQUARED = ("grad_l2", "act_l2")  # sums of squares, whose roots are the norms
 
 STEPS = 16  # levels of a factor of two
 
@@ -56,8 +51,6 @@ SPECIAL = 1 << 14  # levels below −this stand for 0, above it for ∞
 _CHUNK_VALUES = 1 << 20
 
 LOWEST, HIGHEST = -126 * STEPS - 1, 128 * STEPS  # one beyond float32's normal numbers
-
-_COMPACT = {"grad_l1": "log", "grad_l2": "log", "grad_sum": "float16"}  # the rest as float32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,32 +67,26 @@ def encode_layer(
     """Encode every statistic of one layer, in the order in which a reader needs them."""
     encoded: dict[str, Encoded] = {}
     levels: dict[str, Levels16] = {}
-    for statistic in sorted(sums, key=lambda name: name != "grad_l2"):
-        kind = _kind(encoding, statistic)
-        base = "grad_l2" if kind == "log" and statistic == "grad_l1" and "grad_l2" in sums else None
+    bases = {STATISTICS[name].base for name in sums}
+    for name in sorted(sums, key=lambda name: name not in bases):
+        statistic, values = STATISTICS[name], sums[name]
+        kind = statistic.encoding(encoding)
+        base = statistic.base if kind == "log" and statistic.base in sums else None
         fields: dict[str, Any] = {}
         if kind == "log":
             below = levels.pop(base) if base else None
-            parts, fields["num_escapes"], own = _encode_log(statistic, sums[statistic], below)
-            levels[statistic] = own
+            parts, fields["num_escapes"], levels[name] = _encode_log(statistic, values, below)
         elif kind == "correlation":
-            parts = _encode_correlation(sums[statistic])
+            parts = _encode_correlation(values)
         elif kind == "float16":
-            parts, fields["scale"] = _encode_float16(norm_of(statistic, sums[statistic]))
+            parts, fields["scale"] = _encode_float16(statistic.norm_of(values))
         else:
-            parts = {"values": sums[statistic]}
+            parts = {"values": values}
         spec = StatisticSpec(
             encoding=kind, num_samples=num_samples, num_tokens=num_tokens, base=base, **fields
         )
-        encoded[statistic] = Encoded(spec=spec, parts=parts)
+        encoded[name] = Encoded(spec=spec, parts=parts)
     return encoded
-
-
-def _kind(encoding: str, statistic: str) -> str:
-    """What a store's encoding means for one statistic."""
-    if statistic in SECOND_MOMENTS:
-        return "float32" if encoding == "float32" else "correlation"
-    return _COMPACT.get(statistic, "float32") if encoding == "compact" else encoding
 
 
 def decode_layer(encoded: Mapping[str, Encoded]) -> dict[str, Sums]:
@@ -114,7 +101,7 @@ def decode_layer(encoded: Mapping[str, Encoded]) -> dict[str, Sums]:
         elif item.spec.encoding == "float16":
             norms[statistic] = item.parts["values"].astype(np.float32) * np.float32(item.spec.scale)
         else:
-            norms[statistic] = norm_of(statistic, item.parts["values"])
+            norms[statistic] = STATISTICS[statistic].norm_of(item.parts["values"])
     return norms
 
 
@@ -127,17 +114,11 @@ def is_sound(statistic: str, item: Encoded) -> bool:
         for _ in _level_rows(item):  # looked at some at a time: norms take eight times their room
             pass
         return True
-    squares_are_sound = item.spec.encoding == "float16" or statistic not in SQUARED
+    squares_are_sound = item.spec.encoding == "float16" or not STATISTICS[statistic].is_squared
     return all(
         bool(np.isfinite(part).all()) and (squares_are_sound or float(part.min()) >= 0)
         for part in item.parts.values()
     )
-
-
-def norm_of(statistic: str, sums: Sums) -> Sums:
-    """The root of sums of squares, other sums as they are."""
-    with np.errstate(invalid="ignore"):  # a hostile store's squares may be negative: NaN
-        return np.sqrt(sums) if statistic in SQUARED else sums
 
 
 def part_types(
@@ -150,7 +131,8 @@ def part_types(
     _check_spec(spec, statistic)
     shape = layer.statistic_shape(statistic)
     if spec.encoding == "correlation":
-        return {"diagonal": ((layer.width(statistic),), "float32"), "values": (shape, "int16")}
+        width = STATISTICS[statistic].sum_shape(layer.shape)[:1]
+        return {"diagonal": (width, "float32"), "values": (shape, "int16")}
     if spec.encoding != "log":
         return {"values": (shape, spec.encoding)}
     rows, columns = shape
@@ -162,17 +144,16 @@ def part_types(
     }
 
 
-def _check_spec(spec: StatisticSpec, statistic: str) -> None:
-    kinds = ("float32", "float16", *(("log",) if statistic.startswith("grad_l") else ()))
-    if statistic in SECOND_MOMENTS:
-        kinds = ("float32", "correlation")
-    if spec.encoding not in kinds:
+def _check_spec(spec: StatisticSpec, name: str) -> None:
+    statistic = STATISTICS[name]
+    if spec.encoding not in statistic.encodings:
         raise StoreError(
-            f"{statistic}: unknown encoding {spec.encoding[:40]!r}, expected one of {kinds}"
+            f"{name}: unknown encoding {spec.encoding[:40]!r}, expected one of "
+            f"{statistic.encodings}"
         )
-    bases = (None, "grad_l2") if (spec.encoding, statistic) == ("log", "grad_l1") else (None,)
+    bases = (None, statistic.base) if spec.encoding == "log" else (None,)
     if spec.base not in bases:
-        raise StoreError(f"{statistic}: cannot be coded against {str(spec.base)[:40]!r}")
+        raise StoreError(f"{name}: cannot be coded against {str(spec.base)[:40]!r}")
 
 
 def check_bases(encoded: Mapping[str, Encoded]) -> None:
@@ -276,7 +257,9 @@ def _finite(levels: Levels) -> Levels:
     return np.where(np.abs(levels) < SPECIAL, levels, 0)
 
 
-def _encode_log(statistic: str, sums: Sums, base: Levels16 | None) -> tuple[Parts, int, Levels16]:
+def _encode_log(
+    statistic: Statistic, sums: Sums, base: Levels16 | None
+) -> tuple[Parts, int, Levels16]:
     """A compact statistic's parts, number of escapes, and levels for another to be coded against.
 
     Layers are large: all but the levels, two bytes each, is done for a few rows at a time.
@@ -310,12 +293,12 @@ def _row_chunks(shape: tuple[int, ...]) -> list[slice]:
     return [slice(start, start + step) for start in range(0, shape[0], step)]
 
 
-def _levels(statistic: str, sums: Sums) -> tuple[Levels16, npt.NDArray[np.int8]]:
+def _levels(statistic: Statistic, sums: Sums) -> tuple[Levels16, npt.NDArray[np.int8]]:
     """16 · log₂ of the norms, rounded; and −1 where one is zero, 1 where it is ∞, else 0."""
     levels = np.zeros(sums.shape, dtype=np.int16)
     special = np.zeros(sums.shape, dtype=np.int8)
     for part in _row_chunks(sums.shape):
-        norms = norm_of(statistic, sums[part])
+        norms = statistic.norm_of(sums[part])
         zero, infinite = norms < np.finfo(np.float32).tiny, np.isinf(norms)  # subnormals are zero
         special[part] = infinite.astype(np.int8) - zero.astype(np.int8)
         exact = np.log2(norms, where=~(zero | infinite), out=np.zeros_like(norms))

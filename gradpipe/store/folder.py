@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from gradpipe.errors import StoreError, one_line
 from gradpipe.store import arrays
+from gradpipe.store.arrays import ATTRIBUTE, Nodes
 from gradpipe.store.lock import locked
-from gradpipe.store.nodes import ATTRIBUTE, read_array
 from gradpipe.store.objects import COMMIT_KEY, CommitRecord, ObjectReader, digest, remove_strays
 from gradpipe.store.schema import StoreSpec
 
@@ -19,7 +19,7 @@ LOCK_NAME = ".lock"
 
 PARTIAL = "partial"
 
-_BEGUN_KEY = f"{PARTIAL}/calibration.json"
+BEGUN_KEY = f"{PARTIAL}/calibration.json"
 
 _OWN = ("calibration", "layers", PARTIAL, COMMIT_KEY, "zarr.json")  # all that a store is made of
 
@@ -44,7 +44,7 @@ def is_complete(folder: Path) -> bool:
 
 def is_begun(folder: Path) -> bool:
     """True if the folder holds an unfinished store whose samples are fixed."""
-    return not is_complete(folder) and (folder / _BEGUN_KEY).is_file()
+    return not is_complete(folder) and (folder / BEGUN_KEY).is_file()
 
 
 def is_free(folder: Path) -> bool:
@@ -67,24 +67,27 @@ def read_begun(folder: Path) -> tuple[StoreSpec, Calibration]:
     try:
         document = arrays.parse_group((folder / "zarr.json").read_bytes())
         spec = StoreSpec.from_json(document["attributes"][ATTRIBUTE])
-        return spec, read_calibration(ObjectReader(str(folder), record_key=_BEGUN_KEY), spec)
+        return spec, read_calibration(Nodes(ObjectReader(str(folder), record_key=BEGUN_KEY)), spec)
     except (StoreError, FileNotFoundError, KeyError, TypeError) as error:
         raise StoreError(
             f"store {folder} was begun, but its samples or its zarr.json are damaged "
-            f"({one_line(error)}): start anew with --overwrite"
+            f"({one_line(error)}): remove it, or overwrite it, to start anew"
         ) from error
 
 
-def read_calibration(objects: ObjectReader, spec: StoreSpec) -> Calibration:
+def read_calibration(nodes: Nodes, spec: StoreSpec) -> Calibration:
     """The samples in a store; StoreError unless they are those that its spec names."""
     types = spec.samples.arrays()
-    arrays = {name: read_array(objects, f"calibration/{name}", *types[name]) for name in types}
-    calibration = Calibration(arrays=arrays)
+    calibration = Calibration(
+        arrays={name: nodes.array(f"calibration/{name}", *types[name]) for name in types}
+    )
     if calibration.digest != spec.samples.digest:
         names = ", ".join(name for name in types if name != "sources")
-        raise StoreError(f"store {objects.url}: calibration/{names} are not the spec's samples")
-    if "labels" in arrays and int(arrays["labels"].min()) < 0:
-        raise StoreError(f"store {objects.url}: calibration/labels are negative")
+        raise StoreError(
+            f"store {nodes.objects.url}: calibration/{names} are not the spec's samples"
+        )
+    if "labels" in calibration.arrays and int(calibration.arrays["labels"].min()) < 0:
+        raise StoreError(f"store {nodes.objects.url}: calibration/labels are negative")
     return calibration
 
 
@@ -96,7 +99,7 @@ def clear(folder: Path) -> None:
     for lock in (folder / PARTIAL).glob("*.lock"):
         with locked(lock, of=folder, wait=False):
             pass  # nobody holds it, and nobody can take it without the store's lock
-    for key in (COMMIT_KEY, _BEGUN_KEY):  # first: without the rest it is neither
+    for key in (COMMIT_KEY, BEGUN_KEY):  # first: without the rest it is neither
         (folder / key).unlink(missing_ok=True)
     remove_strays(folder, _OWN, keep=())
 

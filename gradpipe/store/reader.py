@@ -4,7 +4,7 @@
     calibration/input_ids, …/sources         the samples: text, or
     calibration/pixel_values, …/labels       images
     layers/<layer>/<statistic>/<part>        plain Zarr arrays; StatisticSpec on the statistic
-    partial/…                                while collecting: see `gradpipe.store.partial`
+    partial/…                                while collecting: see `gradpipe.store.snapshots`
     commit.json                              written last: key, size, digest of every object
 
 A store is complete when it has its commit record, and begun when it has the record of its
@@ -22,10 +22,11 @@ import numpy.typing as npt
 
 from gradpipe.errors import InputError, StoreError
 from gradpipe.store import codec
+from gradpipe.store.arrays import Nodes
 from gradpipe.store.folder import Calibration, read_calibration
-from gradpipe.store.nodes import read_array, read_attributes
 from gradpipe.store.objects import ObjectReader
 from gradpipe.store.schema import LayerSpec, StatisticSpec, StoreSpec
+from gradpipe.store.statistics import Sums
 
 
 class GradientStore:
@@ -34,7 +35,8 @@ class GradientStore:
     def __init__(self, objects: ObjectReader) -> None:
         """Use `GradientStore.open`."""
         self._objects = objects
-        self.spec = StoreSpec.from_json(read_attributes(objects, ""))
+        attributes, self._nodes = Nodes.of_root(objects)
+        self.spec = StoreSpec.from_json(attributes)
         self.digest = objects.record_digest  # names the whole content
 
     @classmethod
@@ -65,7 +67,7 @@ class GradientStore:
         if missing := [name for name in waiting if name not in self.spec.statistics]:
             raise InputError(
                 f"store {self.url} has no {missing[0]}, it has "
-                f"{', '.join(self.spec.statistics)}: collect again with --statistics"
+                f"{', '.join(self.spec.statistics)}: collect again, with that statistic"
             )
         while waiting:
             statistic = waiting.pop()
@@ -75,7 +77,7 @@ class GradientStore:
         codec.check_bases(encoded)
         return encoded
 
-    def read_norms(self, layer: LayerSpec, statistic: str) -> codec.Sums:
+    def read_norms(self, layer: LayerSpec, statistic: str) -> Sums:
         """One statistic of a layer as float32 norms: Σ|G|, √ΣG², ΣG, (out, in); √Σx², Σx, (in,).
 
         Second moments are packed triangles. Raises as `read` does.
@@ -86,7 +88,7 @@ class GradientStore:
         """The calibration samples; InputError if the store was imported."""
         if not self.spec.samples.digest:
             raise InputError(f"store {self.url} was imported: it does not have its samples")
-        return read_calibration(self._objects, self.spec)
+        return read_calibration(self._nodes, self.spec)
 
     def input_ids(self) -> npt.NDArray[np.int32]:
         """The calibration tokens, (samples, tokens); InputError if the store has none."""
@@ -103,8 +105,10 @@ class GradientStore:
 
     def verify(self) -> None:
         """Read every object; raise StoreError naming the first that is not as it was written."""
+        self._nodes.check_copies()
         for key in self._objects.record.objects:
-            self._objects.verify(key)
+            if not key.endswith("/zarr.json"):  # these have just been read
+                self._objects.verify(key)
 
     def validate(self) -> None:
         """Verify, then decode everything; StoreError names the first that is not as it must be."""
@@ -132,11 +136,11 @@ class GradientStore:
         key = _key(layer, statistic)
         spec = self._statistic_spec(key)
         types = codec.part_types(spec, layer, statistic)
-        parts = {name: read_array(self._objects, f"{key}/{name}", *types[name]) for name in types}
+        parts = {name: self._nodes.array(f"{key}/{name}", *types[name]) for name in types}
         return codec.Encoded(spec=spec, parts=parts)
 
     def _statistic_spec(self, key: str) -> StatisticSpec:
-        return StatisticSpec.from_json(read_attributes(self._objects, key))
+        return StatisticSpec.from_json(self._nodes.attributes(key))
 
 
 def open_store(url: str | Path, options: dict[str, Any] | None = None) -> GradientStore:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from gradpipe.errors import StoreError
-from gradpipe.store.statistics import GRADIENT_STATISTICS, SECOND_MOMENTS, STATISTICS
+from gradpipe.store.statistics import STATISTICS, in_order
 
 FORMAT_VERSION = 2  # what is written
 
@@ -108,14 +108,8 @@ class LayerSpec(JsonSpec):
             raise StoreError(f"layer {self.name}: expected a shape (out, in), got {self.shape}")
 
     def statistic_shape(self, statistic: str) -> tuple[int, ...]:
-        """(out, in) for gradient statistics, (in,) for activation statistics.
-
-        n (n + 1) / 2 for an n × n second moment: its upper triangle, row by row.
-        """
-        if statistic in SECOND_MOMENTS:
-            width = self.width(statistic)
-            return (width * (width + 1) // 2,)
-        return self.shape if statistic in GRADIENT_STATISTICS else self.shape[1:]
+        """The shape that a statistic of this layer is stored in."""
+        return STATISTICS[statistic].stored_shape(self.shape)
 
     @property
     def num_weights(self) -> int:
@@ -124,14 +118,10 @@ class LayerSpec(JsonSpec):
 
     def keeper(self, statistic: str) -> str:
         """Name of the layer that a statistic is kept under: this one, or its input's first."""
-        return (self.input_of if statistic == "hessian" else None) or self.name
+        return (self.input_of if STATISTICS[statistic].once_per_input else None) or self.name
 
-    def width(self, statistic: str) -> int:
-        """How many rows a second moment has: `in` for `hessian`, `out` for `grad_cov`."""
-        return self.shape[1] if statistic == "hessian" else self.shape[0]
-
-    def own(self, statistics: tuple[str, ...]) -> tuple[str, ...]:
-        """The statistics that are kept under this layer's name: all but a shared Hessian."""
+    def own(self, statistics: Iterable[str]) -> tuple[str, ...]:
+        """The statistics kept under this layer's name: not under its input's first."""
         return tuple(x for x in statistics if self.keeper(x) == self.name)
 
 
@@ -249,11 +239,10 @@ class StoreSpec(JsonSpec):
         is_of_images = self.objective == IMAGE_CLASSIFICATION
         if self.samples.digest and is_of_images != (self.samples.image_shape is not None):
             raise StoreError(f"objective {self.objective:.40} does not go with the store's samples")
-        known = tuple(name for name in STATISTICS if name in self.statistics)
-        if not known or self.statistics != known:
+        if not self.statistics or self.statistics != in_order(self.statistics):
             raise StoreError(
                 f"store holds the statistics {self.statistics!s:.200}, expected some of "
-                f"{STATISTICS}, in this order"
+                f"{', '.join(STATISTICS)}, in this order"
             )
         by_name = {layer.name: layer for layer in self.layers}
         if not self.layers or len(by_name) != len(self.layers):

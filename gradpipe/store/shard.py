@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,7 +10,7 @@ from gradpipe.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One of `count` independent jobs, each with its own share of the samples."""
+    """One of `count` independent jobs, each with its own part of the samples."""
 
     index: int
     count: int
@@ -21,32 +20,14 @@ class Shard:
         """The shard in `3/8`, counted from 0; InputError for anything else."""
         index, slash, count = text.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise InputError(f"--shard {text}: expected I/N with 0 ≤ I < N, such as 0/8")
+            raise InputError(f"shard {text}: expected I/N with 0 ≤ I < N, such as 0/8")
         return cls(int(index), int(count))
-
-    @classmethod
-    def of_slurm(cls, environ: Mapping[str, str]) -> Self | None:
-        """The shard that a task of a Slurm array is, None outside one.
-
-        Raises InputError if the array's numbers do not follow each other.
-        """
-        task, count = (environ.get(f"SLURM_ARRAY_TASK_{x}") for x in ("ID", "COUNT"))
-        if not (task and count):
-            return None
-        first = environ.get("SLURM_ARRAY_TASK_MIN") or "0"
-        try:
-            return cls.parse(f"{int(task) - int(first)}/{int(count)}")
-        except (ValueError, InputError) as error:
-            raise InputError(
-                f"SLURM_ARRAY_TASK_ID {task}, _COUNT {count}, _MIN {first}: expected numbers that "
-                "follow each other: give --shard I/N"
-            ) from error
 
     @property
     def name(self) -> str:
         """Folder name: `3-of-8`."""
         return f"{self.index}-of-{self.count}"
 
-    def share(self, total: int) -> range:
+    def part_of(self, total: int) -> range:
         """Its samples, or files, out of `total`: a run of consecutive ones."""
         return range(self.index * total // self.count, (self.index + 1) * total // self.count)

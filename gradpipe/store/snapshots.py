@@ -15,15 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from gradpipe.errors import StoreError
+from gradpipe.store.arrays import Nodes, write_array, write_group
 from gradpipe.store.folder import PARTIAL
-from gradpipe.store.nodes import read_array, read_attributes, write_array, write_group
 from gradpipe.store.objects import CommitRecord, ObjectReader, ObjectWriter
 from gradpipe.store.schema import JsonSpec, LayerSpec
 from gradpipe.store.shard import Shard
-from gradpipe.store.writer import LayerStats
+from gradpipe.store.statistics import LayerStats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +41,7 @@ class SnapshotSpec(JsonSpec):
     layers: tuple[LayerCounts, ...]
 
 
-class Partial:
+class Snapshots:
     """One shard's folder of snapshots."""
 
     def __init__(self, store: Path, shard: Shard) -> None:
@@ -119,10 +117,10 @@ class Snapshot:
     """A committed snapshot; each layer's sums are read, and verified, when they are asked for."""
 
     def __init__(self, store: Path, prefix: str) -> None:
-        """Use `Partial.read`."""
-        self._objects = ObjectReader(str(store), record_key=f"{prefix}.json")
+        """Use `Snapshots.read`."""
+        self._nodes = Nodes(ObjectReader(str(store), record_key=f"{prefix}.json"))
         self._prefix = prefix
-        self.spec = SnapshotSpec.from_json(read_attributes(self._objects, prefix))
+        self.spec = SnapshotSpec.from_json(self._nodes.attributes(prefix))
         self.counts = {counts.name: counts for counts in self.spec.layers}
 
     def layer(self, layer: LayerSpec, statistics: tuple[str, ...]) -> LayerStats:
@@ -132,11 +130,8 @@ class Snapshot:
             raise StoreError(f"{self._prefix} holds no sums of {layer.name}: it is damaged")
         return LayerStats(  # what belongs to another layer is read with that one
             arrays={
-                name: read_array(
-                    self._objects,
-                    f"{self._prefix}/{layer.name}/{name}",
-                    layer.statistic_shape(name),
-                    "float32",
+                name: self._nodes.array(
+                    f"{self._prefix}/{layer.name}/{name}", layer.statistic_shape(name), "float32"
                 )
                 for name in layer.own(statistics)
             },
@@ -149,14 +144,3 @@ def begun_shards(store: Path) -> set[Shard]:
     """The shards of which a store holds a folder, finished or not."""
     names = [path.name for path in (store / PARTIAL).glob("*-of-*") if path.is_dir()]
     return {Shard.parse(name.replace("-of-", "/")) for name in names}
-
-
-def add_stats(total: LayerStats | None, more: LayerStats) -> LayerStats:
-    """The sum of two shards' sums."""
-    if total is None:
-        return more
-    return LayerStats(
-        arrays={name: np.add(sums, more.arrays[name]) for name, sums in total.arrays.items()},
-        num_samples=total.num_samples + more.num_samples,
-        num_tokens=total.num_tokens + more.num_tokens,
-    )

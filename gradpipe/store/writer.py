@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from gradpipe.errors import GradpipeError
 from gradpipe.store import arrays, codec
-from gradpipe.store.folder import _BEGUN_KEY, PARTIAL, Calibration, tidy
-from gradpipe.store.nodes import write_array, write_group
+from gradpipe.store.arrays import write_array, write_group
+from gradpipe.store.folder import BEGUN_KEY, PARTIAL, Calibration, tidy
 from gradpipe.store.objects import CommitRecord, ObjectWriter
 from gradpipe.store.schema import LayerSpec, StoreSpec
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerStats:
-    """Sums over samples for one layer."""
-
-    arrays: dict[str, codec.Sums]  # statistic -> (out, in) or (in,)
-    num_samples: int
-    num_tokens: int
+from gradpipe.store.statistics import LayerStats
 
 
 class StoreWriter:
@@ -43,7 +34,7 @@ class StoreWriter:
         write_group(self._objects, "layers", None)
         if calibration is not None:
             (self.folder / PARTIAL).mkdir(exist_ok=True)
-            samples.commit(_BEGUN_KEY)
+            samples.commit(BEGUN_KEY)
 
     def adopt(self, record: CommitRecord) -> None:
         """Count objects that were written and committed before as part of the store."""

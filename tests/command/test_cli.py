@@ -142,9 +142,9 @@ def test_the_recipe_is_one_flag_in_both_stages(pipe: Pipe) -> None:
     pipe("prune model store third --recipe best --allocation uniform --sparsity 0.6")
     third = json.loads(Path("third/pruning.json").read_text())
     assert third["allocation"] == "uniform"  # what is asked for by name comes first
-    pipe("prune model store fourth --recipe best --score abs(W)*X --group global")
+    pipe("prune model store fourth --recipe best --score abs(W)*X")
     fourth = json.loads(Path("fourth/pruning.json").read_text())
-    assert (fourth["method"], fourth["group"]) == ("abs(W)*X", "global")
+    assert (fourth["method"], fourth["allocation"]) == ("abs(W)*X", "sensitivity")
 
 
 def test_a_store_is_described_on_stdout(pipe: Pipe) -> None:

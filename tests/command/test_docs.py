@@ -107,7 +107,7 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_array_metadata_is_what_the_format_shows() -> None:
     """The format's two examples, one chunk and a shard of several, are what the writer writes."""
     blocks = _FENCED.findall(read("docs/store-format.md"))
-    one, several = (json.loads(block) for language, block in blocks if language == "json")
+    _, one, several = (json.loads(block) for language, block in blocks if language == "json")
     for shown in (one, several):
         array = np.zeros(shown["shape"], shown["data_type"])
         written = json.loads(arrays.encode_array(array)["zarr.json"])

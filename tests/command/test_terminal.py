@@ -161,9 +161,9 @@ def test_brackets_and_colons_in_names_are_no_markup(run: Run, place: Path) -> No
     """`[/b]` is no end of bold, `:warning:` no picture, wherever a name is shown."""
     odd = Path("[red] :warning: [") / "b]"  # which is `[/b]` in a path
     odd.mkdir(parents=True)
-    for name in ("model", "text.txt"):
-        (place / name).rename(odd / name)
-    text = shlex.quote(f"{odd}/text.txt")
+    (place / "model").rename(odd / "model")
+    (place / "text.txt").rename(odd / "[red] :warning: [b].txt")
+    text = shlex.quote(f"{odd}/[red] :warning: [b].txt")
     model, store, out = (shlex.quote(f"{odd}/{x}") for x in ("model", "store", "out"))
     options = f"--dataset {text} --seq-len 16"
     shown = []
@@ -177,7 +177,9 @@ def test_brackets_and_colons_in_names_are_no_markup(run: Run, place: Path) -> No
         code, stdout, err = run(command)
         assert code == 0, err
         shown.append(" ".join(stdout.split()))
+    measured = shown.pop()  # which says the last part of a path
     assert all("[red] :warning: [/b]" in x for x in shown), shown
+    assert "[red] :warning: [b].txt" in measured
     code, _, err = run(f"prune {model} {store} {out}")
     assert (code, f"OUT {odd}/out exists" in err) == (2, True)
 

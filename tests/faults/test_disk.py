@@ -34,7 +34,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(inputs: Path, store: Path, **changes: Any) -> CollectConfig:
     """A small run."""
-    settings = {"num_samples": 6, "batch_size": 2, "encoding": "compact", "checkpoint_every": 2}
+    settings: dict[str, Any] = {"num_samples": 6, "batch_size": 2, "encoding": "compact"}
+    if changes.get("schedule") != "streamed":
+        settings["checkpoint_every"] = 2
     return collecting(inputs, store, **{**settings, **changes})
 
 

@@ -142,7 +142,7 @@ def test_targets_together_and_shards_write_the_bytes_of_one_target_alone(
 ) -> None:
     """Several targets in one pass give each one's files, and so do several jobs."""
     root = shelf.root(case)
-    patterns = () if options.get("group") == "global" else ("2:4",)
+    patterns = () if {"group", "allocation"} & {*options} else ("2:4",)  # which are alike in all
     every = {"sparsities": (0.5, 0.7), "patterns": patterns, **options}
     together = prune(pruning(root, tmp_path / "all", **every))
     targets: dict[str, dict[str, Any]] = {

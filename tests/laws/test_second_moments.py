@@ -15,7 +15,8 @@ from gradpipe import StoreError, collect, prune
 from gradpipe.stages.prune.curvature import Curvature
 from gradpipe.stages.prune.decode import decode_norms
 from gradpipe.stages.prune.least_squares import least_squares
-from gradpipe.stages.prune.mask import Group, unstructured_mask
+from gradpipe.stages.prune.mask import unstructured_mask
+from gradpipe.stages.prune.target import Group
 from gradpipe.store.codec import decode_layer, encode_layer, is_sound
 from gradpipe.store.schema import LayerSpec, StoreSpec
 from tests.support.cases import LLAMA, Shelf, pruning

@@ -11,7 +11,8 @@ from safetensors.numpy import save_file
 from gradpipe.store.folder import Calibration
 from gradpipe.store.objects import CommitRecord, digest
 from gradpipe.store.schema import FORMAT_VERSION, LayerSpec, ModelSpec, SampleSpec, StoreSpec
-from gradpipe.store.writer import LayerStats, StoreWriter
+from gradpipe.store.statistics import LayerStats
+from gradpipe.store.writer import StoreWriter
 from tests.store.corpus import INPUT_IDS, NAME, SHAPE, Objects
 
 

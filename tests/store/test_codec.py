@@ -22,7 +22,7 @@ from gradpipe.errors import StoreError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.prune.decode import decode_norms
 from gradpipe.store import codec
-from gradpipe.store.codec import Sums
+from gradpipe.store.statistics import ENCODINGS, STATISTICS, Sums
 
 DATA = DataConfig(name="stdlib")
 CPU = torch.device("cpu")
@@ -54,7 +54,7 @@ def test_norms_come_back_within_their_step(case: tuple[int, int, int, list[float
     both = codec.decode_layer(codec.encode_layer("compact", sums, 3, 9))
     alone = codec.decode_layer(codec.encode_layer("compact", {"grad_l1": sums["grad_l1"]}, 3, 9))
     for statistic, got in (("grad_l1", both), ("grad_l2", both), ("grad_l1", alone)):
-        norms = codec.norm_of(statistic, sums[statistic])
+        norms = STATISTICS[statistic].norm_of(sums[statistic])
         zero, infinite = norms < TINY, np.isinf(norms)
         assert (got[statistic][zero] == 0).all()
         assert np.isinf(got[statistic][infinite]).all()
@@ -62,7 +62,7 @@ def test_norms_come_back_within_their_step(case: tuple[int, int, int, list[float
         np.testing.assert_allclose(got[statistic][ordinary], norms[ordinary], rtol=2.2e-2)
 
 
-@given(matrices, st.sampled_from(codec.ENCODINGS))
+@given(matrices, st.sampled_from(ENCODINGS))
 def test_a_device_decodes_to_the_bits_of_numpy(
     case: tuple[int, int, int, list[float]], encoding: str
 ) -> None:

@@ -19,7 +19,8 @@ from gradpipe.store.schema import (
     SampleSpec,
     StoreSpec,
 )
-from gradpipe.store.writer import LayerStats, StoreWriter
+from gradpipe.store.statistics import LayerStats
+from gradpipe.store.writer import StoreWriter
 
 GOLDEN = Path(__file__).parents[1] / "data" / "store-v2"
 GOLDEN_DIGEST = "4a3fc7ded129282615d4c633ed675454"
@@ -125,6 +126,21 @@ def test_layers_with_one_input_keep_one_hessian(tmp_path: Path) -> None:
     store = GradientStore.open(write_store(tmp_path / "store"))
     assert UP.own(STATISTICS) == ("grad_l2", "act_l2")
     assert np.array_equal(store.read_norms(UP, "hessian"), store.read_norms(GATE, "hessian"))
+
+
+def test_the_example_of_the_format_is_one() -> None:
+    """What docs/store-format.md shows of layers and couplings is read as that."""
+    page = (GOLDEN.parents[2] / "docs" / "store-format.md").read_text()
+    shown = json.loads(page.split("```json\n")[1].split("```")[0])
+    for document in shown["layers"]:
+        assert LayerSpec.from_json(document).to_json() == {
+            **document,
+            **{name: document[name] and tuple(document[name]) for name in ("shape", "part")},
+        }
+    (document,) = shown["couplings"]
+    coupling = CouplingSpec.from_json(document)
+    value = LayerSpec.from_json(shown["layers"][0])
+    coupling.check({value.name: value, coupling.target: layer(coupling.target, (8, 8))})
 
 
 def version_1(**fields: object) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import copy
 import json
 import random
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradpipe import GradientStore, GradpipeError, PruneConfig, StoreError, prune
-from tests.store.corpus import ATTRIBUTES, GONE, KINDS, ROOT, Objects, edit, put
+from tests.store.corpus import (
+    ACT,
+    ATTRIBUTES,
+    GONE,
+    KINDS,
+    L1,
+    ROOT,
+    VALUES,
+    Objects,
+    edit,
+    put,
+    remove,
+    replace,
+)
 from tests.support.contained import contained
 from tests.support.workplace import run_pipe
 
@@ -27,9 +41,13 @@ from tests.support.workplace import run_pipe
 def test_a_store_that_lies_is_refused(
     tmp_path: Path, folder: Path, objects: Objects, kind: str
 ) -> None:
-    """Whatever was changed, with digests that fit: a StoreError, and no file or memory beyond."""
+    """Whatever was changed, with digests that fit: a StoreError, and no file or memory beyond.
+
+    Metadata are changed in the root's copy too, which is the one that is read.
+    """
     mutated = copy.copy(objects)
     KINDS[kind](mutated)
+    copy_to_root(mutated, objects)
     store = put(tmp_path / "store", mutated)
     with contained(tmp_path), pytest.raises(StoreError):
         GradientStore.open(store).validate()
@@ -38,6 +56,58 @@ def test_a_store_that_lies_is_refused(
         prune(config)  # what it does not read, it does not miss
     except GradpipeError:
         assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def copy_to_root(mutated: Objects, objects: Objects) -> None:
+    """Bring what was changed in other metadata into the root's copy, where it is JSON."""
+    keys = [key for key in {*mutated, *objects} - {ROOT} if key.endswith("zarr.json")]
+    with suppress(ValueError, RecursionError, KeyError, TypeError):
+        root = json.loads(mutated[ROOT])
+        nodes = root["consolidated_metadata"]["metadata"]
+        for key in keys:
+            if key not in mutated:
+                del nodes[key.removesuffix("/zarr.json")]
+            elif mutated[key] != objects.get(key):
+                nodes[key.removesuffix("/zarr.json")] = json.loads(mutated[key])
+        mutated[ROOT] = json.dumps(root).encode()
+
+
+@pytest.mark.parametrize("key", [f"{L1}/zarr.json", f"{VALUES}/zarr.json", "layers/zarr.json"])
+def test_a_copy_that_is_not_the_original_is_damage(
+    tmp_path: Path, objects: Objects, key: str
+) -> None:
+    """Other readers go by a group's own metadata: verification holds them against the root's."""
+    mutated = copy.copy(objects)
+    edit(key, ("attributes", "mine"), 1)(mutated)
+    store = GradientStore.open(put(tmp_path / "store", mutated))
+    with pytest.raises(StoreError, match=f"{key} is not what the root's zarr.json says of it"):
+        store.verify()
+
+
+def test_the_root_lists_what_the_record_names(tmp_path: Path, objects: Objects) -> None:
+    """A group that one of the two lacks is noticed when the store is opened."""
+    place = ("consolidated_metadata", "metadata", ACT)
+    for number, mutation in enumerate(
+        (edit(ROOT, place, GONE), remove(f"{ACT}/zarr.json"), replace("x/zarr.json", b"{}"))
+    ):
+        mutated = copy.copy(objects)
+        mutation(mutated)
+        with pytest.raises(StoreError, match="and the commit record differ over"):
+            GradientStore.open(put(tmp_path / str(number), mutated))
+
+
+@pytest.mark.parametrize("copies", [None, [], {}, {"x": 1}, {ACT: []}, {ACT: {"node_type": []}}])
+def test_a_root_without_a_copy_of_all_metadata_is_damaged(
+    tmp_path: Path, objects: Objects, copies: object
+) -> None:
+    """Only groups and arrays stand in it, and they must."""
+    for number, path in enumerate(
+        (("consolidated_metadata", "metadata"), ("consolidated_metadata",))
+    ):
+        mutated = copy.copy(objects)
+        edit(ROOT, path, copies)(mutated)
+        with pytest.raises(StoreError, match=r"zarr\.json: "):
+            GradientStore.open(put(tmp_path / str(number), mutated))
 
 
 JSON_VALUES = st.recursive(

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradpipe.errors import GradpipeError, InputError, StoreError
-from gradpipe.store import arrays, codec
+from gradpipe.store import arrays
 from gradpipe.store import folder as folders
 from gradpipe.store.folder import Calibration, is_begun, is_complete
 from gradpipe.store.objects import CommitRecord, ObjectWriter, digest
@@ -24,7 +24,8 @@ from gradpipe.store.schema import (
     SampleSpec,
     StoreSpec,
 )
-from gradpipe.store.writer import LayerStats, StoreWriter
+from gradpipe.store.statistics import STATISTICS, LayerStats
+from gradpipe.store.writer import StoreWriter
 
 LAYER = LayerSpec(
     name="model.layers.0.mlp.up_proj",
@@ -117,7 +118,7 @@ def test_a_store_gives_back_its_norms(tmp_path: Path, encoding: str, rtol: float
     assert store.spec == spec(encoding)
     store.validate()
     for statistic, sums in stats().arrays.items():
-        norms = codec.norm_of(statistic, sums)
+        norms = STATISTICS[statistic].norm_of(sums)
         got = store.read_norms(LAYER, statistic)
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, norms, rtol=rtol, atol=norms.max() * 2**-24)

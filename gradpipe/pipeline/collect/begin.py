@@ -8,9 +8,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gradpipe.errors import InputError, StoreError
+from gradpipe.options import recorded_command, recorded_options
 from gradpipe.pipeline.collect.config import CollectConfig
 from gradpipe.pipeline.collect.merge import check_same
-from gradpipe.pipeline.options import changed_options, recorded_command
 from gradpipe.stages.data.images import Processor, draw_images, load_images
 from gradpipe.stages.data.text import load_text
 from gradpipe.stages.data.tokens import is_tokens, token_samples, window_length
@@ -39,16 +39,11 @@ from gradpipe.store.schema import (
     StoreSpec,
 )
 from gradpipe.store.shard import Shard
-from gradpipe.store.snapshots import Partial, begun_shards
-from gradpipe.store.statistics import STATISTICS
+from gradpipe.store.snapshots import Snapshots, begun_shards
+from gradpipe.store.statistics import in_order
 from gradpipe.store.writer import StoreWriter
 
 _MAX_TOKENS = 2**31  # of all samples: they are kept in memory, and in the store
-
-_NOT_RESULTS = {  # fields that leave the store's content as it is
-    *("model", "task", "store", "data", "overwrite", "device", "schedule", "scratch"),
-    *("checkpoint_every", "shard", "finalize"),
-}
 
 
 def begin(
@@ -86,7 +81,7 @@ def begin(
         _check_count(folder, shard)
         spec, calibration = read_begun(folder)
         check_same(folder, _spec(config, skeleton, spec.samples), spec)
-        held.enter_context(locked(Partial(folder, shard).lock, of=folder, wait=False))
+        held.enter_context(locked(Snapshots(folder, shard).lock, of=folder, wait=False))
         return spec, calibration
 
 
@@ -140,19 +135,20 @@ def _draw_windows(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec
 def _spec(config: CollectConfig, skeleton: Skeleton, samples: SampleSpec) -> StoreSpec:
     checkpoint = skeleton.checkpoint
     task = find_task(checkpoint)
-    options = {"task": None if task == CAUSAL_LM else task}
-    options |= changed_options(config, leave_out=_NOT_RESULTS)
-    data = changed_options(config.data, leave_out={"name", "config"})
-    options |= {"dataset": config.data.label, "dataset-config": config.data.config, **data}
-    options |= {"statistics": ",".join(config.statistics)}
+    options = {"--task": None if task == CAUSAL_LM else task}
+    options |= recorded_options(config)
+    options |= {"--dataset": config.data.label, "--dataset-config": config.data.config}
+    options |= recorded_options(config.data)
+    options |= {"--statistics": ",".join(config.statistics)}
     return StoreSpec(
         version=FORMAT_VERSION,
         gradpipe=version("gradpipe"),
         objective=task,
         model=checkpoint.model_spec(dtype_name(skeleton.model.dtype)),
         samples=samples,
-        statistics=tuple(name for name in STATISTICS if name in config.statistics),
+        statistics=in_order(config.statistics),
         encoding=config.encoding,
         layers=tuple(layer.spec for layer in skeleton.layers),
+        couplings=skeleton.couplings,
         command=recorded_command("collect-grads", (checkpoint.label, "STORE"), options),
     )

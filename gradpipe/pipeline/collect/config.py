@@ -1,61 +1,147 @@
-"""What stage one is asked to do: options, each checked alone."""
+"""What stage one is asked to do: options, checked alone and against each other."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.options import check_counts, check_regexes
-from gradpipe.stages.collect.estimate import check_schedule
-from gradpipe.stages.data.config import DataConfig
-from gradpipe.stages.model.tasks import check_task
-from gradpipe.store.codec import ENCODINGS
-from gradpipe.store.shard import Shard
-from gradpipe.store.statistics import DEFAULT_STATISTICS, STATISTICS
+from gradpipe.options import Option, check_options, is_given, refuse_given, spelled, unasked
+from gradpipe.pipeline.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Include,
+    Model,
+    Overwrite,
+    RecipeName,
+    SeqLen,
+    ShardOption,
+    Task,
+)
+from gradpipe.pipeline.recipes import RECIPES
+from gradpipe.stages.data.config import TOKENS, DataConfig
+from gradpipe.store.statistics import DEFAULT_STATISTICS, ENCODINGS, STATISTICS
+
+SCHEDULES = ("auto", "resident", "streamed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CollectConfig:
     """What to collect, from what, into which store."""
 
-    model: str  # directory, Hub id, or `embedded`
-    store: Path  # a local folder to create
-    task: str | None = None  # causal-lm or image-classification; default by the architecture
+    model: Model
+    store: Annotated[Path, Option(help="Folder to create.", is_argument=True, is_recorded=False)]
+    task: Task = None
     data: DataConfig = field(default_factory=DataConfig)
-    num_samples: int = 128
-    seq_len: int | None = None  # tokens; default 2048, or the model's maximum where that is less
-    seed: int = 0
-    batch_size: int = 1
-    statistics: tuple[str, ...] = DEFAULT_STATISTICS
-    encoding: str = "compact"
-    blocks: str | None = None  # path of the block list, where it cannot be found
-    include: tuple[str, ...] = ()  # regexes: linear layers outside the blocks to collect too
-    schedule: str = "auto"  # resident where the model fits in memory, else streamed
-    scratch: Path | None = None  # where `streamed` keeps activations; default inside the store
-    device: str = "auto"
-    dtype: str = "auto"  # the checkpoint's own
-    checkpoint_every: int | None = None  # samples between snapshots; default by their cost
-    shard: Shard | None = None  # one of several jobs that share the store
-    finalize: bool = False  # the last shard to finish merges them all
-    overwrite: bool = False
+    num_samples: Annotated[int, Option(help="Calibration windows or images.", least=1)] = 128
+    seq_len: SeqLen = None
+    seed: Annotated[int, Option(help="Seed of the samples drawn.")] = unasked(0)
+    batch_size: BatchSize = 1
+    statistics: Annotated[
+        tuple[str, ...], Option(help=f"Of {', '.join(STATISTICS)}, repeatable.", separator=",")
+    ] = unasked(DEFAULT_STATISTICS)
+    recipe: RecipeName = None
+    encoding: Annotated[str, Option(help="{choices}.", choices=ENCODINGS)] = "compact"
+    blocks: Annotated[
+        str | None, Option(help="Path of the block list, as model.layers.", default="found")
+    ] = None
+    include: Include = ()
+    schedule: Annotated[
+        str,
+        Option(
+            help="{choices}: the last keeps one block in memory at a time.",
+            choices=SCHEDULES,
+            is_recorded=False,
+        ),
+    ] = "auto"
+    scratch: Annotated[
+        Path | None,
+        Option(help="Folder for streamed activations.", default="in the store", is_recorded=False),
+    ] = None
+    device: Device = "auto"
+    dtype: Dtype = "auto"
+    checkpoint_every: Annotated[
+        int | None,
+        Option(
+            help="Samples between snapshots; streamed, each block is one.",
+            least=1,
+            default="under 5 % of the time",
+            is_recorded=False,
+        ),
+    ] = None
+    shard: ShardOption = None
+    finalize: Annotated[
+        bool, Option(help="If this shard is the last to finish, merge them.", is_recorded=False)
+    ] = False
+    overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        unknown = [name for name in self.statistics if name not in STATISTICS]
-        if unknown or not self.statistics or len(set(self.statistics)) != len(self.statistics):
-            got = ",".join(self.statistics)
-            raise InputError(
-                f"--statistics {got!r}: expected different names of {', '.join(STATISTICS)}"
-            )
-        if self.encoding not in ENCODINGS:
-            raise InputError(f"--encoding {self.encoding}: expected one of {', '.join(ENCODINGS)}")
-        check_task(self.task)
-        check_schedule(self.schedule)
-        check_counts(self, {"num_samples": 1, "batch_size": 1, "seq_len": 2, "checkpoint_every": 1})
-        check_regexes("--include", self.include)
-        if self.shard is not None and self.shard.count > self.num_samples:
+        """Refuse what cannot be meant, and what would be ignored."""
+        check_options(self)
+        self._resolve_statistics()
+        if self.schedule == "resident":
+            refuse_given(self, ("scratch",), "the resident schedule keeps nothing there")
+        if self.schedule == "streamed":
+            why = "the streamed schedule saves after each block"
+            refuse_given(self, ("checkpoint_every",), why)
+        if self.data.name.endswith(TOKENS):
+            refuse_given(self, ("seed",), "a file of tokens is taken as it is, nothing is drawn")
+        if self.shard is None:
+            refuse_given(self, ("finalize",), "without --shard there is nothing to wait for")
+        elif self.shard.count > self.num_samples:
             raise InputError(
                 f"--shard {self.shard.index}/{self.shard.count}: more shards than the "
                 f"{self.num_samples} samples: give at most one a sample"
             )
+
+    def _resolve_statistics(self) -> None:
+        """Those of the recipe, unless some are given by name."""
+        if self.recipe is not None:
+            if is_given(self, "statistics"):
+                raise InputError(
+                    f"{spelled(self, 'recipe')}: it stands for statistics, which --statistics "
+                    "gives: leave out the one or the other"
+                )
+            object.__setattr__(self, "statistics", unasked(RECIPES[self.recipe].statistics))
+        unknown = [name for name in self.statistics if name not in STATISTICS]
+        if unknown or not self.statistics or len(set(self.statistics)) != len(self.statistics):
+            raise InputError(
+                f"--statistics {','.join(self.statistics)!r}: expected different names of "
+                f"{', '.join(STATISTICS)}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportConfig:
+    """Which files of the reference's to import, for which checkpoint, into which store."""
+
+    model: Model
+    store: Annotated[Path, Option(help="Folder to create.", is_argument=True, is_recorded=False)]
+    l1: Annotated[
+        Path | None, Option(help="gradients_aggregrate_norm_l1_model_*.pth", is_path=True)
+    ] = None
+    l2: Annotated[
+        Path | None, Option(help="gradients_aggregrate_norm_l2_model_*.pth", is_path=True)
+    ] = None
+    activations: Annotated[
+        str | None,
+        Option(help="Store of the same model to take activations from.", is_recorded=False),
+    ] = None
+    num_samples: Annotated[int, Option(help="Samples the reference summed over.", least=1)] = 128
+    scale: Annotated[
+        float,
+        Option(
+            help="What the reference scaled gradients by.",
+            accepts=lambda scale: 0 < scale < float("inf"),
+            expected="a finite number, more than 0",
+        ),
+    ] = 100.0
+    overwrite: Overwrite = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        if self.l1 is None and self.l2 is None:
+            raise InputError("nothing to import: give --l1 FILE, --l2 FILE or both")
+        check_options(self)

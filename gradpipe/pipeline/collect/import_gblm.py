@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.options import check_counts
+from gradpipe.options import recorded_command, recorded_options
+from gradpipe.pipeline.collect.config import ImportConfig
 from gradpipe.pipeline.places import check_store
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.gblm_files import match_layers, read_gblm_file
 from gradpipe.stages.model.tasks import find_task
-from gradpipe.store.codec import Sums
 from gradpipe.store.folder import LOCK_NAME, clear, is_complete
 from gradpipe.store.lock import locked
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import FORMAT_VERSION, LayerSpec, SampleSpec, StoreSpec
-from gradpipe.store.statistics import ACTIVATION_STATISTICS
-from gradpipe.store.writer import LayerStats, StoreWriter
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportConfig:
-    """Which files to import, for which checkpoint, into which store."""
-
-    model: str
-    store: Path
-    l1: Path | None = None  # gradients_aggregrate_norm_l1_model_*.pth
-    l2: Path | None = None  # gradients_aggregrate_norm_l2_model_*.pth
-    activations: str | None = None  # a store of the same checkpoint, to take act_* from
-    num_samples: int = 128  # over how many the reference summed
-    scale: float = 100.0  # what it multiplied gradients by
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if self.l1 is None and self.l2 is None:
-            raise InputError("nothing to import: give --l1 FILE, --l2 FILE or both")
-        check_counts(self, {"num_samples": 1})
-        if not 0 < self.scale < float("inf"):
-            raise InputError(f"--scale {self.scale}: expected a finite number, more than 0")
+from gradpipe.store.statistics import STATISTICS, LayerStats, Sums, is_of_activations
+from gradpipe.store.writer import StoreWriter
 
 
 def import_gblm(config: ImportConfig) -> GradientStore:
@@ -78,7 +56,8 @@ def import_gblm(config: ImportConfig) -> GradientStore:
 
 
 def _read_files(config: ImportConfig) -> dict[str, dict[str, Sums]]:
-    files = {"grad_l1": config.l1, "grad_l2": config.l2}
+    given = {"l1": config.l1, "l2": config.l2}
+    files = {name: given.get(x.gblm_file or "") for name, x in STATISTICS.items()}
     return {
         statistic: read_gblm_file(path, statistic, config.scale)
         for statistic, path in files.items()
@@ -102,7 +81,7 @@ def _check_files(sums: dict[str, dict[str, Sums]], layers: dict[str, LayerSpec])
 
 def _taken(activations: GradientStore, layers: dict[str, LayerSpec]) -> tuple[str, ...]:
     """The activation statistics to take, once the store is known to be of the same weights."""
-    taken = tuple(s for s in ACTIVATION_STATISTICS if s in activations.spec.statistics)
+    taken = tuple(filter(is_of_activations, activations.spec.statistics))
     if not taken:
         raise InputError(
             f"store {activations.url} holds no activations: collect with --statistics act_l2"
@@ -139,5 +118,7 @@ def _spec(
         statistics=statistics,
         encoding="float32",
         layers=tuple(sorted(layers.values(), key=lambda layer: (layer.block or 0, layer.name))),
-        command=f"pipe store import-gblm {checkpoint.label} STORE",
+        command=recorded_command(
+            "store import-gblm", (checkpoint.label, "STORE"), recorded_options(config)
+        ),
     )

@@ -13,8 +13,9 @@ from gradpipe.store.lock import locked
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import StoreSpec
 from gradpipe.store.shard import Shard
-from gradpipe.store.snapshots import Partial, Snapshot, add_stats, begun_shards
-from gradpipe.store.writer import LayerStats, StoreWriter
+from gradpipe.store.snapshots import Snapshot, Snapshots, begun_shards
+from gradpipe.store.statistics import LayerStats
+from gradpipe.store.writer import StoreWriter
 
 
 def merge(stores: Sequence[Path]) -> GradientStore:
@@ -78,7 +79,7 @@ def finalize(folder: Path, others: Sequence[Path] = ()) -> GradientStore:
         )
     with ExitStack() as held:
         for shard in homes:  # one that is run again is waited for: it may be reading its sums
-            held.enter_context(locked(Partial(folder, shard).lock, of=folder, wait=True))
+            held.enter_context(locked(Snapshots(folder, shard).lock, of=folder, wait=True))
         return _add_up(folder, spec, calibration, homes)
 
 
@@ -91,7 +92,8 @@ def _add_up(
     for layer in spec.layers:
         total: LayerStats | None = None
         for snapshots in sums:
-            total = add_stats(total, snapshots[layer.name].layer(layer, spec.statistics))
+            more = snapshots[layer.name].layer(layer, spec.statistics)
+            total = more if total is None else total.merged(more)
         assert total is not None  # there is at least one shard
         writer.write_layer(layer, total)
     writer.commit()
@@ -129,7 +131,7 @@ def _is_finished(folder: Path, spec: StoreSpec, shard: Shard) -> bool:
     return _layer_index(folder, spec, shard).keys() >= {layer.name for layer in spec.layers}
 
 
-def _snapshots(partial: Partial) -> Iterator[Snapshot]:
+def _snapshots(partial: Snapshots) -> Iterator[Snapshot]:
     """The shard's snapshots, less those that are damaged, or that its worker deletes just now."""
     for name in partial.names():
         with suppress(StoreError):
@@ -138,10 +140,10 @@ def _snapshots(partial: Partial) -> Iterator[Snapshot]:
 
 def _layer_index(folder: Path, spec: StoreSpec, shard: Shard) -> dict[str, Snapshot]:
     """The snapshot that holds each layer's sums of all of the shard's samples."""
-    share = tuple(shard.share(spec.samples.num_samples))
+    share = tuple(shard.part_of(spec.samples.num_samples))
     return {
         name: snapshot
-        for snapshot in _snapshots(Partial(folder, shard))
+        for snapshot in _snapshots(Snapshots(folder, shard))
         if snapshot.spec.samples == share
         for name in snapshot.counts
     }

@@ -20,6 +20,7 @@ from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.estimate import Plan, Workload, make_plan
 from gradpipe.stages.data.tokens import window_length
 from gradpipe.stages.device import resolve_device
+from gradpipe.stages.model.couplings import find_couplings
 from gradpipe.stages.model.experts import fused_weights
 from gradpipe.stages.model.layers import Skeleton, find_blocks, find_layers
 from gradpipe.stages.model.load import (
@@ -28,7 +29,7 @@ from gradpipe.stages.model.load import (
     sequence_length,
     with_expected_tensors,
 )
-from gradpipe.stages.model.shared_inputs import image_tokens, share_hessians
+from gradpipe.stages.model.shared_inputs import image_tokens, share_inputs
 from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
 from gradpipe.store.folder import LOCK_NAME, is_complete
 from gradpipe.store.lock import locked
@@ -145,13 +146,16 @@ def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_digests: bo
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
     layers = find_layers(model, blocks, checkpoint, config.include, with_digests=with_digests)
-    layers = share_hessians(model, layers)
-    return Skeleton(checkpoint=checkpoint, model=model, blocks=blocks, layers=layers)
+    layers = share_inputs(model, layers)
+    couplings = find_couplings(model, blocks, layers) if with_digests else ()
+    return Skeleton(
+        checkpoint=checkpoint, model=model, blocks=blocks, layers=layers, couplings=couplings
+    )
 
 
 def _workload(config: CollectConfig, shard: Shard, seq_len: int) -> Workload:
     return Workload(
-        num_samples=len(shard.share(config.num_samples)),
+        num_samples=len(shard.part_of(config.num_samples)),
         seq_len=seq_len,
         batch_size=config.batch_size,
         statistics=config.statistics,

@@ -32,7 +32,7 @@ from gradpipe.store.lock import locked
 from gradpipe.store.objects import CommitRecord, digest
 from gradpipe.store.schema import StoreSpec
 from gradpipe.store.shard import Shard
-from gradpipe.store.snapshots import Partial
+from gradpipe.store.snapshots import Snapshots
 from gradpipe.store.writer import StoreWriter
 
 _SNAPSHOT_SHARE = 0.04  # of the time, at most, goes into snapshots
@@ -62,7 +62,7 @@ class Job:
     @property
     def share(self) -> range:
         """Ids of the samples that are this worker's."""
-        return self.shard.share(self.spec.samples.num_samples)
+        return self.shard.part_of(self.spec.samples.num_samples)
 
     @property
     def is_alone(self) -> bool:
@@ -79,7 +79,7 @@ def run_share(job: Job, console: Console) -> None:
 
     Raises Interrupted on a signal, all saved; GradpipeError if memory runs out.
     """
-    partial = Partial(job.store, job.shard)
+    partial = Snapshots(job.store, job.shard)
     console.print(f"schedule {job.plan.schedule}: {job.plan.reason}", highlight=False)
     smaller = "with --overwrite a smaller --batch-size or --seq-len"
     if job.plan.schedule == "resident":
@@ -90,7 +90,7 @@ def run_share(job: Job, console: Console) -> None:
 
 
 def _run_resident(
-    job: Job, partial: Partial, console: Console, stop_requested: Callable[[], bool]
+    job: Job, partial: Snapshots, console: Console, stop_requested: Callable[[], bool]
 ) -> None:
     sums = {
         x.path: LayerAccumulator(x.spec, job.spec.statistics, job.device)
@@ -106,7 +106,7 @@ def _run_resident(
 
 def _accumulate(
     job: Job,
-    partial: Partial,
+    partial: Snapshots,
     sums: dict[str, LayerAccumulator],
     done: int,
     console: Console,
@@ -133,7 +133,7 @@ def _accumulate(
                 raise Interrupted(f"stopped after {done} of {len(job.share)} samples")
 
 
-def _restore(job: Job, partial: Partial, sums: list[LayerAccumulator]) -> int:
+def _restore(job: Job, partial: Snapshots, sums: list[LayerAccumulator]) -> int:
     """Load the newest sound snapshot; returns how many of the share's samples it covers."""
     for name in reversed(partial.names()):
         try:
@@ -150,7 +150,7 @@ def _restore(job: Job, partial: Partial, sums: list[LayerAccumulator]) -> int:
     return 0
 
 
-def _save(job: Job, partial: Partial, sums: list[LayerAccumulator], done: int) -> None:
+def _save(job: Job, partial: Snapshots, sums: list[LayerAccumulator], done: int) -> None:
     """Write a snapshot, then delete the one before."""
     name = f"{_SAMPLES}{done:08d}"
     partial.write(name, job.share[:done], ((x.spec, x.result()) for x in sums))
@@ -159,7 +159,7 @@ def _save(job: Job, partial: Partial, sums: list[LayerAccumulator], done: int) -
 
 def _finish(
     job: Job,
-    partial: Partial,
+    partial: Snapshots,
     sums: list[LayerAccumulator],
     stop_requested: Callable[[], bool],
 ) -> None:
@@ -177,14 +177,14 @@ def _finish(
 
 def begun_schedule(store: Path, shard: Shard) -> str | None:
     """The schedule under which a worker has begun this shard, None if there is nothing of it."""
-    partial = Partial(store, shard)
+    partial = Snapshots(store, shard)
     if any(name.startswith(_SAMPLES) for name in partial.names()):
         return "resident"
     return "streamed" if partial.names() or (partial.folder / _SCRATCH).exists() else None
 
 
 def _run_streamed(
-    job: Job, partial: Partial, console: Console, stop_requested: Callable[[], bool]
+    job: Job, partial: Snapshots, console: Console, stop_requested: Callable[[], bool]
 ) -> None:
     scratch = _scratch_folder(job, partial)
     done = _done_blocks(job, partial)
@@ -202,7 +202,7 @@ def _run_streamed(
 
 def _stream(
     job: Job,
-    partial: Partial,
+    partial: Snapshots,
     writer: StoreWriter,
     scratch: Path,
     done: set[int | None],
@@ -235,7 +235,7 @@ def _write_block(writer: StoreWriter, sums: Sequence[LayerAccumulator]) -> Commi
     return record
 
 
-def _done_blocks(job: Job, partial: Partial) -> set[int | None]:
+def _done_blocks(job: Job, partial: Snapshots) -> set[int | None]:
     """Blocks whose statistics are committed and sound; all else, but for scratch, is deleted."""
     names = set(partial.names())
     blocks: list[int | None] = [None, *range(job.skeleton.blocks.count)]
@@ -249,7 +249,7 @@ def _block_name(block: int | None) -> str:
     return "outside" if block is None else f"block-{block:04d}"
 
 
-def _scratch_folder(job: Job, partial: Partial) -> Path:
+def _scratch_folder(job: Job, partial: Snapshots) -> Path:
     """A folder that belongs to this collection and shard alone."""
     if job.scratch is None:
         return partial.folder / _SCRATCH

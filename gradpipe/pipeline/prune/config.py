@@ -1,141 +1,221 @@
-"""What stage two is asked to do: options, checked against each other, as the stages want them."""
+"""What stage two is asked to do: options, checked alone and against each other.
+
+An option that would be ignored is refused, be it given as its default.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.options import check_regexes
-from gradpipe.stages.prune.allocation import ALLOCATIONS, SCORES, Allocation
-from gradpipe.stages.prune.curvature import CURVATURES
-from gradpipe.stages.prune.layer import UPDATES, Procedure
-from gradpipe.stages.prune.mask import Group, Pattern
-from gradpipe.stages.prune.methods import GRAD_NORMS, METHODS, Score, find_score
-from gradpipe.stages.prune.target import Target
-from gradpipe.store.shard import Shard
+from gradpipe.options import (
+    Option,
+    check_options,
+    default_of,
+    is_given,
+    refuse_given,
+    spelled,
+    unasked,
+)
+from gradpipe.pipeline.options import Device, Include, Model, Overwrite, RecipeName, ShardOption
+from gradpipe.pipeline.recipes import RECIPES
+from gradpipe.stages.prune.allocation import ALLOCATIONS
+from gradpipe.stages.prune.methods import (
+    CURVATURES,
+    GRAD_NORMS,
+    METHODS,
+    UPDATES,
+    Score,
+    find_score,
+)
+from gradpipe.stages.prune.target import Group, parse_targets
 
-Options = dict[str, Any]  # fields of a `PruneConfig`
 
-RECIPES: dict[str, Options] = {  # found by benchmarks/quality.py: docs/benchmarks.md
-    "best": {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"},
-}
-
-RECIPE_STATISTICS = ("grad_l2", "act_l2", "hessian", "grad_cov")  # what a recipe reads, and Wanda
-
-_DEFAULT_METHOD = "gblm"
-
-_DEFAULT_ALPHA = 100.0  # what the reference code multiplies gradients by
-
-
-def recipe_options(name: str | None, chosen: Options) -> Options:
-    """The options behind a recipe's name, those `chosen` in their place; InputError for no such.
-
-    What of the recipe makes no sense beside them goes: its method beside a score, an update or one
-    threshold for all layers, its allocation beside the last, its curvature where nothing uses one.
-    """
-    if name is None:
-        return chosen
-    if name not in RECIPES:
-        raise InputError(f"--recipe {name}: expected {', '.join(RECIPES)}")
-    recipe = dict(RECIPES[name])
-    is_global = chosen.get("group") == "global"
-    if is_global:
-        del recipe["allocation"]
-    if is_global or not chosen.keys().isdisjoint({"score", "update"}):
-        del recipe["method"]
-    options = recipe | chosen
-    if options.get("method") != "alps" and options.get("update") != "lsq":
-        del recipe["curvature"]
-    return recipe | chosen
+def _sparsity(text: str) -> float:
+    """A sparsity as the user wrote it; its range is the config's to check."""
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"--sparsity {text}: expected one number in [0, 1), the share to prune, as 0.5; repeat "
+            "--sparsity for several"
+        ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PruneConfig:
     """What to prune, by which store, how, and where to."""
 
-    model: str  # directory, Hub id, or `embedded`
-    store: str  # path or URL
-    out: Path  # a folder to create; with several targets, one folder in it for each
-    sparsities: tuple[float, ...] = ()  # default: 0.5, or what a file of an allocation comes to
-    patterns: tuple[str, ...] = ()  # n:m, n kept of every m
-    method: str = _DEFAULT_METHOD
-    alpha: float = _DEFAULT_ALPHA
-    grad_norm: str = GRAD_NORMS[0]
-    score: str | None = None  # a formula, in place of the method's
-    update: str = "none"  # what becomes of the weights that stay: none, obs or lsq
-    curvature: str = "input"  # what alps and lsq minimise: input, or kfac, which needs grad_cov
-    allocation: str = "uniform"  # owl, dlp, sensitivity, or a JSON file
-    allocation_score: str | None = None  # a method or formula for the allocation to look at
-    mixed_patterns: bool = False  # let the allocation choose n of n:m for each block
-    group: str | None = None  # default: the method's
-    include: tuple[str, ...] = ()  # regexes on layer names; default: every layer in the blocks
-    exclude: tuple[str, ...] = ()
-    device: str = "auto"
-    shard: Shard | None = None  # one of several jobs, each with a share of the checkpoint's files
-    allow_mismatch: bool = False
-    overwrite: bool = False
+    model: Model
+    store: Annotated[
+        str, Option(help="Store: a path or a URL.", is_argument=True, is_recorded=False)
+    ]
+    out: Annotated[
+        Path,
+        Option(
+            help="Folder to create; one in it for each of several.",
+            is_argument=True,
+            is_recorded=False,
+        ),
+    ]
+    sparsities: Annotated[
+        tuple[float, ...],
+        Option(
+            flag="sparsity",
+            help="Share to prune, repeatable.",
+            default="0.5, or of an allocation file its mean",
+            accepts=lambda sparsity: 0 <= sparsity < 1,
+            expected="a number in [0, 1), the share to prune",
+            parse=_sparsity,
+            metavar="FLOAT",
+            is_recorded=False,  # but each target in its own report, as are patterns
+        ),
+    ] = ()
+    patterns: Annotated[
+        tuple[str, ...],
+        Option(
+            flag="pattern", help="n:m, n kept of every m inputs, repeatable.", is_recorded=False
+        ),
+    ] = ()
+    recipe: RecipeName = None
+    method: Annotated[str, Option(help="{choices}.", choices=METHODS)] = unasked("gblm")
+    score: Annotated[
+        str | None, Option(help="A formula in the method's place: abs(W)*(a*G1+X).")
+    ] = None
+    alpha: Annotated[
+        float,
+        Option(
+            help="`a` in formulas: the gradient's weight.",
+            accepts=lambda alpha: 0 <= alpha < float("inf"),
+            expected="a finite number, 0 or more",
+        ),
+    ] = unasked(100.0)  # what the reference code multiplies gradients by
+    grad_norm: Annotated[str, Option(help="`G` in formulas: {choices}.", choices=GRAD_NORMS)] = (
+        unasked(GRAD_NORMS[0])
+    )
+    update: Annotated[str, Option(help="Of kept weights: {choices}.", choices=UPDATES)] = unasked(
+        "none"
+    )
+    curvature: Annotated[
+        str, Option(help="What lsq, alps minimise: {choices}.", choices=CURVATURES)
+    ] = unasked(next(iter(CURVATURES)))
+    allocation: Annotated[
+        str, Option(help=f"{', '.join(ALLOCATIONS)}, a JSON file.", is_path=True)
+    ] = unasked("uniform")
+    allocation_score: Annotated[
+        str | None, Option(help="Method or formula that the allocation looks at.")
+    ] = None
+    mixed_patterns: Annotated[bool, Option(help="Let the allocation choose n for each block.")] = (
+        False
+    )
+    group: Annotated[
+        str | None,
+        Option(
+            help="Weights compared: output, input, layer, global, output:K, input:K.",
+            default="output; alps: layer",
+        ),
+    ] = None
+    include: Include = ()
+    exclude: Include = ()
+    device: Device = "auto"
+    shard: ShardOption = None
+    allow_mismatch: Annotated[bool, Option(help="Prune weights that were not measured.")] = False
+    overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        for flag, value, known in (
-            ("method", self.method, METHODS),
-            ("grad-norm", self.grad_norm, GRAD_NORMS),
-            ("update", self.update, UPDATES),
-            ("curvature", self.curvature, CURVATURES),
-        ):
-            if value not in known:
-                raise InputError(f"--{flag} {value}: expected one of {', '.join(known)}")
-        if not 0 <= self.alpha < float("inf"):
-            raise InputError(f"--alpha {self.alpha}: expected a finite number, 0 or more")
-        for sparsity in self.sparsities:
-            if not 0 <= sparsity < 1:
-                raise InputError(
-                    f"--sparsity {sparsity}: expected a number in [0, 1), the share to prune"
-                )
+        """Refuse what cannot be meant, and what would be ignored."""
+        check_options(self)
+        self._resolve()
+        self._check_targets()
         self._check_group()
-        self._check_combination()
-        labels = [target.label for target in self.targets()]
+        self._check_method()
+        self._check_curvature()
+        self._check_allocation()
+        self._check_norms()
+
+    def _resolve(self) -> None:
+        """Let a recipe, or the method, give what nobody asked for.
+
+        What of a recipe makes no sense beside the options given goes: its method beside a score, an
+        update or one threshold for all layers, its allocation beside the last or where patterns
+        leave it no choice, its curvature where nothing uses one.
+        """
+        chosen = {x: default_of(self, x) for x in ("method", "curvature", "allocation")}
+        if self.recipe is not None:
+            recipe = RECIPES[self.recipe]
+            if not (self._is_global or is_given(self, "score") or is_given(self, "update")):
+                chosen["method"] = recipe.method
+            if not (self._is_global or self._is_all_patterns):
+                chosen["allocation"] = recipe.allocation
+        self._choose("method", chosen["method"])
+        self._choose("allocation", chosen["allocation"])
+        used = self._curvatures()
+        if self.recipe is not None and recipe.curvature in used:
+            chosen["curvature"] = recipe.curvature
+        elif used and chosen["curvature"] not in used:
+            chosen["curvature"] = used[0]
+        self._choose("curvature", chosen["curvature"])
+        if self.recipe is not None and not any(
+            getattr(self, name) == getattr(recipe, name) and not is_given(self, name)
+            for name in chosen
+        ):
+            raise InputError(
+                f"{spelled(self, 'recipe')}: the other options leave nothing of it: leave it out"
+            )
+
+    def _choose(self, name: str, value: str) -> None:
+        """What a field holds if it was not given."""
+        if not is_given(self, name):
+            object.__setattr__(self, name, unasked(value))
+
+    def _check_targets(self) -> None:
+        labels = [target.label for target in parse_targets(self.sparsities, self.patterns)]
         if twice := [label for label in labels if labels.count(label) > 1]:
             raise InputError(
                 f"--sparsity or --pattern: {twice[0]} is given twice, expected different targets: "
                 "leave one out"
             )
-        check_regexes("--include", self.include)
-        check_regexes("--exclude", self.exclude)
 
     def _check_group(self) -> None:
         if self.group is None:
             return
-        if self.group != "global":
+        if not self._is_global:
             Group.parse(self.group)
-        if self.patterns and self.group != "output":
-            raise InputError(
-                f"--group {self.group}: an n:m pattern compares within its m inputs; leave it out"
-            )
-        if self.method == "sparsegpt":
-            raise InputError(
-                f"--group {self.group}: sparsegpt compares within 128 columns; leave it out"
-            )
-        if self.group == "global" and (self.allocation != "uniform" or not self._has_score):
+        if self._is_all_patterns or (self.patterns and self.group != "output"):
+            refuse_given(self, ("group",), "an n:m pattern compares within its m inputs")
+        if (own := METHODS[self.method].compares) is not None:
+            refuse_given(self, ("group",), f"{self.method} compares within {own}")
+        if self._is_global and (is_given(self, "allocation") or not self._has_score):
             raise InputError(
                 "--group global: scores alone decide how much of a layer goes: "
                 "leave --allocation out, and choose a method with a score"
             )
 
-    def _check_combination(self) -> None:
-        """Refuse options that would be ignored."""
+    def _check_method(self) -> None:
         if self._has_score:
             self._score()
-        elif self.update != "none":
-            raise InputError(f"--update {self.update}: {self.method} updates weights by itself")
-        elif self.score is not None:
-            raise InputError(f"--score: {self.method} has no score; leave out the one or the other")
-        if self.score is not None and self.method != _DEFAULT_METHOD:
-            raise InputError(f"--score takes the method's place: leave out --method {self.method}")
-        if self.curvature != "input" and self.update != "lsq" and self.method != "alps":
-            raise InputError(f"--curvature {self.curvature}: only --update lsq and alps use it")
+        else:
+            refuse_given(self, ("update",), f"{self.method} updates weights by itself")
+            if self.score is not None:
+                raise InputError(
+                    f"--score: {self.method} has no score; leave out the one or the other"
+                )
+        if self.score is not None and is_given(self, "method"):
+            raise InputError(
+                f"--score takes the method's place: leave out {spelled(self, 'method')}"
+            )
+
+    def _check_curvature(self) -> None:
+        """One that is not minimised, or without which nothing else would be, is no choice."""
+        used = self._curvatures()
+        if len(used) < 2 or self.curvature not in used:  # the method's, or its update's
+            users = [f"--update {x}" for x in UPDATES if len(UPDATES[x].curvatures) > 1]
+            users += [x for x in METHODS if len(METHODS[x].curvatures) > 1]
+            refuse_given(self, ("curvature",), f"only {' and '.join(users)} use it")
+
+    def _check_allocation(self) -> None:
         if self.allocation not in ALLOCATIONS and not Path(self.allocation).is_file():
             hint = ": for one threshold, --group global" if self.allocation == "global" else ""
             raise InputError(
@@ -143,74 +223,50 @@ class PruneConfig:
                 f"JSON file of sparsities by layer name{hint}"
             )
         if self.allocation_score is not None:
-            if self.allocation not in SCORES:
-                raise InputError(f"--allocation-score: --allocation {self.allocation} uses none")
+            rule = ALLOCATIONS.get(self.allocation)
+            if rule is None or not rule.num_passes:
+                refuse_given(
+                    self, ("allocation_score",), f"--allocation {self.allocation} uses none"
+                )
             find_score(self.allocation_score, self.grad_norm, self.alpha)
         if self.mixed_patterns and (self.allocation == "uniform" or not self.patterns):
             raise InputError("--mixed-patterns: it needs a --pattern and an --allocation")
-        self._check_norms()
+        if self._is_all_patterns:
+            why = "n:m is the same in every block, unless --mixed-patterns lets it choose"
+            refuse_given(self, ("allocation",), why)
 
     def _check_norms(self) -> None:
         """`--alpha` and `--grad-norm` are parts of a formula."""
-        scores = [self._score() if self._has_score else None, self.shares_score()]
+        scores = [self._score() if self._has_score else None, self._allocation_score()]
         names = {name for score in scores if score is not None for name in score.expression.names}
         what = self.score or self.method
-        if self.alpha != _DEFAULT_ALPHA and "a" not in names:
-            raise InputError(f"--alpha {self.alpha}: {what} has none: leave it out")
-        if self.grad_norm != GRAD_NORMS[0] and "G" not in names:
-            raise InputError(f"--grad-norm {self.grad_norm}: {what} does not use it: leave it out")
+        if "a" not in names:
+            refuse_given(self, ("alpha",), f"{what} has none")
+        if "G" not in names:
+            refuse_given(self, ("grad_norm",), f"{what} does not use it")
+
+    @property
+    def _is_global(self) -> bool:
+        return self.group == "global"
+
+    @property
+    def _is_all_patterns(self) -> bool:
+        """True if each target is one n:m for all blocks: no share is to be allocated."""
+        return bool(self.patterns) and not self.sparsities and not self.mixed_patterns
 
     @property
     def _has_score(self) -> bool:
         return METHODS[self.method].formula is not None
 
+    def _curvatures(self) -> tuple[str, ...]:
+        """What the method, or else its update, can minimise."""
+        return METHODS[self.method].curvatures or UPDATES[self.update].curvatures
+
     def _score(self) -> Score:
         return find_score(self.score or self.method, self.grad_norm, self.alpha)
 
-    def targets(self) -> tuple[Target, ...]:
-        """The checkpoints to write, in order; none given a file of sparsities alone."""
-        has_own = bool(self.patterns) or self.allocation not in ALLOCATIONS
-        sparsities = self.sparsities or (() if has_own else (0.5,))
-        patterns = tuple(Pattern.parse(text) for text in self.patterns)
-        return (
-            *(Target(sparsity) for sparsity in sparsities),
-            *(Target(float(pattern.sparsity), pattern) for pattern in patterns),
-        )
-
-    def procedure(self) -> Procedure:
-        """How each layer is pruned."""
-        return Procedure(
-            method=self.method,
-            score=self._score() if self._has_score else None,
-            update=self.update,
-            curvature=self.curvature,
-            group=self._group(),
-        )
-
-    def _group(self) -> Group:
-        if self.group == "global":
-            return Group.parse("layer")  # once each layer has its share
-        return Group.parse(self.group or METHODS[self.method].group)
-
-    def shares(self) -> Allocation:
-        """How much of each layer goes."""
-        return Allocation(
-            kind="global" if self.group == "global" else self.allocation,
-            group=self._group(),
-            is_exact=self.method == "sparsegpt",
-            mixes_patterns=self.mixed_patterns,
-        )
-
-    def shares_score(self) -> Score | None:
-        """What the allocation looks at; None if it needs no scores."""
-        if self.group == "global":
-            return self._score()
-        name = self.allocation_score or SCORES.get(self.allocation)
+    def _allocation_score(self) -> Score | None:
+        """What the allocation looks at, if that is not the method's own score."""
+        rule = ALLOCATIONS.get(self.allocation)
+        name = self.allocation_score or (rule.score if rule is not None else None)
         return None if name is None else find_score(name, self.grad_norm, self.alpha)
-
-    @property
-    def statistics(self) -> tuple[str, ...]:
-        """Names of the statistics to read from the store."""
-        score = self.shares_score()
-        names = (*self.procedure().statistics, *(score.statistics if score else ()))
-        return tuple(dict.fromkeys(names))

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 
 from gradpipe.errors import GradpipeError, InputError, one_line
-from gradpipe.pipeline.prune.plan import PruneJob
-from gradpipe.stages.checkpoint.rewrite import rewrite
-from gradpipe.stages.checkpoint.tensors import TensorInfo, as_tensor, tensor_bytes
+from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
+from gradpipe.stages.checkpoint.rewrite import Rewriting, rewriting
+from gradpipe.stages.checkpoint.tensors import as_tensor
 from gradpipe.stages.device import memory_errors
-from gradpipe.stages.prune.layer import norms_on, prune_layer, score_layer
+from gradpipe.stages.prune.layer import SolvedLayer
 from gradpipe.stages.prune.methods import Score
+from gradpipe.stages.prune.score import LayerStatistics, score_layer
+from gradpipe.stages.prune.target import Target
 from gradpipe.store.codec import Encoded
 from gradpipe.store.objects import digest
-from gradpipe.store.schema import LayerSpec
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ T = TypeVar("T")
 class Written:
     """What was meant to be written, to hold the files against."""
 
-    digests: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> key -> xxh3
+    digests: dict[str, dict[str, str]] = field(default_factory=dict)  # label -> layer -> xxh3
     mismatched: list[str] = field(default_factory=list)  # layers that are not the store's
     notes: list[str] = field(default_factory=list)  # messages for the user about layers
 
@@ -44,6 +45,14 @@ class Written:
         """What another process wrote."""
         return cls(**json.loads(data))
 
+    def add_layer(
+        self, name: str, targets: Iterable[Target], digests: Iterable[str], notes: Iterable[str]
+    ) -> None:
+        """Add one layer: its bytes for each target, and what is to be said of it."""
+        for target, found in zip(targets, digests, strict=True):
+            self.digests.setdefault(target.label, {})[name] = found
+        self.notes.extend(notes)
+
     def add(self, more: Written) -> None:
         """Add what was written of another file."""
         for label, digests in more.digests.items():
@@ -52,19 +61,26 @@ class Written:
         self.notes.extend(more.notes)
 
 
-def write_file(job: PruneJob, file: str, staging: Path, advance: Callable[[int], None]) -> Written:
+def write_file(
+    allocated: AllocatedPlan, file: str, staging: Path, advance: Callable[[int], None]
+) -> Written:
     """Write one safetensors file for every target; InputError if a weight was never measured."""
-    written = Written()
-    infos = (job.checkpoint.tensors[key] for key in job.layers)
-    here = sorted((x for x in infos if x.file == file), key=lambda info: info.start)
-    loads = [
-        lambda info=info: _load(job, info, job.procedure_of(info.key).statistics) for info in here
-    ]
-    replaced = _pruned(job, _prefetched(loads), written, advance)
-    outputs = [job.folder(staging, target) / file for target in job.targets]
+    plan, written = allocated.plan, Written()
+    outputs = [plan.folder(staging, target) / file for target in plan.targets]
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
-    rewrite(job.checkpoint.folder / file, outputs, replaced)
+
+    def load(name: str) -> _Loaded:
+        return _load(plan, name, plan.chosen_for(name).statistics)
+
+    with rewriting(plan.checkpoint.folder / file, outputs) as rewritten:
+        for item in _read_ahead(load, plan.in_file(file)):
+            if not item.matches:
+                _refuse_mismatch(plan, item.name)
+                written.mismatched.append(item.name)
+            digests, notes = _replace(allocated, item, rewritten)
+            written.add_layer(item.name, plan.targets, digests, notes)
+            advance(1)
     return written
 
 
@@ -72,40 +88,48 @@ def write_file(job: PruneJob, file: str, staging: Path, advance: Callable[[int],
 class _Loaded:
     """One layer read from disk, ready for the device."""
 
-    layer: LayerSpec
-    info: TensorInfo
+    name: str
     weight: Tensor
     encoded: dict[str, Encoded]
     matches: bool  # the weight is the one that was measured
 
 
-def _pruned(
-    job: PruneJob, loaded: Iterable[_Loaded], written: Written, advance: Callable[[int], None]
-) -> Iterator[tuple[TensorInfo, Iterable[Tensor]]]:
-    for item in loaded:
-        if not item.matches:
-            _refuse_mismatch(job, item.layer)
-            written.mismatched.append(item.layer.name)
-        yield item.info, _each_target(job, item, written)
-        advance(1)
+def _load(plan: PrunePlan, name: str, statistics: tuple[str, ...]) -> _Loaded:
+    layer, place = plan.layers[name], plan.places[name]
+    data = plan.checkpoint.read_place(place)
+    return _Loaded(
+        name=name,
+        weight=as_tensor(data, place),
+        encoded=plan.store.read(layer, statistics),
+        matches=layer.digest in ("", digest(data)),
+    )
 
 
-def _each_target(job: PruneJob, item: _Loaded, written: Written) -> Iterator[Tensor]:
-    """One layer's weights for each target in turn."""
-    key, procedure = item.info.key, job.procedure_of(item.info.key)
-    with _device_errors(item.layer.name):
-        tensors = prune_layer(
-            item.layer.name,
-            item.weight.to(job.device),
-            norms_on(item.encoded, procedure.statistics, job.device),
-            procedure,
-            [job.budget(target, key) for target in job.targets],
-            written.notes,
-            transposed=item.layer.transposed,
+def _replace(
+    allocated: AllocatedPlan, item: _Loaded, rewritten: Rewriting
+) -> tuple[list[str], tuple[str, ...]]:
+    """Solve a layer and write it for every target; digests and notes outlive what it took."""
+    plan, chosen = allocated.plan, allocated.plan.chosen_for(item.name)
+    with _device_errors(item.name):
+        layer = SolvedLayer.of(
+            item.name,
+            item.weight.to(plan.device),
+            LayerStatistics.decode(item.encoded, chosen.statistics, plan.device),
+            chosen,
+            transposed=plan.layers[item.name].transposed,
         )
-        for target, tensor in zip(job.targets, tensors, strict=True):
-            written.digests.setdefault(target.label, {})[key] = digest(tensor_bytes(tensor))
-            yield tensor
+        tensors = map(layer.to, allocated.of_layer(item.name))
+        return rewritten.replace(plan.places[item.name], tensors), layer.notes
+
+
+def score_of(plan: PrunePlan, name: str, score: Score) -> Tensor:
+    """One layer's scores, (O, I); GradpipeError if one is not a number."""
+    item = _load(plan, name, score.statistics)
+    weight = item.weight.to(plan.device)
+    weight_OI = weight.T if plan.layers[name].transposed else weight
+    with _device_errors(name):
+        statistics = LayerStatistics.decode(item.encoded, score.statistics, plan.device)
+        return score_layer(name, weight_OI, statistics, score)
 
 
 @contextmanager
@@ -121,42 +145,20 @@ def _device_errors(layer: str) -> Iterator[None]:
         ) from error
 
 
-def score_of(job: PruneJob, key: str, score: Score) -> Tensor:
-    """One layer's scores, (O, I); GradpipeError if one is not a number."""
-    item = _load(job, job.checkpoint.tensors[key], score.statistics)
-    weight = item.weight.to(job.device)
-    weight_OI = weight.T if item.layer.transposed else weight
-    with _device_errors(item.layer.name):
-        norms = norms_on(item.encoded, score.statistics, job.device)
-        return score_layer(item.layer.name, weight_OI, norms, score)
-
-
-def _load(job: PruneJob, info: TensorInfo, statistics: tuple[str, ...]) -> _Loaded:
-    layer = job.layers[info.key]
-    data = job.checkpoint.read_bytes(info.key)
-    return _Loaded(
-        layer=layer,
-        info=info,
-        weight=as_tensor(data, info),
-        encoded=job.store.read(layer, statistics),
-        matches=layer.digest in ("", digest(data)),
-    )
-
-
-def _refuse_mismatch(job: PruneJob, layer: LayerSpec) -> None:
-    if not job.allow_mismatch:
+def _refuse_mismatch(plan: PrunePlan, name: str) -> None:
+    if not plan.allow_mismatch:
         raise InputError(
-            f"layer {layer.name}: its weights in {job.checkpoint.name} are not those that "
-            f"the store {job.store.url} was collected from: collect again, or --allow-mismatch"
+            f"layer {name}: its weights in {plan.checkpoint.name} are not those that "
+            f"the store {plan.store.url} was collected from: collect again, or --allow-mismatch"
         )
 
 
-def _prefetched(loads: Iterable[Callable[[], T]]) -> Iterator[T]:
-    """The results in order, the next one being loaded while the caller works on this one."""
+def _read_ahead(load: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
+    """What is loaded, in order; the next one is read while the caller works on this one."""
     with ThreadPoolExecutor(max_workers=1) as pool:
         pending = None
-        for load in loads:
-            following = pool.submit(load)
+        for name in names:
+            following = pool.submit(load, name)
             if pending is not None:
                 yield pending.result()
             pending = following

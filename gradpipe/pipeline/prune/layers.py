@@ -9,45 +9,34 @@ from itertools import product
 from gradpipe.errors import InputError
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.checkpoint.tensors import check_type, matrix_shape
-from gradpipe.stages.prune.mask import check_pattern
+from gradpipe.stages.checkpoint.tensors import TensorInfo, check_type, matrix_shape
+from gradpipe.stages.prune.target import Target
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
-from gradpipe.store.statistics import ACTIVATION_STATISTICS
+from gradpipe.store.statistics import STATISTICS, is_of_activations
 
 _PLAIN = ("none", "input", "uniform")  # values of options that ask for nothing
 
 _HEADS = ("lm_head", "embed_out")  # as transformers names them
 
-_IMPORTED_BY = {
-    "grad_l1": "import-gblm --l1 FILE",
-    "grad_l2": "import-gblm --l2 FILE",
-    **dict.fromkeys(ACTIVATION_STATISTICS, "import-gblm --activations STORE"),
-}
-
 
 def select_layers(
     config: PruneConfig, checkpoint: Checkpoint, store: GradientStore
 ) -> dict[str, LayerSpec]:
-    """The layers to prune, by weight key, each checked against checkpoint, store and pattern."""
-    candidates = {layer.weight_key: layer for layer in store.spec.layers}
+    """The layers to prune, by name; InputError if none is left, or one is tied to another."""
+    candidates = {layer.name: layer for layer in store.spec.layers}
+    measured = {layer.weight_key for layer in store.spec.layers}
     blocks = {_list_of(x.name) for x in store.spec.layers if x.block is not None}
     for info in checkpoint.tensors.values():
-        is_bare = info.key not in candidates and info.is_matrix and info.key.endswith(".weight")
+        is_bare = info.key not in measured and info.is_matrix and info.key.endswith(".weight")
         if is_bare and _list_of(info.key) not in blocks:  # an embedding or a head, not a router
-            candidates[info.key] = checkpoint.layer_spec(info.key, block=None)
+            layer = checkpoint.layer_spec(info.key, block=None)
+            candidates[layer.name] = layer
     _check_patterns(config, checkpoint, [*candidates.values()])
-    layers = {key: layer for key, layer in candidates.items() if _is_selected(config, layer)}
+    layers = {name: layer for name, layer in candidates.items() if _is_selected(config, layer)}
     if not layers:
         raise InputError("no layer is left to prune: check --include and --exclude")
-    for layer in layers.values():
-        _check_tensor(config, checkpoint, store, layer)
     _check_tied(checkpoint, [*candidates.values()], layers)
-    _check_statistics(config, store, layers.values())
-    for target in config.targets():
-        for layer in layers.values():
-            if target.pattern is not None:
-                check_pattern(target.pattern, layer.name, layer.shape[1])
     return layers
 
 
@@ -89,9 +78,9 @@ def _check_tied(
 ) -> None:
     """An embedding and a head that are equal are one matrix to transformers, if it ties them."""
     outside = [x for x in candidates if x.block is None and x.weight_key in checkpoint.tensors]
-    chosen = [x for x in outside if x.weight_key in layers]
+    chosen = [x for x in outside if x.name in layers]
     for one, other in product(chosen, outside) if _may_tie(checkpoint) else ():
-        if other.weight_key in layers or other.shape != one.shape:
+        if other.name in layers or other.shape != one.shape:
             continue
         if checkpoint.read_bytes(one.weight_key) == checkpoint.read_bytes(other.weight_key):
             raise InputError(
@@ -114,31 +103,43 @@ def _is_selected(config: PruneConfig, layer: LayerSpec) -> bool:
     return layer.block is not None
 
 
-def _check_tensor(
+def place_of(
     config: PruneConfig, checkpoint: Checkpoint, store: GradientStore, layer: LayerSpec
-) -> None:
-    """The checkpoint has this layer, and in a shape and type that can be pruned."""
+) -> TensorInfo:
+    """Where a layer's weights lie in the checkpoint's files.
+
+    Raises InputError if they are not there, or not in a shape and type that can be pruned.
+    """
+    another = f"store {store.url} is of another model ({store.spec.model.name}): "
     info = checkpoint.tensors.get(layer.weight_key)
     if info is None:
-        raise InputError(
-            f"store {store.url} is of another model ({store.spec.model.name}): "
-            f"{config.model} has no {layer.weight_key}"
-        )
+        raise InputError(f"{another}{config.model} has no {layer.weight_key}")
+    if layer.part is not None:
+        info = info.part(*layer.part)
     shape = matrix_shape(info, transposed=layer.transposed)
     if shape != layer.shape:
         raise InputError(
-            f"store {store.url} is of another model ({store.spec.model.name}): layer {layer.name} "
-            f"is {layer.shape} there, {shape} in {config.model}"
+            f"{another}layer {layer.name} is {layer.shape} there, {shape} in {config.model}"
         )
     check_type(layer.name, info)
+    return info
 
 
-def _check_statistics(
-    config: PruneConfig, store: GradientStore, layers: Iterable[LayerSpec]
+def check_widths(layers: Iterable[LayerSpec], targets: Iterable[Target]) -> None:
+    """Each layer divides into the groups of each pattern; InputError for one that does not."""
+    patterns = [target.pattern for target in targets if target.pattern is not None]
+    for pattern, layer in product(patterns, layers):
+        pattern.check_width(layer.name, layer.shape[1])
+
+
+def check_statistics(
+    config: PruneConfig,
+    store: GradientStore,
+    layers: Iterable[LayerSpec],
+    needed: Sequence[str],
 ) -> None:
-    """The store holds what the options read of each layer."""
+    """The store holds what the options read of each layer; InputError if not: how to get it."""
     collected = {layer.name for layer in store.spec.layers}
-    needed = config.statistics
     lacking = [name for name in needed if name not in store.spec.statistics]
     for layer in layers:
         if needed and (lacking or layer.name not in collected):
@@ -153,8 +154,8 @@ def _remedy(
     store: GradientStore, layer: LayerSpec, lacking: Sequence[str], *, is_collected: bool
 ) -> str:
     """How to get statistics that a store lacks."""
-    if lacking and store.spec.samples.sampling == "imported" and lacking[0] in _IMPORTED_BY:
-        return f"import again with {_IMPORTED_BY[lacking[0]]}"
+    if lacking and store.spec.samples.sampling == "imported" and (by := _import_of(lacking[0])):
+        return f"import again with import-gblm {by}"
     wanted = ",".join(dict.fromkeys((*store.spec.statistics, *lacking)))
     collect = f"collect again with --statistics {wanted}"
     if is_collected:
@@ -163,6 +164,13 @@ def _remedy(
         f"{collect} --include {layer.name}; an embedding has no statistics: --method magnitude "
         "alone prunes it"
     )
+
+
+def _import_of(statistic: str) -> str | None:
+    """What brings a statistic into an imported store, None if nothing does."""
+    if file := STATISTICS[statistic].gblm_file:
+        return f"--{file} FILE"
+    return "--activations STORE" if is_of_activations(statistic) else None
 
 
 def _wish(config: PruneConfig) -> str:

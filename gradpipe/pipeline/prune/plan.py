@@ -1,45 +1,194 @@
-"""What a pruning will do, decided before anything is written."""
+"""What a pruning will do, decided before anything is written: a plan, then budgets for it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 
+from gradpipe.errors import InputError
+from gradpipe.pipeline.prune.config import PruneConfig
+from gradpipe.pipeline.prune.layers import check_statistics, check_widths, place_of, select_layers
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.prune.allocation import Allocation, Budgets
-from gradpipe.stages.prune.layer import Procedure
-from gradpipe.stages.prune.target import Budget, Target
+from gradpipe.stages.checkpoint.tensors import TensorInfo
+from gradpipe.stages.device import resolve_device
+from gradpipe.stages.prune.allocation import (
+    ALLOCATIONS,
+    GLOBAL,
+    Allocation,
+    AllocationFile,
+    AllocationRule,
+)
+from gradpipe.stages.prune.methods import METHODS, UPDATES, ChosenMethod, Score, find_score
+from gradpipe.stages.prune.target import Budget, Group, Target, parse_targets
+from gradpipe.store.objects import digest
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
 
-Layers = dict[str, LayerSpec]  # by weight key
+Layers = Mapping[str, LayerSpec]  # by name
+
+_DEFAULT_SPARSITY = 0.5
+
+_GLOBAL_GROUP = "global"  # of --group: all weights of all layers are compared
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneJob:
-    """What a run works on, once every check has passed."""
+class PrunePlan:
+    """What a run works on, and how, once every check has passed."""
 
     checkpoint: Checkpoint
     store: GradientStore
-    layers: dict[str, LayerSpec]  # by weight key
-    procedure: Procedure
+    layers: Layers
+    places: Mapping[str, TensorInfo]  # by layer name: where its weights lie
+    unseen: frozenset[str]  # names of layers that no calibration token reached: experts
+    seen: Layers  # the others; all, if tokens reached none
+    chosen: ChosenMethod
+    chosen_unseen: ChosenMethod  # for those layers
     targets: tuple[Target, ...]
     allocation: Allocation
-    allow_mismatch: bool
+    allocation_score: Score | None  # what the allocation looks at, if at anything
+    statistics: tuple[str, ...]  # read from the store
     device: torch.device
-    unseen: frozenset[str] = frozenset()  # weight keys: experts that no calibration token reached
-    budgets: list[Budgets] = field(default_factory=list)  # in the targets' order, once allocated
+    allow_mismatch: bool  # prune weights that were not measured
 
-    def budget(self, target: Target, key: str) -> Budget:
-        """How much of a layer goes for a target."""
-        return self.budgets[self.targets.index(target)][key]
+    @classmethod
+    def of(cls, config: PruneConfig, checkpoint: Checkpoint, store: GradientStore) -> Self:
+        """Decide everything; InputError if checkpoint, store and options do not fit together."""
+        file = _read_allocation(config)
+        targets = _targets(config, file)
+        chosen = _chosen(config)
+        allocation = _allocation(config, file)
+        score = _allocation_score(config, allocation, chosen)
+        looked_at = () if score is None else score.statistics
+        statistics = tuple(dict.fromkeys((*chosen.statistics, *looked_at)))
+        layers = select_layers(config, checkpoint, store)
+        places = {x.name: place_of(config, checkpoint, store, x) for x in layers.values()}
+        check_statistics(config, store, layers.values(), statistics)
+        check_widths(layers.values(), targets)
+        is_read = bool(statistics)
+        unseen = frozenset(x.name for x in layers.values() if is_read and store.is_unseen(x))
+        seen = {name: layer for name, layer in layers.items() if name not in unseen} or layers
+        if file is not None and not targets:
+            targets = (file.own_target(seen),)
+        return cls(
+            checkpoint=checkpoint,
+            store=store,
+            layers=layers,
+            places=places,
+            unseen=unseen,
+            seen=seen,
+            chosen=chosen,
+            chosen_unseen=chosen.by_magnitude(),
+            targets=targets,
+            allocation=allocation,
+            allocation_score=score,
+            statistics=statistics,
+            device=resolve_device(config.device),
+            allow_mismatch=config.allow_mismatch,
+        )
 
-    def procedure_of(self, key: str) -> Procedure:
+    def chosen_for(self, name: str) -> ChosenMethod:
         """How a layer is pruned."""
-        return self.procedure.for_unseen() if key in self.unseen else self.procedure
+        return self.chosen_unseen if name in self.unseen else self.chosen
+
+    def in_file(self, file: str) -> list[str]:
+        """The layers whose weights are in a file, in its order."""
+        names = (name for name in self.layers if self.places[name].file == file)
+        return sorted(names, key=lambda name: self.places[name].start)
 
     def folder(self, root: Path, target: Target) -> Path:
         """Where a target goes below the output folder: one needs no folder of its own."""
         return root if len(self.targets) == 1 else root / target.label
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatedPlan:
+    """A plan, and how much of each layer goes."""
+
+    plan: PrunePlan
+    budgets: Mapping[Target, Mapping[str, Budget]]  # by layer name
+
+    def of_layer(self, name: str) -> list[Budget]:
+        """A layer's budgets, in the targets' order."""
+        return [self.budgets[target][name] for target in self.plan.targets]
+
+
+def _targets(config: PruneConfig, file: AllocationFile | None) -> tuple[Target, ...]:
+    """The checkpoints to write, in order; none given a file of sparsities alone."""
+    has_own = bool(config.patterns) or file is not None
+    sparsities = config.sparsities or (() if has_own else (_DEFAULT_SPARSITY,))
+    return parse_targets(sparsities, config.patterns)
+
+
+def _chosen(config: PruneConfig) -> ChosenMethod:
+    method, score = METHODS[config.method], None
+    if method.formula is not None:
+        score = find_score(config.score or config.method, config.grad_norm, config.alpha)
+    return ChosenMethod(
+        method=method,
+        score=score,
+        update=UPDATES[config.update],
+        curvature=config.curvature,
+        group=_group(config),
+    )
+
+
+def _group(config: PruneConfig) -> Group:
+    if config.group == _GLOBAL_GROUP:
+        return Group.parse("layer")  # once each layer has its budget
+    return Group.parse(config.group or METHODS[config.method].group)
+
+
+def _allocation(config: PruneConfig, file: AllocationFile | None) -> Allocation:
+    if file is not None:
+        rule, name = AllocationRule(wish=file.wish), file.name
+    else:
+        rule, name = ALLOCATIONS[config.allocation], config.allocation
+    return Allocation(
+        name=name,
+        rule=GLOBAL if config.group == _GLOBAL_GROUP else rule,
+        group=_group(config),
+        whole_counts=METHODS[config.method].whole_counts,
+        mixes_patterns=config.mixed_patterns,
+    )
+
+
+def _allocation_score(
+    config: PruneConfig, allocation: Allocation, chosen: ChosenMethod
+) -> Score | None:
+    """What the rule looks at: what the user says, what the rule says, or the method's own."""
+    if not allocation.rule.num_passes:
+        return None
+    name = config.allocation_score or allocation.rule.score
+    if name is not None:
+        return find_score(name, config.grad_norm, config.alpha)
+    if chosen.score is None:
+        raise InputError(
+            f"--allocation {allocation.name} looks at the method's score, and {config.method} has "
+            "none: give --allocation-score"
+        )
+    return chosen.score
+
+
+def _read_allocation(config: PruneConfig) -> AllocationFile | None:
+    """The file of sparsities that `--allocation` names, if it names no rule.
+
+    Reports call it by its own name and what it holds: never by its path.
+    """
+    if config.allocation in ALLOCATIONS:
+        return None
+    path = Path(config.allocation)
+    try:
+        data = path.read_bytes()
+        document = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(
+            f"--allocation {path}: expected one of {', '.join(ALLOCATIONS)} or a JSON file of "
+            "sparsities by layer name"
+        ) from error
+    name = f"{path.name} (xxh3 {digest(data)})"
+    return AllocationFile(path=config.allocation, name=name, document=document)

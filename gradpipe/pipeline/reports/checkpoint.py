@@ -3,56 +3,40 @@
 from __future__ import annotations
 
 import json
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from gradpipe.pipeline.places import REPORT
-from gradpipe.pipeline.reports.results import PruneResult
+from gradpipe.pipeline.reports.results import PruneReport
 from gradpipe.store.objects import write_durably
 
 
-def write_report(folder: Path, report: dict[str, Any], result: PruneResult) -> None:
+def write_report(folder: Path, report: PruneReport) -> None:
     """Write `pruning.json` and the model card."""
-    document = {
-        "gradpipe": version("gradpipe"),
-        **report,
-        "requested_sparsity": result.requested,
-        "achieved_sparsity": result.achieved,
-        "layers": {
-            layer.name: {
-                "requested": layer.requested,
-                "pattern": layer.pattern,
-                "achieved": layer.achieved,
-                "zeros": layer.zeros,
-                "size": layer.size,
-            }
-            for layer in result.layers
-        },
-    }
-    write_durably(folder / REPORT, (json.dumps(document, indent=1) + "\n").encode())
-    write_durably(folder / "README.md", _model_card(document).encode())
+    document = json.dumps(report.to_json(), indent=1) + "\n"
+    write_durably(folder / REPORT, document.encode())
+    write_durably(folder / "README.md", _model_card(report).encode())
 
 
-def _model_card(report: dict[str, Any]) -> str:
+def _model_card(report: PruneReport) -> str:
     """A README.md that the Hub shows."""
+    order = report.order
     return f"""---
-base_model: {report["model"]}
+base_model: {order.model}
 tags: [pruned, sparse, gradpipe]
 ---
-# {report["model"]}, pruned
+# {order.model}, pruned
 
 | | |
 |---|---|
-| method | {report["method"]} |
-| pattern | {report["pattern"]} |
-| sparsity of the pruned layers | {report["achieved_sparsity"]:.4f} |
-| statistics | {", ".join(report["statistics"]) or "none"} |
-| gradient store | `{report["store"]}` |
+| method | {order.method} |
+| pattern | {order.pattern} |
+| sparsity of the pruned layers | {report.achieved:.4f} |
+| statistics | {", ".join(order.statistics) or "none"} |
+| gradient store | `{order.store}` |
 
-Made with gradpipe {report["gradpipe"]}:
+Made with gradpipe {order.gradpipe}:
 
-    {report["command"]}
+    {order.command}
 
 Sparsity of each layer: `pruning.json`. The weights are dense tensors with zeros in them.
 """

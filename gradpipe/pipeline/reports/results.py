@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,20 +22,104 @@ class LayerResult:
         """The share of weights that are zero."""
         return self.zeros / self.size
 
+    def to_json(self) -> dict[str, Any]:
+        """A layer's entry in `pruning.json`."""
+        return {
+            "requested": self.requested,
+            "pattern": self.pattern,
+            "achieved": self.achieved,
+            "zeros": self.zeros,
+            "size": self.size,
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PruneResult:
-    """One written checkpoint."""
+class PruneOrder:
+    """What one checkpoint was asked to become, and from what: known before anything is written.
 
-    folder: Path
-    label: str
+    Nothing here depends on where files lie, or on other targets of the same run.
+    """
+
+    gradpipe: str  # the version
+    model: str  # a Hub id, or a local folder's own name
+    revision: str | None
+    store: str  # digest
+    method: str  # its name, or a formula
+    score: str | None  # the formula; None for a solver
+    update: str
+    curvature: str
+    allocation: str  # a rule's name, or a file's own name and the digest of its content
+    statistics: tuple[str, ...]  # read from the store
+    alpha: float
+    grad_norm: str
+    group: str
+    pattern: str  # n:m, or unstructured
+    command: str
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What all shards of one command agree on, as `pruning.json` has it.
+
+        The command names every option, and every file that shapes the result by its content.
+        """
+        names = ("gradpipe", "model", "revision", "store", "allocation", "command")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneReport:
+    """All that is known of one written checkpoint: `pruning.json`, its card and tables."""
+
+    order: PruneOrder
     requested: float  # sparsity, over all pruned layers
     layers: tuple[LayerResult, ...]
+    mismatched_layers: tuple[str, ...]  # pruned though they are not those that were measured
+    unseen_layers: tuple[str, ...]  # that no calibration token reached
+    notes: tuple[str, ...]  # messages for the user
 
     @property
     def achieved(self) -> float:
         """Sparsity found in the written files, over all pruned layers."""
         return sum(x.zeros for x in self.layers) / sum(x.size for x in self.layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """`pruning.json`, as plain JSON values."""
+        order = asdict(self.order) | {"statistics": list(self.order.statistics)}
+        command = order.pop("command")
+        return {
+            **order,
+            "mismatched_layers": list(self.mismatched_layers),
+            "unseen_layers": list(self.unseen_layers),
+            "notes": list(self.notes),
+            "command": command,
+            "requested_sparsity": self.requested,
+            "achieved_sparsity": self.achieved,
+            "layers": {layer.name: layer.to_json() for layer in self.layers},
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PruneResult:
+    """One written checkpoint: where it is, and its report."""
+
+    folder: Path
+    label: str
+    report: PruneReport
+
+    @property
+    def requested(self) -> float:
+        """Sparsity asked for, over all pruned layers."""
+        return self.report.requested
+
+    @property
+    def achieved(self) -> float:
+        """Sparsity found in the written files, over all pruned layers."""
+        return self.report.achieved
+
+    @property
+    def layers(self) -> tuple[LayerResult, ...]:
+        """Each layer as read back."""
+        return self.report.layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

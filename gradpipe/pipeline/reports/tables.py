@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from rich.table import Table
 from rich.text import Text
 
 from gradpipe.errors import printable
 from gradpipe.pipeline.reports.results import DemoResult, PruneResult
-from gradpipe.stages.collect.estimate import Plan
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import SampleSpec
+
+if TYPE_CHECKING:
+    from gradpipe.stages.collect.estimate import Plan  # a store is shown without torch
 
 
 def store_table(store: GradientStore) -> Table:

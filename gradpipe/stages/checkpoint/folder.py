@@ -13,10 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import snapshot_download
 from torch import Tensor
 
-from gradpipe.errors import InputError, one_line
+from gradpipe.errors import InputError
+from gradpipe.stages.checkpoint.place import EMBEDDED_NAME, locate
 from gradpipe.stages.checkpoint.tensors import (
     TensorInfo,
     _read_header,
@@ -43,10 +43,6 @@ _FETCHED = (  # from the Hub: weights as safetensors alone, and small files
 _TEMPLATES = "additional_chat_templates/*.jinja"  # the one subfolder that transformers reads
 
 _OTHER_FORMATS = (".gguf", ".h5", ".msgpack", ".onnx", ".tflite")
-
-EMBEDDED_NAME = "embedded"  # the model that ships with the package
-
-EMBEDDED_MODEL = Path(__file__).parents[2] / "embedded" / "tiny-llama"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +78,7 @@ class Checkpoint:
 
         From the Hub only files of these names are `fetched`. Raises InputError if there is none.
         """
-        folder, revision = _locate(name, fetched)
+        folder, revision = locate(name, fetched)
         config = _read_json(folder / "config.json")
         return cls(name=name, revision=revision, folder=folder, config=config, files=(), tensors={})
 
@@ -143,7 +139,10 @@ class Checkpoint:
 
     def read_bytes(self, key: str) -> bytearray:
         """The raw bytes of one tensor."""
-        info = self.tensors[key]
+        return self.read_place(self.tensors[key])
+
+    def read_place(self, info: TensorInfo) -> bytearray:
+        """The raw bytes of a tensor, or of a part of one."""
         data = bytearray(info.stop - info.start)
         with (self.folder / info.file).open("rb") as file:
             file.seek(info.start)
@@ -154,32 +153,6 @@ class Checkpoint:
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU, in its own dtype and shape."""
         return as_tensor(self.read_bytes(key), self.tensors[key])
-
-
-def _locate(name: str, fetched: tuple[str, ...]) -> tuple[Path, str | None]:
-    """Folder and Hub commit of a model, of which at least the files `fetched` are there."""
-    folder = EMBEDDED_MODEL if name == EMBEDDED_NAME else Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"{name} is not a model directory: it has no config.json")
-        return folder, None
-    if folder.exists():
-        raise InputError(f"{name} is a file, expected a model directory or a Hub id")
-    return _download(name, fetched)
-
-
-def _download(name: str, fetched: tuple[str, ...]) -> tuple[Path, str | None]:
-    """Fetch a model's files of these names from the Hub, or its cache."""
-    try:
-        folder = Path(snapshot_download(name, allow_patterns=[*fetched]))
-    except Exception as error:  # the Hub client raises from many families
-        raise InputError(
-            f"{name} is neither a model directory nor a Hub id that can be fetched: "
-            f"{one_line(error)}"
-        ) from error
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{name} has no config.json on the Hub: expected a transformers model")
-    return folder, folder.name
 
 
 def _weight_files(name: str, folder: Path) -> tuple[str, ...]:

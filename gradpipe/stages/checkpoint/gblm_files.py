@@ -21,6 +21,7 @@ from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
+from gradpipe.store.statistics import STATISTICS
 
 _KEY = re.compile(r"(?P<module>.+)_layer_(?P<block>\d+)")
 
@@ -42,7 +43,7 @@ def read_gblm_file(path: Path, statistic: str, scale: float) -> dict[str, npt.ND
             raise InputError(
                 f"{path}: {key} holds negative values, expected norms: compute it again"
             )
-        sums[key] = (values.square() if statistic == "grad_l2" else values).numpy()
+        sums[key] = (values.square() if STATISTICS[statistic].is_squared else values).numpy()
     return sums
 
 

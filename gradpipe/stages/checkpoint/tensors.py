@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,23 @@ class TensorInfo:
     def is_matrix(self) -> bool:
         """True for a 2-D float tensor, which is what can be pruned."""
         return len(self.shape) == 2 and self.dtype in FLOAT_TYPES
+
+    def part(self, index: int, count: int) -> TensorInfo:
+        """The `index`-th of `count` equal parts along the first dimension: a place of shape (a, b).
+
+        Of a tensor (count · a, b) or (count, a, b). Raises InputError if it has no such part.
+        """
+        first, *others = self.shape
+        shape = (first // count, *others) if len(others) == 1 else tuple(others)
+        fits = first % count == 0 if len(others) == 1 else first == count and len(others) == 2
+        if not fits or not 0 <= index < count:
+            raise InputError(
+                f"{self.key} of shape {self.shape} has no part {index} of {count}: give the model "
+                "that the store was collected from"
+            )
+        num_bytes = (self.stop - self.start) // count
+        start = self.start + index * num_bytes
+        return replace(self, shape=shape, start=start, stop=start + num_bytes)
 
 
 def check_type(layer: str, info: TensorInfo) -> None:

@@ -16,12 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from gradpipe.errors import InputError
 from gradpipe.stages.model.layers import Layer, Skeleton
 from gradpipe.store.schema import LayerSpec
-from gradpipe.store.statistics import SECOND_MOMENTS, needs_backward
-
-SCHEDULES = ("auto", "resident", "streamed")
+from gradpipe.store.statistics import STATISTICS, needs_backward
 
 _GROUPS = (Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
 
@@ -29,17 +26,7 @@ _MARGIN = 1.2  # how much more than the estimate must be free
 
 _BLOCK_WIDTHS = 12  # hidden-sized values that a block keeps beside its linear maps
 
-_BYTES = {"float32": 4.0, "float16": 2.0}  # a value
-
 METADATA_BYTES = 2560  # of each statistic of a layer: measured, with its part of the root's copy
-
-_COMPACT_BYTES = {  # the gradient norms' are measured, at 128 samples: docs/benchmarks.md
-    "grad_l1": 0.33,
-    "grad_l2": 0.48,
-    "grad_sum": 2.0,
-    "hessian": 2.0,
-    "grad_cov": 2.0,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,12 +143,6 @@ def _choose(asked: str, resident: int, free: int) -> tuple[str, str]:
     return ("resident" if fits else "streamed"), needs
 
 
-def check_schedule(asked: str) -> None:
-    """Raises InputError for a schedule that is not one."""
-    if asked not in SCHEDULES:
-        raise InputError(f"--schedule {asked}: expected one of {', '.join(SCHEDULES)}")
-
-
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
 
@@ -179,19 +160,13 @@ def _widths(model: Any, layers: Sequence[Layer]) -> tuple[int, int]:
 
 
 def _sum_bytes(layer: LayerSpec, statistics: tuple[str, ...]) -> int:
-    return sum(
-        4 * (layer.width(x) ** 2 if x in SECOND_MOMENTS else _num_values(layer, x))
-        for x in layer.own(statistics)
-    )
-
-
-def _num_values(layer: LayerSpec, statistic: str) -> int:
-    return math.prod(layer.statistic_shape(statistic))
+    return sum(4 * math.prod(STATISTICS[x].sum_shape(layer.shape)) for x in layer.own(statistics))
 
 
 def _stored_bytes(layer: LayerSpec, work: Workload) -> int:
-    total = 0.0
-    for name in layer.own(work.statistics):
-        per_value = _BYTES.get(work.encoding, _COMPACT_BYTES.get(name, 4.0))
-        total += METADATA_BYTES + _num_values(layer, name) * per_value
-    return int(total)
+    return int(
+        sum(
+            METADATA_BYTES + STATISTICS[name].stored_bytes(work.encoding, layer.shape)
+            for name in layer.own(work.statistics)
+        )
+    )

@@ -74,6 +74,8 @@ class LayerHooks:
             by_sample = self._by_routed_sample(*inputs[1:]) if is_routed else self._by_sample
             xs_TI = by_sample(inputs[0].detach())
             accumulator.add_inputs(xs_TI)
+            if accumulator.needs_outputs:
+                accumulator.add_outputs(by_sample(output.detach()))
             if accumulator.needs_gradients and output.requires_grad:
 
                 def backward(gradient: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Accumulators: float32 sums over calibration samples, one set per layer.
 
+What is summed, and how, stands in the entries of `STATISTICS`; here the samples come to them.
+
 The per-sample gradient of a linear map Y = X Wᵀ is G_b = dY_bᵀ X_b, the same products as the
 ordinary weight gradient, kept apart by sample. Norms over samples (GBLM-Pruner, eq. 3-4) need
 Σ_b|G_b| and Σ_b G_b², which no sum of gradients can give back.
@@ -18,10 +20,20 @@ from torch import Tensor
 from gradpipe.errors import GradpipeError
 from gradpipe.store.codec import triangle_rows
 from gradpipe.store.schema import LayerSpec
-from gradpipe.store.statistics import GRADIENT_STATISTICS, SECOND_MOMENTS, needs_backward
-from gradpipe.store.writer import LayerStats
+from gradpipe.store.statistics import (
+    INPUTS,
+    OUTPUT_GRADIENTS,
+    OUTPUTS,
+    STATISTICS,
+    WEIGHT_GRADIENTS,
+    LayerStats,
+    Statistic,
+    Sums,
+)
 
 _TILE_BYTES = 2 << 20  # a tile of G stays in the CPU's cache while it is folded into the sums
+
+_VALUES = (INPUTS, OUTPUTS, OUTPUT_GRADIENTS, WEIGHT_GRADIENTS)
 
 
 class LayerAccumulator:
@@ -30,9 +42,11 @@ class LayerAccumulator:
     def __init__(self, spec: LayerSpec, statistics: tuple[str, ...], device: torch.device) -> None:
         """Zeroed float32 sums on `device`."""
         self.spec = spec
+        own = sorted((STATISTICS[name] for name in spec.own(statistics)), key=lambda x: x.uses_up)
+        self._of = {of: [x for x in own if x.of == of] for of in _VALUES}
         self.sums = {
-            name: torch.zeros(_sum_shape(spec, name), dtype=torch.float32, device=device)
-            for name in spec.own(statistics)
+            x.name: torch.zeros(x.sum_shape(spec.shape), dtype=torch.float32, device=device)
+            for x in own
         }
         self.num_samples = 0
         self.num_tokens = 0
@@ -40,34 +54,43 @@ class LayerAccumulator:
     @property
     def needs_gradients(self) -> bool:
         """True if any statistic needs a backward pass."""
-        return needs_backward(self.sums)
+        return bool(self._of[OUTPUT_GRADIENTS] or self._of[WEIGHT_GRADIENTS])
+
+    @property
+    def needs_outputs(self) -> bool:
+        """True if any statistic is of the layer's outputs."""
+        return bool(self._of[OUTPUTS])
 
     def add_inputs(self, xs_TI: Sequence[Tensor]) -> None:
-        """Count a batch, and add each sample's inputs to the activation sums."""
+        """Count a batch, and add each sample's inputs to the sums over inputs."""
         self.num_samples += len(xs_TI)
-        for x_TI in xs_TI:
-            self.num_tokens += len(x_TI)
-            if "act_l2" in self.sums:
-                self.sums["act_l2"] += x_TI.float().square().sum(dim=0)
-            if "act_sum" in self.sums:
-                self.sums["act_sum"] += x_TI.float().sum(dim=0)
-            if "hessian" in self.sums:
-                _add_moment(self.sums["hessian"], x_TI.float())
+        self.num_tokens += sum(map(len, xs_TI))
+        self._add_each(INPUTS, xs_TI)
+
+    def add_outputs(self, ys_TO: Sequence[Tensor]) -> None:
+        """Add each sample's outputs to the sums over outputs."""
+        self._add_each(OUTPUTS, ys_TO)
 
     def add_gradients(
         self, xs_TI: Sequence[Tensor], dys_TO: Sequence[Tensor], scale: float
     ) -> None:
         """Add each sample's gradient; `scale` is what the loss was multiplied by."""
-        needs_norms = not self.sums.keys().isdisjoint(GRADIENT_STATISTICS)
+        self._add_each(OUTPUT_GRADIENTS, dys_TO, scale)
+        if not self._of[WEIGHT_GRADIENTS]:
+            return
         for x_TI, dy_TO in zip(xs_TI, dys_TO, strict=True):
-            if "grad_cov" in self.sums:
-                _add_moment(self.sums["grad_cov"], dy_TO.float() / scale)
-            if not needs_norms or not len(x_TI):  # an expert that none of its tokens went to
+            if not len(x_TI):  # an expert that none of the sample's tokens went to
                 continue
             if x_TI.is_cuda:
                 self._fold(slice(None), _product(x_TI, dy_TO), scale)
             else:
                 self._fold_tiles(x_TI.float(), dy_TO.float(), scale)
+
+    def _add_each(self, of: str, values: Sequence[Tensor], scale: float = 1.0) -> None:
+        """Add each sample's values, (T, I) or (T, O)."""
+        for value in values if self._of[of] else ():
+            if len(value):
+                self._add(of, value.float() if scale == 1.0 else value.float() / scale)
 
     def _fold_tiles(self, x_TI: Tensor, dy_TO: Tensor, scale: float) -> None:
         num_rows = max(32, _TILE_BYTES // (4 * x_TI.shape[1]))
@@ -79,12 +102,13 @@ class LayerAccumulator:
         """Add rows of one sample's gradient to the sums; `g_OI` is used up."""
         if scale != 1.0:
             g_OI /= scale
-        if "grad_sum" in self.sums:
-            self.sums["grad_sum"][rows] += g_OI
-        if "grad_l2" in self.sums:
-            self.sums["grad_l2"][rows].addcmul_(g_OI, g_OI)
-        if "grad_l1" in self.sums:
-            self.sums["grad_l1"][rows] += g_OI.abs_()
+        self._add(WEIGHT_GRADIENTS, g_OI, rows)
+
+    def _add(self, of: str, values: Tensor, rows: slice | None = None) -> None:
+        """Add values of one kind to all that is summed of them."""
+        for statistic in self._of[of]:
+            sums = self.sums[statistic.name]
+            statistic.add(sums[rows] if rows and statistic.has_rows else sums, values)
 
     def clear(self) -> None:
         """Start from nothing."""
@@ -100,7 +124,8 @@ class LayerAccumulator:
         """Go on from sums that `result` gave before."""
         for name, sums in self.sums.items():
             values = torch.from_numpy(stats.arrays[name])
-            sums.copy_(_unpacked(values, len(sums)) if name in SECOND_MOMENTS else values)
+            is_packed = STATISTICS[name].is_symmetric
+            sums.copy_(_unpacked(values, len(sums)) if is_packed else values)
         self.num_samples, self.num_tokens = stats.num_samples, stats.num_tokens
 
     def result(self) -> LayerStats:
@@ -116,23 +141,13 @@ class LayerAccumulator:
                     f"layer {self.spec.name}: {name} is NaN or infinite: the model overflows in "
                     "this dtype; try --dtype bfloat16 or float32"
                 )
-        arrays = {
-            name: np.asarray((_packed(sums) if name in SECOND_MOMENTS else sums).cpu().numpy())
-            for name, sums in self.sums.items()
-        }
+        arrays = {name: _on_host(STATISTICS[name], sums) for name, sums in self.sums.items()}
         return LayerStats(arrays=arrays, num_samples=self.num_samples, num_tokens=self.num_tokens)
 
 
-def _sum_shape(spec: LayerSpec, statistic: str) -> tuple[int, ...]:
-    """The shape that is summed in: second moments as whole matrices, packed only at the end."""
-    if statistic in SECOND_MOMENTS:
-        return (spec.width(statistic),) * 2
-    return spec.statistic_shape(statistic)
-
-
-def _add_moment(sums_NN: Tensor, values_TN: Tensor) -> None:
-    """Add Σ v vᵀ over tokens."""
-    sums_NN.addmm_(values_TN.T, values_TN)
+def _on_host(statistic: Statistic, sums: Tensor) -> Sums:
+    """The sums as they are stored."""
+    return np.asarray((_packed(sums) if statistic.is_symmetric else sums).cpu().numpy())
 
 
 def _packed(matrix_NN: Tensor) -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from gradpipe.errors import InputError
+from gradpipe.options import Option, check_options, refuse_given, unasked
 
 Use = Literal["calibration", "evaluation"]
 
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 
-_TEXT_COLUMN = "text"
+TOKENS = ".npy"  # how the name of a file of tokens ends
 
 _SPLITS: dict[str, dict[Use, str]] = {
     "c4": {"calibration": "train", "evaluation": "validation"},
@@ -27,11 +28,28 @@ PRESETS = tuple(_SPLITS)
 class DataConfig:
     """Where samples come from: text, tokens or labelled images."""
 
-    name: str = "c4"  # a preset, a file or folder, or a Hub id
-    config: str | None = None  # Hub only: the dataset's configuration
-    split: str | None = None  # Hub only: default train to calibrate, test to evaluate
-    revision: str | None = None  # Hub only: a commit; default the newest, which is recorded
-    text_column: str = _TEXT_COLUMN
+    name: Annotated[
+        str,
+        Option(
+            flag="dataset",
+            help=f"{', '.join(PRESETS)}, .txt/.jsonl[.gz]/.parquet files, .npy tokens, a Hub id; "
+            "for images a folder of class folders.",
+            is_recorded=False,  # but its label is, and the configuration
+        ),
+    ] = "c4"
+    config: Annotated[
+        str | None,
+        Option(flag="dataset-config", help="Configuration of a Hub dataset.", is_recorded=False),
+    ] = None
+    split: Annotated[
+        str | None,
+        Option(help="Split of a Hub dataset.", default="train to calibrate, test to evaluate"),
+    ] = None
+    revision: Annotated[
+        str | None,
+        Option(help="Commit of a Hub dataset.", default="the newest, which is recorded"),
+    ] = None
+    text_column: Annotated[str, Option(help="Column that holds the text.")] = unasked("text")
 
     @property
     def label(self) -> str:
@@ -42,22 +60,13 @@ class DataConfig:
         """Refuse an empty name, which would be the current folder, and options without effect."""
         if not self.name:
             raise InputError(f"--dataset '': expected one of {', '.join(PRESETS)}, a path or an id")
-        if self.text_column != _TEXT_COLUMN and (
-            self.name in PRESETS or self.name.endswith((".txt", ".npy"))
-        ):
-            raise InputError(
-                f"--text-column {self.text_column}: only tables have columns, --dataset "
-                f"{self.name} does not: leave it out"
-            )
-        if self.name not in PRESETS and not Path(self.name).exists():
-            return
-        options = {"dataset-config": self.config, "split": self.split, "revision": self.revision}
-        for flag, value in options.items():
-            if value is not None:
-                raise InputError(
-                    f"--{flag} {value}: only data sets of the Hub have one, --dataset {self.name} "
-                    "does not: leave it out"
-                )
+        check_options(self)
+        if self.name in PRESETS or self.name.endswith((".txt", TOKENS)):
+            why = f"only tables have columns, --dataset {self.name} does not"
+            refuse_given(self, ("text_column",), why)
+        if self.name in PRESETS or Path(self.name).exists():
+            why = f"only data sets of the Hub have one, --dataset {self.name} does not"
+            refuse_given(self, ("config", "split", "revision"), why)
 
 
 def split_name(data: DataConfig, use: Use) -> str | None:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from transformers import AutoImageProcessor
 
 from gradpipe.errors import InputError, one_line
+from gradpipe.options import refuse_given
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.data.config import PRESETS, DataConfig, Use
 from gradpipe.stages.data.text import load_rows
@@ -90,6 +91,7 @@ class Processor:
 
 def load_images(data: DataConfig, use: Use, checkpoint: Checkpoint, model: Any) -> Images:
     """The images behind `data` with the model's labels; InputError if there are none."""
+    refuse_given(data, ("text_column",), "images are read, and no text")
     classes = _Classes(checkpoint.name, model.config.label2id, model.config.num_labels)
     path = Path(data.name)
     if data.name in PRESETS:

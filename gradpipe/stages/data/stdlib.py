@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from gradpipe.errors import InputError
-from gradpipe.stages.checkpoint.folder import EMBEDDED_MODEL
+from gradpipe.stages.checkpoint.place import EMBEDDED_MODEL
 
 _EMBEDDED: Final = EMBEDDED_MODEL.parent
 

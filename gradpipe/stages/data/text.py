@@ -20,6 +20,7 @@ import huggingface_hub
 import pyarrow.parquet
 
 from gradpipe.errors import InputError, one_line
+from gradpipe.options import refuse_given
 from gradpipe.stages.data.config import _SPLITS, FILE_KINDS, PRESETS, DataConfig, Use, split_name
 from gradpipe.stages.data.stdlib import DOCUMENT_SEPARATOR, stdlib_documents
 
@@ -52,7 +53,7 @@ def load_text(data: DataConfig, use: Use) -> Text:
     if data.name == "wikitext2":
         return _load_wikitext2(use)
     if Path(data.name).exists():
-        documents = _local_documents(Path(data.name), data.text_column)
+        documents = _local_documents(data)
         return Text(documents=documents, revision=None, separator="\n\n", joined=False)
     return _load_hub(data, use)
 
@@ -139,13 +140,16 @@ def _unknown_dataset(name: str, error: Exception) -> InputError:
     )
 
 
-def _local_documents(path: Path, column: str) -> list[str]:
+def _local_documents(data: DataConfig) -> list[str]:
     """The documents of one file, or of every file of a known kind below a folder, in name order."""
+    path = Path(data.name)
     below = [] if path.is_file() else [p for p in path.rglob("*") if _kind(p) and p.is_file()]
     files = sorted(below) or [path]
     if not all(p.is_file() and _kind(p) for p in files):
         raise InputError(f"dataset {path}: expected a file or folder of {', '.join(FILE_KINDS)}")
-    return [document for file in files for document in _file_documents(file, column)]
+    if all(_kind(p) == "text" for p in files):
+        refuse_given(data, ("text_column",), f"dataset {path} has no table")
+    return [document for file in files for document in _file_documents(file, data.text_column)]
 
 
 def _kind(path: Path) -> str | None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from gradpipe.errors import InputError, one_line
 from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.data.config import TOKENS
 from gradpipe.stages.model.load import sequence_length
 from gradpipe.store.folder import Calibration
 from gradpipe.store.schema import SampleSpec
@@ -17,7 +18,7 @@ from gradpipe.store.schema import SampleSpec
 
 def is_tokens(name: str) -> bool:
     """True if a dataset's name is that of a file of tokens."""
-    return name.endswith(".npy") and Path(name).is_file()
+    return name.endswith(TOKENS) and Path(name).is_file()
 
 
 def window_length(name: str, asked: int | None, checkpoint: Checkpoint) -> int:

@@ -17,7 +17,7 @@ from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.tensor_names import weight_keys
 from gradpipe.store.objects import digest
-from gradpipe.store.schema import LayerSpec
+from gradpipe.store.schema import CouplingSpec, LayerSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +49,7 @@ class Skeleton:
     model: Any  # on the meta device, its buffers real
     blocks: Blocks
     layers: tuple[Layer, ...]
+    couplings: tuple[CouplingSpec, ...] = ()  # as far as they were asked for
 
 
 def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:

@@ -24,7 +24,7 @@ _TOKENS = 4
 _IMAGE_SIZE = 224  # of models that take any
 
 
-def share_hessians(model: Any, layers: Sequence[Layer]) -> tuple[Layer, ...]:
+def share_inputs(model: Any, layers: Sequence[Layer]) -> tuple[Layer, ...]:
     """The layers, each with the first one of its block that reads the same input."""
     firsts = _first_readers(model, layers)
     owners = {layer.path: layer.spec for layer in layers}
@@ -51,6 +51,8 @@ def _first_readers(model: Any, layers: Sequence[Layer]) -> dict[str, str]:
         firsts: dict[int, str] = {}
         found = {path: firsts.setdefault(id(tensor), path) for tensor, path in seen}
         best = max(best, found, key=len)
+        if len(best) == len(layers):
+            break
     return best
 
 

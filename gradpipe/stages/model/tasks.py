@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION, OBJECTIVES
+from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 
 _AUTO_CLASSES: dict[str, Any] = {
     CAUSAL_LM: AutoModelForCausalLM,
@@ -18,12 +18,6 @@ _AUTO_CLASSES: dict[str, Any] = {
 }
 
 _NOUNS = {CAUSAL_LM: "a causal language model", IMAGE_CLASSIFICATION: "an image classifier"}
-
-
-def check_task(asked: str | None) -> None:
-    """Raises InputError for a task that is not one."""
-    if asked not in {None, *OBJECTIVES}:
-        raise InputError(f"--task {asked}: expected one of {', '.join(OBJECTIVES)}")
 
 
 def find_task(checkpoint: Checkpoint, asked: str | None = None) -> str:

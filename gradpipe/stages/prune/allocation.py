@@ -1,18 +1,20 @@
-"""How much of each layer goes: passes over weights and statistics before anything is written."""
+"""ALLOCATIONS: how much of each layer goes, by rules, an entry each.
+
+A rule is a function from what is asked for to a wish: sparsities by layer whose mean, weighted by
+size, is the target. It learns of scores by passes over all layers, before anything is written. A
+new rule is an entry here, or added to ALLOCATIONS from outside. Without torch: options are checked
+against the table before it is loaded.
+"""
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from gradpipe.errors import InputError
 from gradpipe.stages.prune.allocation_rules import (
@@ -24,186 +26,190 @@ from gradpipe.stages.prune.allocation_rules import (
     shifted,
     whole_parts,
 )
-from gradpipe.stages.prune.mask import Group, Pattern
-from gradpipe.stages.prune.target import Budget, Target
-from gradpipe.stages.prune.thresholds import Ranks
+from gradpipe.stages.prune.target import Budget, Group, Pattern, Target
 from gradpipe.store.schema import LayerSpec
 
-ALLOCATIONS = ("uniform", "owl", "dlp", "sensitivity")
+if TYPE_CHECKING:
+    from gradpipe.stages.prune.score_passes import ScorePasses
 
-SCORES = {"owl": "wanda", "dlp": "wanda", "sensitivity": "fisher"}  # what each looks at by default
+Layers = Mapping[str, LayerSpec]  # by name
 
-Scores = Callable[[Iterable[str]], Iterable[tuple[LayerSpec, Tensor]]]  # of these weight keys
+Wish = dict[str, float]  # sparsities by layer name
 
-Budgets = dict[str, Budget]  # by weight key
+Budgets = dict[str, Budget]  # by layer name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocationRule:
+    """How a sparsity is shared out among layers."""
+
+    wish: Callable[[Layers, Sequence[Target], ScorePasses], list[Wish]] | None  # None: uniform
+    num_passes: int = 0  # over the scores of all layers; 0: it looks at none
+    score: str | None = None  # the method or formula to look at; None: the run's own
+
+    @property
+    def is_uniform(self) -> bool:
+        """True if all layers get the same: it looks at nothing, and mixes no patterns."""
+        return self.wish is None
+
+
+def _owl(layers: Layers, targets: Sequence[Target], scores: ScorePasses) -> list[Wish]:
+    shares = scores.outlier_shares(_blocks(layers), OWL_OUTLIERS)
+    return _by_block(layers, [owl(shares, _block_sizes(layers), x) for x in _sparsities(targets)])
+
+
+def _dlp(layers: Layers, targets: Sequence[Target], scores: ScorePasses) -> list[Wish]:
+    medians = scores.medians(_blocks(layers))
+    return _by_block(layers, [dlp(medians, _block_sizes(layers), x) for x in _sparsities(targets)])
+
+
+def _competing(
+    layers: Layers, targets: Sequence[Target], scores: ScorePasses, *, part: float
+) -> list[Wish]:
+    """All weights compete: so far from uniform to what they would come to."""
+    sizes = _sizes(layers)
+    totals = [int(target.budget.sparsity * sum(sizes.values())) for target in targets]
+    counts = scores.counts_of_lowest(totals)
+    return [
+        {name: part * n / sizes[name] + (1 - part) * sparsity for name, n in of_layer.items()}
+        for sparsity, of_layer in zip(_sparsities(targets), counts, strict=True)
+    ]
+
+
+ALLOCATIONS = {
+    "uniform": AllocationRule(wish=None),
+    "owl": AllocationRule(wish=_owl, score="wanda", num_passes=2),
+    "dlp": AllocationRule(wish=_dlp, score="wanda", num_passes=2),
+    "sensitivity": AllocationRule(
+        wish=partial(_competing, part=SENSITIVITY), score="fisher", num_passes=3
+    ),
+}
+
+GLOBAL = AllocationRule(wish=partial(_competing, part=1.0), num_passes=3)  # --group global's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocationFile:
+    """A JSON file of sparsities by layer name; its `wish` is a rule's."""
+
+    path: str  # as the user gave it, for messages alone
+    name: str  # for reports: the file's own name, and the digest of its content
+    document: object  # what the file holds
+
+    def sparsities(self, layers: Layers) -> Wish:
+        """Sparsities by layer name; InputError if one is none, or left out."""
+        document = self.document if isinstance(self.document, dict) else {}
+        wish = {}
+        for name in layers:
+            value = document.get(name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
+                raise InputError(
+                    f"--allocation {self.path}: expected a number from 0 to 1 for layer {name}, "
+                    f"got {str(value)[:40]}"
+                )
+            wish[name] = float(value)
+        return wish
+
+    def wish(self, layers: Layers, targets: Sequence[Target], _: ScorePasses) -> list[Wish]:
+        """The file's sparsities, moved to each target."""
+        wish, sizes = self.sparsities(layers), _sizes(layers)
+        return [shifted(wish, sizes, sparsity) for sparsity in _sparsities(targets)]
+
+    def own_target(self, layers: Layers) -> Target:
+        """What the file comes to by itself: the sparsities' mean, weighted by the layers' sizes.
+
+        Raises InputError if that leaves no weight, or the file leaves a layer out.
+        """
+        sparsities, sizes = self.sparsities(layers), _sizes(layers)
+        mean = math.fsum(sparsities[name] * sizes[name] for name in sizes) / sum(sizes.values())
+        if mean >= 1:
+            raise InputError(
+                f"--allocation {self.path}: it leaves no weight: expected a mean below 1"
+            )
+        return Target(mean)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """How a sparsity is shared out."""
+    """A rule with its choices made: from targets to a budget for each layer."""
 
-    kind: str  # uniform, owl, dlp, sensitivity, global, or a JSON file of sparsities by layer
+    name: str  # as reports have it
+    rule: AllocationRule
     group: Group
-    is_exact: bool  # counts are of single weights, whatever the group: SparseGPT's
+    whole_counts: bool  # counts are of single weights, whatever the group
     mixes_patterns: bool  # n of an n:m pattern may differ between blocks
 
-    @property
-    def num_passes(self) -> int:
-        """How often it goes through the scores of all layers."""
-        return 3 if self.kind in {"global", "sensitivity"} else 2
+    def keeps_pattern(self, target: Target) -> bool:
+        """True for a target whose pattern is every block's, whatever the rule."""
+        return target.pattern is not None and not self.mixes_patterns
 
     def budgets(
-        self, layers: Mapping[str, LayerSpec], targets: Sequence[Target], scores: Scores
+        self, layers: Layers, targets: Sequence[Target], scores: ScorePasses
     ) -> list[Budgets]:
         """One budget for each layer, for each target."""
-        uniform = [target.pattern is not None and not self.mixes_patterns for target in targets]
-        if self.kind == "uniform" or all(uniform):
+        if self.rule.wish is None or all(map(self.keeps_pattern, targets)):
             return [dict.fromkeys(layers, target.budget) for target in targets]
-        wishes = self._wishes(layers, targets, scores)
+        wishes = self.rule.wish(layers, targets, scores)
         return [
             dict.fromkeys(layers, target.budget)
-            if is_uniform
+            if self.keeps_pattern(target)
             else self._rounded(layers, target, wish)
-            for is_uniform, target, wish in zip(uniform, targets, wishes, strict=True)
+            for target, wish in zip(targets, wishes, strict=True)
         ]
 
-    def _wishes(
-        self, layers: Mapping[str, LayerSpec], targets: Sequence[Target], scores: Scores
-    ) -> list[dict[str, float]]:
-        """Sparsities by weight key, whose weighted mean is each target's."""
-        sizes = {key: layer.num_weights for key, layer in layers.items()}
-        sparsities = [float(target.budget.sparsity) for target in targets]
-        if self.kind in {"global", "sensitivity"}:
-            share = SENSITIVITY if self.kind == "sensitivity" else 1.0
-            return [
-                {
-                    key: share * count / sizes[key] + (1 - share) * sparsity
-                    for key, count in x.items()
-                }
-                for sparsity, x in zip(sparsities, _global(sizes, targets, scores), strict=True)
-            ]
-        if self.kind in {"owl", "dlp"}:
-            blocks = {key: _block(layer) for key, layer in layers.items()}
-            block_sizes: dict[str, int] = defaultdict(int)
-            for key, block in blocks.items():
-                block_sizes[block] += sizes[key]
-            is_owl = self.kind == "owl"
-            values = _outliers(layers, scores) if is_owl else _medians(layers, scores)
-            rule = owl if is_owl else dlp
-            shares = [rule(values, block_sizes, sparsity) for sparsity in sparsities]
-            return [{key: share[block] for key, block in blocks.items()} for share in shares]
-        wish = read_allocation(Path(self.kind), layers)
-        return [shifted(wish, sizes, sparsity) for sparsity in sparsities]
-
-    def _rounded(
-        self, layers: Mapping[str, LayerSpec], target: Target, wish: Mapping[str, float]
-    ) -> Budgets:
+    def _rounded(self, layers: Layers, target: Target, wish: Wish) -> Budgets:
+        """Budgets in whole weights, rows or patterns, beside the wish."""
         if target.pattern is not None:
             return _patterns(layers, target.pattern, wish)
-        sizes = {key: layer.num_weights for key, layer in layers.items()}
-        steps = {key: self._step(layer) for key, layer in layers.items()}
+        sizes = _sizes(layers)
+        steps = {name: self._step(layer) for name, layer in layers.items()}
         counts = rounded(wish, sizes, steps, int(target.budget.sparsity * sum(sizes.values())))
-        return {key: Budget(Fraction(count, sizes[key])) for key, count in counts.items()}
+        return {name: Budget(Fraction(count, sizes[name])) for name, count in counts.items()}
 
     def _step(self, layer: LayerSpec) -> int:
         """How many weights one more in every group of a layer are."""
-        if self.is_exact or self.group.axis is None:
+        if self.whole_counts or self.group.axis is None:
             return 1
         return max(layer.shape[self.group.axis] // self.group.size, 1)
 
 
-def read_allocation(path: Path, layers: Mapping[str, LayerSpec]) -> dict[str, float]:
-    """Sparsities by weight key from a JSON object of sparsities by layer name.
-
-    Raises InputError if it is not one, or leaves a layer out.
-    """
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(
-            f"--allocation {path}: expected one of {', '.join(ALLOCATIONS)} or a JSON file of "
-            "sparsities by layer name"
-        ) from error
-    wish = {}
-    for key, layer in layers.items():
-        value = document.get(layer.name) if isinstance(document, dict) else None
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= 1:
-            raise InputError(
-                f"--allocation {path}: expected a number from 0 to 1 for layer {layer.name}, got "
-                f"{str(value)[:40]}"
-            )
-        wish[key] = float(value)
-    return wish
+def _sparsities(targets: Sequence[Target]) -> list[float]:
+    return [float(target.budget.sparsity) for target in targets]
 
 
-def own_target(path: Path, layers: Mapping[str, LayerSpec]) -> Target:
-    """What a file of sparsities comes to by itself: their mean, weighted by the layers' sizes."""
-    wish = read_allocation(path, layers)
-    total = sum(layer.num_weights for layer in layers.values())
-    mean = math.fsum(wish[key] * layer.num_weights for key, layer in layers.items()) / total
-    if mean >= 1:
-        raise InputError(f"--allocation {path}: it leaves no weight: expected a mean below 1")
-    return Target(mean)
+def _sizes(layers: Layers) -> dict[str, int]:
+    return {name: layer.num_weights for name, layer in layers.items()}
 
 
-def _block(layer: LayerSpec) -> str:
-    """What a layer is grouped under; one outside the blocks stands alone."""
-    return layer.name if layer.block is None else f"block {layer.block}"
+def _blocks(layers: Layers) -> dict[str, str]:
+    """What each layer is grouped under; one outside the blocks stands alone."""
+    return {
+        name: name if layer.block is None else f"block {layer.block}"
+        for name, layer in layers.items()
+    }
 
 
-def _global(
-    sizes: Mapping[str, int], targets: Sequence[Target], scores: Scores
-) -> list[dict[str, int]]:
-    """How many weights of each layer are among the lowest of all, for each target."""
-    counts = [int(target.budget.sparsity * sum(sizes.values())) for target in targets]
-    ranks = Ranks(partial(_parts, scores, sizes), [max(n - 1, 0) for n in counts])
-    none = dict.fromkeys(sizes, 0)
-    return [found if n else none for n, found in zip(counts, ranks.upto(), strict=True)]
-
-
-def _outliers(layers: Iterable[str], scores: Scores) -> dict[str, float]:
-    """Each block's share of scores that are above M times its mean."""
-    totals: dict[str, float] = defaultdict(float)
-    counts: dict[str, int] = defaultdict(int)
-    outliers: dict[str, int] = defaultdict(int)
-    for layer, score_OI in scores(layers):
-        totals[_block(layer)] += float(score_OI.sum(dtype=torch.float64))
-        counts[_block(layer)] += score_OI.numel()
-    for layer, score_OI in scores(layers):
-        block = _block(layer)
-        outliers[block] += int((score_OI > OWL_OUTLIERS * totals[block] / counts[block]).sum())
-    return {block: outliers[block] / count for block, count in counts.items()}
-
-
-def _medians(layers: Mapping[str, LayerSpec], scores: Scores) -> dict[str, float]:
-    """Each block's median score, the lower one of two."""
-    keys: dict[str, list[str]] = defaultdict(list)
-    for key, layer in layers.items():
-        keys[_block(layer)].append(key)
-    medians = {}
-    for block, inside in keys.items():
-        middle = (sum(layers[key].num_weights for key in inside) - 1) // 2
-        [medians[block]] = Ranks(partial(_parts, scores, inside), [middle]).values
-    return medians
-
-
-def _parts(scores: Scores, keys: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    return ((layer.weight_key, score_OI) for layer, score_OI in scores(keys))
-
-
-def _patterns(
-    layers: Mapping[str, LayerSpec], pattern: Pattern, wish: Mapping[str, float]
-) -> Budgets:
-    """An n for each block, from 1 to m, whose weighted mean is as near the pattern's as may be."""
+def _block_sizes(layers: Layers) -> dict[str, int]:
     sizes: dict[str, int] = defaultdict(int)
+    for name, block in _blocks(layers).items():
+        sizes[block] += layers[name].num_weights
+    return sizes
+
+
+def _by_block(layers: Layers, wishes: Sequence[Mapping[str, float]]) -> list[Wish]:
+    """Each layer's wish: its block's."""
+    return [{name: wish[block] for name, block in _blocks(layers).items()} for wish in wishes]
+
+
+def _patterns(layers: Layers, pattern: Pattern, wish: Wish) -> Budgets:
+    """An n for each block, from 1 to m, whose weighted mean is as near the pattern's as may be."""
+    blocks, sizes = _blocks(layers), _block_sizes(layers)
     pruned: dict[str, float] = defaultdict(float)
-    for key, layer in layers.items():
-        sizes[_block(layer)] += layer.num_weights
-        pruned[_block(layer)] += wish[key] * layer.num_weights
-    shares = {block: pruned[block] / size for block, size in sizes.items()}
-    shares = shifted(shares, sizes, float(pattern.sparsity), 1 - 1 / pattern.m)
+    for name, layer in layers.items():
+        pruned[blocks[name]] += wish[name] * layer.num_weights
+    sparsities = {block: pruned[block] / size for block, size in sizes.items()}
+    sparsities = shifted(sparsities, sizes, float(pattern.sparsity), 1 - 1 / pattern.m)
     goal = (pattern.m - pattern.n) * sum(sizes.values())
-    parts = whole_parts(shares, sizes, pattern.m, goal)
+    parts = whole_parts(sparsities, sizes, pattern.m, goal)
     kept = {block: Pattern(pattern.m - count, pattern.m) for block, count in parts.items()}
-    patterns = {key: kept[_block(layer)] for key, layer in layers.items()}
-    return {key: Budget(x.sparsity, x) for key, x in patterns.items()}
+    return {name: Budget(kept[x].sparsity, kept[x]) for name, x in blocks.items()}

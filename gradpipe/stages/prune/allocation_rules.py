@@ -5,14 +5,15 @@ weights compete; `sensitivity` goes half of that way by the Fisher score. Whatev
 for is moved so that the mean, weighted by the number of weights, is the sparsity asked for, and
 then rounded to whole weights, rows or patterns, losing as little of that as can be.
 
-Everything here is about a few numbers for each layer or block; `gradpipe.stages.ranks` finds them.
+Everything here is about a few numbers for each layer or block, without torch;
+`gradpipe.stages.prune.score_passes` finds them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -101,6 +102,13 @@ def rounded(
     return counts
 
 
+class _Choice(NamedTuple):
+    """Whole parts of the first keys, ordered by how far they are from what was wished for."""
+
+    distance: float  # squared, weighted by size
+    parts: tuple[int, ...]
+
+
 def whole_parts(
     sparsities: Mapping[Key, float], sizes: Mapping[Key, int], num_parts: int, goal: int
 ) -> dict[Key, int]:
@@ -110,17 +118,23 @@ def whole_parts(
     least squared distance from the sparsities. One key after the other is added to the best choice
     for each sum; where many sizes make too many sums, the worst are left out.
     """
-    found: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # sum -> distance, parts
+    best = {0: _Choice(0.0, ())}  # weighted sum of parts -> the best choice that comes to it
     for key, sparsity in sparsities.items():
-        exact = sparsity * num_parts
-        near = math.floor(exact + _ROUNDING)
-        parts = range(max(near - 1, 0), min(near + 3, num_parts))
-        longer: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for total, (distance, chosen) in found.items():
-            for part in parts:
-                entry = (distance + sizes[key] * (part - exact) ** 2, (*chosen, part))
-                place = total + part * sizes[key]
-                longer[place] = min(longer.get(place, entry), entry)
-        found = dict(sorted(longer.items(), key=lambda item: item[1])[:_SUMS])
-    best = min(found, key=lambda total: (abs(total - goal), found[total]))
-    return dict(zip(sparsities, found[best][1], strict=True))
+        longer = _longer(best, sparsity * num_parts, sizes[key], num_parts)
+        best = dict(sorted(longer.items(), key=lambda item: item[1])[:_SUMS])
+    nearest = min(best, key=lambda total: (abs(total - goal), best[total]))
+    return dict(zip(sparsities, best[nearest].parts, strict=True))
+
+
+def _longer(
+    best: Mapping[int, _Choice], wished: float, size: int, num_parts: int
+) -> dict[int, _Choice]:
+    """Every choice with one key more, which wishes for so many parts; the best for each sum."""
+    near = math.floor(wished + _ROUNDING)
+    longer: dict[int, _Choice] = {}
+    for total, (distance, parts) in best.items():
+        for part in range(max(near - 1, 0), min(near + 3, num_parts)):
+            choice = _Choice(distance + size * (part - wished) ** 2, (*parts, part))
+            new_total = total + part * size
+            longer[new_total] = min(longer.get(new_total, choice), choice)
+    return longer

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 
 from gradpipe.stages.prune.curvature import Curvature
+from gradpipe.stages.prune.least_squares import least_squares
+from gradpipe.stages.prune.mask import budget_mask
+from gradpipe.stages.prune.solver import LayerProblem
+from gradpipe.stages.prune.target import Budget
 
 _ITERATIONS = 60
 
@@ -26,6 +30,26 @@ _FIRST_PENALTY = 0.1
 _EVERY = 3  # iterations between looks at the support
 
 _PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (left and joined ÷ support, factor)
+
+
+class Alps:
+    """The solver: ADMM's support, then least squares on it; what costs nothing goes first."""
+
+    def __init__(self, problem: LayerProblem) -> None:
+        """Decompose the layer's curvature."""
+        self._weight_OI, self._group = problem.weight, problem.group
+        self._curvature = problem.curvature
+        self._basis = Eigenbasis.of(problem.curvature)
+
+    def to(self, budget: Budget) -> tuple[Tensor, Tensor]:
+        """Weights, in their own dtype, and mask, (O, I)."""
+
+        def select(score_OI: Tensor) -> Tensor:
+            score_OI = score_OI.masked_fill(self._curvature.free, 0.0)
+            return budget_mask(score_OI, budget, self._group)
+
+        mask_OI = alps_mask(self._weight_OI, self._basis, select)
+        return least_squares(self._weight_OI, mask_OI, self._curvature), mask_OI
 
 
 @dataclass(frozen=True, slots=True)

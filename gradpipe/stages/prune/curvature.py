@@ -18,8 +18,6 @@ from torch import Tensor
 
 from gradpipe.errors import GradpipeError
 
-CURVATURES = ("input", "kfac")
-
 _INPUT_DAMPING = 0.01  # of the mean of the diagonal, as SparseGPT has it
 
 _OUTPUT_DAMPING = 0.1  # gradients are noisier: docs/decisions/0010

@@ -17,7 +17,6 @@ from gradpipe.store.codec import (
     ESCAPE,
     LOWEST,
     SPECIAL,
-    SQUARED,
     UNIT,
     Encoded,
     check_escapes,
@@ -26,18 +25,18 @@ from gradpipe.store.codec import (
     split_offsets,
     triangle_rows,
 )
-from gradpipe.store.statistics import SECOND_MOMENTS
+from gradpipe.store.statistics import STATISTICS
 
 _CHUNK_VALUES = 1 << 20
 
 
 def decode_norms(encoded: Mapping[str, Encoded], statistic: str, device: torch.device) -> Tensor:
-    """The float32 norms of one of a layer's statistics, (O, I) or (I,), on `device`.
+    """The float32 norms of one of a layer's statistics, (O, I), (I,) or (O,), on `device`.
 
     A second moment as a whole matrix, (I, I) or (O, O).
     """
     item = encoded[statistic]
-    if statistic in SECOND_MOMENTS:
+    if STATISTICS[statistic].is_symmetric:
         return _second_moment(item, device)
     if item.spec.encoding == "log":
         base = None if item.spec.base is None else encoded[item.spec.base]
@@ -45,7 +44,7 @@ def decode_norms(encoded: Mapping[str, Encoded], statistic: str, device: torch.d
     values = torch.from_numpy(item.parts["values"]).to(device)
     if item.spec.encoding == "float16":
         return values.float() * item.spec.scale
-    return values.sqrt() if statistic in SQUARED else values
+    return values.sqrt() if STATISTICS[statistic].is_squared else values
 
 
 def _second_moment(item: Encoded, device: torch.device) -> Tensor:

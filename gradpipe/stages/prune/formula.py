@@ -16,20 +16,18 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Self, TypeGuard
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
 from gradpipe.errors import InputError
+from gradpipe.store.statistics import IN, OUT, STATISTICS, letters
 
-_STATISTICS = {"X": "act_l2", "G1": "grad_l1", "G2": "grad_l2", "GS": "grad_sum"}
+if TYPE_CHECKING:
+    from torch import Tensor  # a formula is checked without torch
 
-_MATRICES = ("W", "G1", "G2", "GS", "G")
-
-_BINARY: Mapping[type[ast.operator], Callable[[Tensor, Tensor], Tensor]] = {
+_BINARY: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -37,31 +35,35 @@ _BINARY: Mapping[type[ast.operator], Callable[[Tensor, Tensor], Tensor]] = {
     ast.Pow: operator.pow,
 }
 
-_IN_PLACE: Mapping[type[ast.operator], Callable[[Tensor, Tensor], Tensor]] = {
-    ast.Add: Tensor.add_,
-    ast.Sub: Tensor.sub_,
-    ast.Mult: Tensor.mul_,
-    ast.Div: Tensor.div_,
-    ast.Pow: Tensor.pow_,
+_UNARY: Mapping[type[ast.unaryop], Callable[[Any], Any]] = {
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
 }
 
 _MAX_CHARACTERS = 500
+
+_SMALLEST = 2.0**-126  # float32's smallest normal number
 
 
 def relative_importance(weight_OI: Tensor) -> Tensor:
     """|W_ij| / Σ_j|W_ij| + |W_ij| / Σ_i|W_ij| (RIA: Zhang et al., 2024); 0 where a sum is 0."""
     size_OI = weight_OI.float().abs()
-    tiny = torch.finfo(torch.float32).tiny
-    rows_O1 = size_OI.sum(dim=1, keepdim=True).clamp_min(tiny)
-    columns_I = size_OI.sum(dim=0).clamp_min(tiny)
+    rows_O1 = size_OI.sum(dim=1, keepdim=True).clamp_min(_SMALLEST)
+    columns_I = size_OI.sum(dim=0).clamp_min(_SMALLEST)
     return size_OI / rows_O1 + size_OI / columns_I
 
 
 _FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "abs": lambda x: x.float().abs(),
-    "sqrt": torch.sqrt,
-    "log": torch.log,
+    "sqrt": lambda x: x.sqrt(),
+    "log": lambda x: x.log(),
     "ri": relative_importance,
+}
+
+_OF_NUMBERS: Mapping[str, Callable[[float], float]] = {
+    "abs": abs,
+    "sqrt": math.sqrt,
+    "log": math.log,
 }
 
 
@@ -86,7 +88,7 @@ class Expression:
                 f"--score {text!r}: not a formula: expected one such as abs(W)*(a*G+X)"
             ) from error
         for node in ast.walk(tree):
-            if _is_constant(node) and not bool(torch.isfinite(_walk(node, {})[0])):
+            if _is_constant(node) and not _is_finite(node):
                 part = ast.get_source_segment(text.strip(), node)
                 raise InputError(f"--score {text!r}: {part} is no finite number in float32")
         if "W" not in names:
@@ -100,12 +102,17 @@ class Expression:
 
     def statistics(self, grad_norm: str) -> tuple[str, ...]:
         """What must be read to compute it."""
-        table = {**_STATISTICS, "G": f"grad_{grad_norm}"}
+        table = letters(grad_norm)
         return tuple(dict.fromkeys(table[x] for x in sorted(self.names) if x in table))
 
-    def evaluate(self, values: Mapping[str, Callable[[], Tensor]]) -> Tensor:
-        """The formula over values that are asked for as they are needed; float32, (O, I)."""
-        result, _ = _walk(self.tree, values)
+    def evaluate(
+        self, values: Mapping[str, Callable[[], Tensor]], number: Callable[[float], Tensor]
+    ) -> Tensor:
+        """The formula over values that are asked for as they are needed; float32, (O, I).
+
+        `number` makes a float32 scalar of a constant. No value is written to.
+        """
+        result: Tensor = _walk(self.tree, values, number, _FUNCTIONS)
         return result.float()
 
 
@@ -114,25 +121,31 @@ def _check(node: ast.expr, text: str) -> set[str]:
     match node:
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _BINARY:
             return _check(left, text) | _check(right, text)
-        case ast.UnaryOp(op=ast.USub() | ast.UAdd(), operand=operand):
+        case ast.UnaryOp(op=op, operand=operand) if type(op) in _UNARY:
             return _check(operand, text)
         case ast.Call(func=ast.Name(id=name), args=[argument], keywords=[]) if name in _FUNCTIONS:
             names = _check(argument, text)
-            if name == "ri" and names.isdisjoint(_MATRICES):
-                raise InputError(f"--score {text!r}: ri() is of a matrix: {', '.join(_MATRICES)}")
+            if name == "ri" and names.isdisjoint(matrices := _matrices()):
+                raise InputError(f"--score {text!r}: ri() is of a matrix: {', '.join(matrices)}")
             return names
         case ast.Constant(value=int() | float() as number) if not isinstance(
             number, bool
         ) and math.isfinite(float(number)):
             return set()
-        case ast.Name(id=name) if name in {*_STATISTICS, "W", "G", "a"}:
+        case ast.Name(id=name) if name in {*letters(), "W", "G", "a"}:
             return {name}
     part = ast.get_source_segment(text.strip(), node) or text
-    known = ", ".join(("W", *_STATISTICS, "G", "a", *(f"{x}()" for x in _FUNCTIONS)))
+    known = ", ".join(("W", *letters(), "G", "a", *(f"{x}()" for x in _FUNCTIONS)))
     raise InputError(
         f"--score {text!r}: {part[:80]!r} is not understood, expected {known}, numbers, "
         "parentheses and + - * / ** (a power)"
     )
+
+
+def _matrices() -> tuple[str, ...]:
+    """The letters that have a value for each weight."""
+    of = letters()
+    return ("W", *(x for x in of if STATISTICS[of[x]].axes == (OUT, IN)), "G")
 
 
 def _is_constant(node: ast.AST) -> TypeGuard[ast.expr]:
@@ -143,31 +156,36 @@ def _is_constant(node: ast.AST) -> TypeGuard[ast.expr]:
     )
 
 
-def _walk(node: ast.expr, values: Mapping[str, Callable[[], Tensor]]) -> tuple[Tensor, bool]:
-    """A node's value, and whether it may be overwritten."""
+def _is_finite(node: ast.expr) -> bool:
+    """True if a constant operand is a finite float32."""
+    try:
+        return math.isfinite(_float32(_walk(node, {}, _float32, _OF_NUMBERS)))
+    except (ArithmeticError, ValueError, struct.error):  # 1/0, log(0), a power that is complex
+        return False
+
+
+def _float32(number: float) -> float:
+    """The nearest float32; OverflowError beyond the largest."""
+    return float(struct.unpack("f", struct.pack("f", number))[0])
+
+
+def _walk(
+    node: ast.expr,
+    values: Mapping[str, Callable[[], Any]],
+    number: Callable[[float], Any],
+    functions: Mapping[str, Callable[[Any], Any]],
+) -> Any:
+    """The value of a node of a checked tree, in the arithmetic that its leaves are of."""
     match node:
         case ast.BinOp(left=left, op=op, right=right):
-            return _binary(type(op), _walk(left, values), _walk(right, values))
-        case ast.UnaryOp(op=ast.UAdd(), operand=operand):
-            return _walk(operand, values)
-        case ast.UnaryOp(operand=operand):
-            return -_walk(operand, values)[0], True
+            first = _walk(left, values, number, functions)
+            return _BINARY[type(op)](first, _walk(right, values, number, functions))
+        case ast.UnaryOp(op=op, operand=operand):
+            return _UNARY[type(op)](_walk(operand, values, number, functions))
         case ast.Call(func=ast.Name(id=name), args=[argument]):
-            return _FUNCTIONS[name](_walk(argument, values)[0]), True
-        case ast.Constant(value=number):
-            return torch.tensor(float(number)), False  # type: ignore[arg-type]
+            return functions[name](_walk(argument, values, number, functions))
+        case ast.Constant(value=int() | float() as constant):
+            return number(float(constant))
         case ast.Name(id=name):
-            return values[name](), name in {"G", "G1", "G2", "GS"}
+            return values[name]()
     raise AssertionError(ast.dump(node))  # pragma: no cover (`_check` lets no other through)
-
-
-def _binary(
-    op: type[ast.operator], left: tuple[Tensor, bool], right: tuple[Tensor, bool]
-) -> tuple[Tensor, bool]:
-    """Layers are large: the result takes an operand's place where it can."""
-    (a, a_is_free), (b, b_is_free) = left, right
-    if a_is_free and b.ndim <= a.ndim:
-        return _IN_PLACE[op](a, b), True
-    if b_is_free and op in {ast.Add, ast.Mult} and a.ndim <= b.ndim:
-        return _IN_PLACE[op](b, a), True
-    return _BINARY[op](a, b), True

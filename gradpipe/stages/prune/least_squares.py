@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 from gradpipe.stages.prune.curvature import Curvature
+from gradpipe.stages.prune.solver import LayerProblem, UpdateKept
 
 _STEPS = 30
 
 _TOLERANCE = 1e-6  # of the squared residual: what is left to gain is lost in rounding
+
+
+def least_squares_updater(problem: LayerProblem) -> UpdateKept:
+    """The update of any mask."""
+    weight_OI, curvature = problem.weight, problem.curvature
+    return lambda mask_OI: least_squares(weight_OI, mask_OI, curvature)
 
 
 def least_squares(weight_OI: Tensor, mask_OI: Tensor, curvature: Curvature) -> Tensor:

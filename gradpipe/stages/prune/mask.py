@@ -8,75 +8,24 @@ Shapes: O out, I in.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
 from fractions import Fraction
-from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gradpipe.errors import InputError
+from gradpipe.stages.prune.target import Budget, Group, Pattern
 
 _SELECT_VALUES = 1 << 19
 
 _VECTOR_WIDTH = 16  # from here on NumPy, which selects with vector instructions, is faster on a CPU
 
 
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """`n` weights kept of every `m` along the input."""
-
-    n: int
-    m: int
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """The pattern in `2:4`; InputError for anything else, n > m or n = 0."""
-        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text)
-        if not match:
-            raise InputError(
-                f"pattern {text!r}: expected n:m, n weights kept of every m, such as 2:4"
-            )
-        n, m = int(match[1]), int(match[2])
-        if not 1 <= n <= m:
-            raise InputError(
-                f"pattern {text}: cannot keep {n} weights of every {m}: expected n ≤ m, n ≥ 1"
-            )
-        return cls(n, m)
-
-    def __str__(self) -> str:
-        """As it was parsed."""
-        return f"{self.n}:{self.m}"
-
-    @property
-    def sparsity(self) -> Fraction:
-        """The share of weights that go."""
-        return Fraction(self.m - self.n, self.m)
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """The weights compared with each other: `size` rows (axis 0) or columns (axis 1), or all."""
-
-    axis: int | None
-    size: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """`output`, `input`, `layer`, `output:128`, `input:128`; InputError for anything else."""
-        match = re.fullmatch(r"(output|input)(?::([1-9]\d{0,8}))?", text)
-        if match:
-            return cls(0 if match[1] == "output" else 1, int(match[2] or 1))
-        if text == "layer":
-            return cls(None)
-        raise InputError(f"group {text!r}: expected output, input, layer, output:K or input:K")
-
-
-def exact_sparsity(sparsity: float) -> Fraction:
-    """The decimal that was meant: 0.29 is 29/100, and 0.29 of 100 weights is 29."""
-    return Fraction(repr(float(sparsity)))
+def budget_mask(score_OI: Tensor, budget: Budget, group: Group) -> Tensor:
+    """The mask of a budget, (O, I): by its pattern, or its share of each group."""
+    if budget.pattern is not None:
+        return pattern_mask(score_OI, budget.pattern)
+    return unstructured_mask(score_OI, budget.sparsity, group)
 
 
 def unstructured_mask(score_OI: Tensor, sparsity: Fraction, group: Group) -> Tensor:
@@ -94,15 +43,6 @@ def pattern_mask(score_OI: Tensor, pattern: Pattern) -> Tensor:
     """Keep the `n` highest scores of every `m` consecutive inputs."""
     groups = score_OI.reshape(-1, pattern.m)
     return _keep_highest(groups, pattern.sparsity).view_as(score_OI)
-
-
-def check_pattern(pattern: Pattern, name: str, width: int) -> None:
-    """Refuse a layer whose input width does not divide into groups of `m`."""
-    if width % pattern.m:
-        raise InputError(
-            f"pattern {pattern}: layer {name} has {width} inputs, not divisible by {pattern.m}: "
-            f"--exclude it or choose another pattern"
-        )
 
 
 def lowest_mask(scores: Tensor, count: int) -> Tensor:

@@ -1,85 +1,102 @@
-"""Scores: how much each weight matters. Low scores go first.
+"""METHODS: all that a method is, an entry each; and what becomes of the weights that it keeps.
 
-A method is a formula, or an algorithm that picks weights and updates the rest by second moments.
-The norms are scaled so that α means the same at any number N of samples; at N = 128 they are the
-reference implementation's.
-
-    ‖X‖₂ = √(Σₜx² / N)       ‖G‖₁ = 128·Σ|G| / N       ‖G‖₂ = √(128·ΣG² / N)       ΣG = 128·ΣG / N
-
-Weights come in any float dtype; scores are float32. Shapes: O out, I in.
+A method is a formula, which scores weights, or a solver, which picks weights and updates the rest.
+Nothing else in the package knows a method by its name: whoever must tell methods apart reads the
+entry. A new one is an entry here, or added to METHODS from outside; a solver is a class as well
+(`gradpipe.stages.prune.solver`). Without torch: options are checked against the table before it is
+loaded.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from gradpipe.errors import InputError
 from gradpipe.stages.prune.formula import Expression
-from gradpipe.store.statistics import GRADIENT_STATISTICS, SECOND_MOMENTS
+from gradpipe.stages.prune.target import Group
+from gradpipe.store.statistics import STATISTICS
 
-GRAD_NORMS = ("l1", "l2", "sum")
+if TYPE_CHECKING:
+    from gradpipe.stages.prune.solver import LayerProblem, MakeUpdate, Solver
 
-_REFERENCE_SAMPLES = 128
+GRAD_NORMS = tuple(x.grad_norm for x in STATISTICS.values() if x.grad_norm)
 
-_CHUNK_VALUES = 1 << 20  # of a layer, scored at a time: they stay in a CPU's cache
+CURVATURES = {  # what solving minimises -> the second moments that it reads; the first: default
+    "input": ("hessian",),
+    "kfac": ("hessian", "grad_cov"),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Norms:
-    """One layer's statistics, decoded on the device where scores are computed."""
-
-    values: Mapping[str, Tensor]  # Σ|G|, √ΣG², ΣG (O, I); √Σx² (I,); Σxxᵀ (I, I), Σdy dyᵀ (O, O)
-    num_samples: Mapping[str, int]  # statistic -> over how many samples
-
-    def of_rows(self, rows: slice) -> Norms:
-        """The same of some outputs alone, without second moments."""
-        values = {
-            name: self.values[name][rows] if name in GRADIENT_STATISTICS else self.values[name]
-            for name in self.values.keys() - set(SECOND_MOMENTS)
-        }
-        return Norms(values=values, num_samples=self.num_samples)
-
-    def activation(self) -> Tensor:
-        """‖X‖₂ of each input, (I,)."""
-        return self.values["act_l2"] / math.sqrt(self.num_samples["act_l2"])
-
-    def gradient(self, norm: str) -> Tensor:
-        """‖G‖₁, ‖G‖₂ or |ΣG| of each weight over samples, (O, I); a tensor of its own."""
-        return self._scaled(norm).abs_()
-
-    def gradient_sum(self) -> Tensor:
-        """ΣG of each weight over samples, with its sign, (O, I); a tensor of its own."""
-        return self._scaled("sum")
-
-    def _scaled(self, norm: str) -> Tensor:
-        statistic = f"grad_{norm}"
-        ratio = _REFERENCE_SAMPLES / self.num_samples[statistic]
-        return self.values[statistic] * (math.sqrt(ratio) if norm == "l2" else ratio)
-
-
-@dataclass(frozen=True, slots=True)
 class Method:
-    """How weights are picked: by a formula, or by an algorithm over second moments."""
+    """How weights are picked: by a formula, or by a solver."""
 
-    formula: str | None
+    formula: str | None = None  # as `gradpipe.stages.prune.formula` reads it
+    solver: Callable[[LayerProblem], Solver] | None = None  # a class, or what imports it
+    reads: tuple[str, ...] = ()  # of the store, by a solver, beside its curvature's moments
+    curvatures: tuple[str, ...] = ()  # that a solver can minimise; none: it reads no moments
     group: str = "output"  # the weights compared, unless the user says otherwise
+    compares: str | None = None  # in words, by a solver whose grouping is its own: no --group
+    whole_counts: bool = False  # counts are of single weights, whatever the group
+
+    def __post_init__(self) -> None:
+        """Refuse an entry that says nothing, or two things, of how to pick: no name falls through.
+
+        Raises ValueError: it is a mistake in a program, and not of its user.
+        """
+        if (self.formula is None) == (self.solver is None):
+            raise ValueError("a method has a formula or a solver, and not both")
+        if self.formula is not None and (self.reads or self.curvatures):
+            raise ValueError("a formula reads what its letters say, and no second moments")
+
+
+def _imported(module: str, name: str) -> Callable[[LayerProblem], Any]:
+    """A class or function of this package, imported when it is first called: it needs torch."""
+
+    def make(problem: LayerProblem) -> Any:
+        return getattr(import_module(f"{__package__}.{module}"), name)(problem)
+
+    return make
 
 
 METHODS = {
-    "magnitude": Method("abs(W)"),  # Han et al., 2015
-    "wanda": Method("abs(W)*X"),  # Sun et al., 2023
-    "gradient": Method("abs(W)*G"),  # Das et al., 2023, the gradient term alone
-    "gblm": Method("abs(W)*(a*G+X)"),  # GBLM-Pruner: Das et al., 2023
-    "fisher": Method("W**2*G2**2"),  # the diagonal of the empirical Fisher information
-    "ria": Method("ri(W)*sqrt(X)"),  # Zhang et al., 2024
-    "gradient-ria": Method("ri(W)*sqrt(a*G+X)"),  # RIA with GBLM's norm in the activation's place
-    "sparsegpt": Method(None, "layer"),  # Frantar & Alistarh, 2023
-    "alps": Method(None, "layer"),  # Meng et al., 2024
+    "magnitude": Method(formula="abs(W)"),  # Han et al., 2015
+    "wanda": Method(formula="abs(W)*X"),  # Sun et al., 2023
+    "gradient": Method(formula="abs(W)*G"),  # Das et al., 2023, the gradient term alone
+    "gblm": Method(formula="abs(W)*(a*G+X)"),  # GBLM-Pruner: Das et al., 2023
+    "fisher": Method(formula="W**2*G2**2"),  # the diagonal of the empirical Fisher information
+    "ria": Method(formula="ri(W)*sqrt(X)"),  # Zhang et al., 2024
+    "gradient-ria": Method(formula="ri(W)*sqrt(a*G+X)"),  # RIA by GBLM's norm, not the activation's
+    "sparsegpt": Method(  # Frantar & Alistarh, 2023
+        solver=_imported("sparsegpt", "SparseGpt"),
+        curvatures=("input",),
+        group="layer",
+        compares="128 columns",
+        whole_counts=True,
+    ),
+    "alps": Method(  # Meng et al., 2024
+        solver=_imported("alps", "Alps"), curvatures=("input", "kfac"), group="layer"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What becomes of the weights that a formula keeps."""
+
+    make: MakeUpdate | None = None  # None: they stay as they are
+    curvatures: tuple[str, ...] = ()  # that it can minimise
+
+
+UPDATES = {
+    "none": Update(),
+    "obs": Update(make=_imported("sparsegpt", "obs_updater"), curvatures=("input",)),
+    "lsq": Update(
+        make=_imported("least_squares", "least_squares_updater"), curvatures=("input", "kfac")
+    ),
 }
 
 
@@ -96,34 +113,6 @@ class Score:
         """Names of the statistics that it reads from the store."""
         return self.expression.statistics(self.grad_norm)
 
-    def of(self, weight_OI: Tensor, norms: Norms) -> Tensor:
-        """The score of each weight, float32 (O, I), a tensor of its own.
-
-        Some rows at a time, so that what the formula's parts yield takes little room; all at once
-        where they look at whole columns.
-        """
-        if self.expression.spans_rows:
-            return self._of_rows(weight_OI, norms)
-        num_rows = max(1, _CHUNK_VALUES // weight_OI.shape[1])
-        score_OI = torch.empty(weight_OI.shape, device=weight_OI.device)
-        for start in range(0, len(score_OI), num_rows):
-            rows = slice(start, start + num_rows)
-            score_OI[rows] = self._of_rows(weight_OI[rows], norms.of_rows(rows))
-        return score_OI
-
-    def _of_rows(self, weight_OI: Tensor, norms: Norms) -> Tensor:
-        return self.expression.evaluate(
-            {
-                "W": weight_OI.float,
-                "X": norms.activation,
-                "G": lambda: norms.gradient(self.grad_norm),
-                "G1": lambda: norms.gradient("l1"),
-                "G2": lambda: norms.gradient("l2"),
-                "GS": norms.gradient_sum,
-                "a": lambda: torch.tensor(self.alpha),
-            }
-        )
-
 
 def find_score(name_or_formula: str, grad_norm: str, alpha: float) -> Score:
     """A method's score, or the one that a formula gives; InputError for neither."""
@@ -132,3 +121,35 @@ def find_score(name_or_formula: str, grad_norm: str, alpha: float) -> Score:
     if formula is None:
         raise InputError(f"method {name_or_formula} has no score of its own: give a formula")
     return Score(Expression.parse(formula), grad_norm, alpha)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenMethod:
+    """A method with its choices made: how every layer of a run is pruned."""
+
+    method: Method
+    score: Score | None  # None for a solver
+    update: Update
+    curvature: str
+    group: Group
+
+    @property
+    def second_moments(self) -> tuple[str, ...]:
+        """Those of the curvature, if anything minimises it."""
+        is_used = self.method.curvatures or self.update.curvatures
+        return CURVATURES[self.curvature] if is_used else ()
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """What is read of each layer."""
+        names = () if self.score is None else self.score.statistics
+        return (*names, *self.method.reads, *self.second_moments)
+
+    def by_magnitude(self) -> ChosenMethod:
+        """The same for layers without statistics: no calibration token reached them."""
+        return replace(
+            self,
+            method=METHODS["magnitude"],
+            score=find_score("magnitude", GRAD_NORMS[0], alpha=0.0),
+            update=UPDATES["none"],
+        )

@@ -15,11 +15,36 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gradpipe.stages.prune.mask import Pattern, lowest_mask, pattern_mask
+from gradpipe.stages.prune.mask import lowest_mask, pattern_mask
+from gradpipe.stages.prune.solver import LayerProblem, UpdateKept
+from gradpipe.stages.prune.target import Budget, Pattern
 
 _COLUMNS = 128
 
 Select = Callable[[Tensor, int], Tensor]  # scores of a part (O, C), its first column -> kept
+
+
+class SparseGpt:
+    """The solver: weights that cost nothing go first, and stay as they are if they are kept."""
+
+    def __init__(self, problem: LayerProblem) -> None:
+        """Factor the layer's inverse Hessian."""
+        self._weight_OI, self._free = problem.weight, problem.curvature.free
+        self._factor_II = problem.curvature.inverse_factor()
+        self._costly_OI = self._weight_OI.masked_fill(self._free, 0.0)
+
+    def to(self, budget: Budget) -> tuple[Tensor, Tensor]:
+        """Weights, in the factor's dtype, and mask, (O, I)."""
+        updated_OI, mask_OI = sparsegpt(
+            self._costly_OI, self._factor_II, budget.sparsity, budget.pattern
+        )
+        return updated_OI.where(~self._free, self._weight_OI.to(updated_OI.dtype)), mask_OI
+
+
+def obs_updater(problem: LayerProblem) -> UpdateKept:
+    """The update of any mask: the sweep with nothing to choose."""
+    weight_OI, factor_II = problem.weight, problem.curvature.inverse_factor()
+    return lambda mask_OI: obs_update(weight_OI, mask_OI, factor_II)
 
 
 def sparsegpt(

@@ -24,7 +24,7 @@ _FLIP = 0x7FFFFFFF  # all but the sign: turns the order of negative floats aroun
 _CHUNK_VALUES = 1 << 20  # looked at together: as int64 they take twice the room
 
 
-class Ranks(Generic[Key]):
+class Thresholds(Generic[Key]):
     """The scores of given ranks, and how many of each part's lie below them."""
 
     def __init__(

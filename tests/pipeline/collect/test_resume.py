@@ -18,7 +18,7 @@ from gradpipe.stages.collect import estimate as planning
 from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.store.shard import Shard
-from gradpipe.store.snapshots import Partial
+from gradpipe.store.snapshots import Snapshots
 from gradpipe.store.writer import StoreWriter
 from tests.support.cases import collecting
 from tests.support.forked import Processes
@@ -73,7 +73,7 @@ def interrupt(
 
 def snapshots(store: Path) -> list[str]:
     """Names of the committed snapshots."""
-    return Partial(store, Shard(0, 1)).names()
+    return Snapshots(store, Shard(0, 1)).names()
 
 
 def test_a_snapshot_is_gone_on_from(
@@ -176,9 +176,11 @@ def test_a_schedule_does_not_go_on_from_the_other_s_state(
 ) -> None:
     """`auto` may choose otherwise the second time: the store is the same all the same."""
     second = SCHEDULES[1 - SCHEDULES.index(first)]
-    run = config(inputs, tmp_path / "store", schedule=first, checkpoint_every=2)
+    every = {"resident": 2, "streamed": None}
+    run = config(inputs, tmp_path / "store", schedule=first, checkpoint_every=every[first])
     interrupt(monkeypatch, run, 1, STEPS[first])
-    assert collect(replace(run, schedule=second)).digest == digest
+    again = replace(run, schedule=second, checkpoint_every=every[second])
+    assert collect(again).digest == digest
 
 
 def test_other_settings_are_refused_by_name(
@@ -330,7 +332,7 @@ def test_signals_save_and_say_how_to_go_on(inputs: Path, tmp_path: Path, pipes: 
 def test_a_signal_while_the_libraries_load_is_one_line(number: signal.Signals) -> None:
     """Nothing has begun by then, and the command says no more than that it was stopped."""
     with subprocess.Popen(
-        [sys.executable, "-m", "gradpipe", "store", "info", "nowhere"],
+        [sys.executable, "-m", "gradpipe", "eval", "embedded", "--dataset", "stdlib"],
         stderr=subprocess.PIPE,
         text=True,
     ) as process:

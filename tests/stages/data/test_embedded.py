@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gradpipe.errors import InputError
-from gradpipe.stages.checkpoint.folder import EMBEDDED_MODEL
+from gradpipe.stages.checkpoint.place import EMBEDDED_MODEL
 from gradpipe.stages.data.stdlib import DOCUMENT_SEPARATOR, heldout_modules, stdlib_documents
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "train_tiny_model.py"

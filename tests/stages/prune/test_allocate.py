@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradpipe import CollectConfig, DataConfig, InputError, PruneConfig, collect, open_store, prune
-from gradpipe.pipeline.prune.config import recipe_options
+from gradpipe import InputError, collect, open_store, prune
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.prune.allocation_rules import dlp, owl, rounded, shifted
-from gradpipe.stages.prune.thresholds import Ranks
+from gradpipe.stages.prune.thresholds import Thresholds
+from tests.support.cases import collecting, pruning
 from tests.support.models import save_tiny
 from tests.support.reference import (
     reference_dlp,
@@ -112,7 +112,7 @@ def test_ranks_are_those_of_a_sort(parts: dict[int, list[float]], data: st.DataO
     order = {k: i for i, k in enumerate(parts)}
     everything.sort(key=lambda pair: (pair[0], order[pair[1]]))
     rank = data.draw(st.integers(0, len(everything) - 1))
-    ranks = Ranks(lambda: ((k, torch.tensor(x)) for k, x in parts.items()), [0, rank])
+    ranks = Thresholds(lambda: ((k, torch.tensor(x)) for k, x in parts.items()), [0, rank])
     assert ranks.values[1] == everything[rank][0]
     counts: dict[int, int] = defaultdict(int)
     for _, k in everything[: rank + 1]:
@@ -129,23 +129,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("allocate")
     save_tiny("llama", root / "model")
     write_text(root / "text.txt")
-    collect(
-        CollectConfig(
-            model=str(root / "model"),
-            store=root / "store",
-            data=DataConfig(name=str(root / "text.txt")),
-            num_samples=4,
-            seq_len=16,
-            statistics=("grad_l1", "grad_l2", "act_l2", "hessian"),
-            encoding="float32",
-        )
-    )
+    collect(collecting(root, statistics=("grad_l1", "grad_l2", "act_l2", "hessian")))
     return root
 
 
 def run(root: Path, out: Path, **options: Any) -> dict[str, Any]:
     """Prune, and the report."""
-    prune(PruneConfig(model=str(root / "model"), store=str(root / "store"), out=out, **options))
+    prune(pruning(root, out, **options))
     report: dict[str, Any] = json.loads((out / "pruning.json").read_text())
     return report
 
@@ -229,7 +219,7 @@ def test_sensitivity_is_half_way_to_global(root: Path, tmp_path: Path) -> None:
 
 
 def test_mixed_patterns_choose_n_by_block(root: Path, tmp_path: Path) -> None:
-    """One n for each block, whose mean is the pattern's; without the flag, the pattern itself."""
+    """One n for each block, whose mean is the pattern's; without the flag, nothing is to choose."""
     options: dict[str, Any] = {
         "method": "wanda",
         "allocation": "dlp",
@@ -241,8 +231,8 @@ def test_mixed_patterns_choose_n_by_block(root: Path, tmp_path: Path) -> None:
     assert {x["pattern"] for x in mixed["layers"].values()} == set(patterns.values())
     assert sum(int(p.split(":")[0]) for p in patterns.values()) == 4 * len(patterns)
     assert mixed["achieved_sparsity"] == pytest.approx(0.5, abs=1e-6)
-    plain = run(root, tmp_path / "plain", **options)
-    assert {x["pattern"] for x in plain["layers"].values()} == {"4:8"}
+    with pytest.raises(InputError, match="--mixed-patterns lets it choose"):
+        run(root, tmp_path / "plain", **options)
 
 
 def test_a_file_of_sparsities_is_moved_to_the_target(root: Path, tmp_path: Path) -> None:
@@ -288,54 +278,3 @@ def test_a_bad_file_is_one_line(root: Path, tmp_path: Path, content: str | None,
     with pytest.raises(InputError, match=said):
         run(root, tmp_path / "out", method="wanda", allocation=str(path))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"method": "sparsegpt", "group": "output"}, "128 columns"),
-        ({"method": "sparsegpt", "update": "obs"}, "by itself"),
-        ({"method": "alps", "score": "abs(W)"}, "has no score"),
-        ({"method": "alps", "group": "global"}, "leave --allocation out"),
-        ({"group": "global", "allocation": "owl"}, "leave --allocation out"),
-        ({"curvature": "kfac"}, "only --update lsq"),
-        ({"update": "sgd"}, "expected one of none, obs, lsq"),
-        ({"curvature": "flat"}, "expected one of input, kfac"),
-        ({"allocation_score": "wanda"}, "uses none"),
-        ({"allocation": "owl", "allocation_score": "alps"}, "no score of its own"),
-        ({"mixed_patterns": True}, "needs a --pattern"),
-        ({"score": "abs(V)"}, "'V' is not understood"),
-    ],
-)
-def test_options_that_would_be_ignored_are_refused(options: dict[str, Any], said: str) -> None:
-    """Before anything is read."""
-    with pytest.raises(InputError, match=said):
-        PruneConfig(model="embedded", store="s", out=Path("out"), **options)
-
-
-@pytest.mark.parametrize(
-    ("chosen", "expected"),
-    [
-        ({}, {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"}),
-        ({"allocation": "owl"}, {"method": "alps", "curvature": "kfac", "allocation": "owl"}),
-        ({"method": "sparsegpt"}, {"method": "sparsegpt", "allocation": "sensitivity"}),
-        ({"group": "output"}, {"method": "alps", "curvature": "kfac", "allocation": "sensitivity"}),
-        ({"score": "abs(W)*X"}, {"score": "abs(W)*X", "allocation": "sensitivity"}),
-        ({"update": "obs"}, {"update": "obs", "allocation": "sensitivity"}),
-        (
-            {"update": "lsq", "method": "fisher"},
-            {"method": "fisher", "curvature": "kfac", "allocation": "sensitivity"},
-        ),
-        ({"score": "abs(W)", "update": "lsq"}, {"curvature": "kfac", "allocation": "sensitivity"}),
-        ({"group": "global"}, {}),
-        ({"group": "global", "method": "fisher", "update": "lsq"}, {"curvature": "kfac"}),
-    ],
-    ids=str,
-)
-def test_what_is_chosen_beside_a_recipe_comes_first(
-    chosen: dict[str, Any], expected: dict[str, Any]
-) -> None:
-    """And what of the recipe makes no sense beside it goes: every such command is understood."""
-    options = recipe_options("best", chosen)
-    assert options == expected | chosen
-    PruneConfig(model="embedded", store="s", out=Path("out"), **options)

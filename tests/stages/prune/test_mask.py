@@ -6,13 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gradpipe.errors import InputError
-from gradpipe.stages.prune.mask import (
-    Group,
-    Pattern,
-    exact_sparsity,
-    pattern_mask,
-    unstructured_mask,
-)
+from gradpipe.stages.prune.mask import pattern_mask, unstructured_mask
+from gradpipe.stages.prune.target import Group, Pattern, exact_sparsity
 from tests.support.reference import reference_mask, reference_nm_mask
 
 GROUPS = ("output", "input", "layer", "output:2", "input:3", "output:128", "input:128")

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from gradpipe import CollectConfig, DataConfig, PruneConfig, collect, open_store, prune
+from gradpipe import collect, open_store, prune
 from gradpipe.stages.prune.allocation_rules import shifted, whole_parts
-from gradpipe.stages.prune.mask import Pattern
+from gradpipe.stages.prune.target import Pattern
+from tests.support.cases import collecting, pruning
 from tests.support.models import save_tiny
 from tests.support.texts import write_text
 
@@ -25,17 +26,8 @@ def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose first block is dense, three quarters the size of its mixtures of experts."""
     root = tmp_path_factory.mktemp("uneven")
     save_tiny("qwen3_moe", root / "model", mlp_only_layers=[0], num_hidden_layers=3)
-    collect(
-        CollectConfig(
-            model=str(root / "model"),
-            store=root / "store",
-            data=DataConfig(name=str(write_text(root / "text.txt"))),
-            num_samples=8,
-            seq_len=24,
-            statistics=("grad_l2", "act_l2"),
-            encoding="float32",
-        )
-    )
+    write_text(root / "text.txt")
+    collect(collecting(root, num_samples=8, seq_len=24, statistics=("grad_l2", "act_l2")))
     return root
 
 
@@ -77,16 +69,8 @@ def test_many_blocks_of_many_sizes_take_no_time() -> None:
 def mixed(root: Path, out: Path, allocation: str, pattern: str) -> tuple[dict[str, Any], str]:
     """The report of one run, and what was said."""
     said = io.StringIO()
-    config = PruneConfig(
-        model=str(root / "model"),
-        store=str(root / "store"),
-        out=out,
-        method="wanda",
-        allocation=allocation,
-        patterns=(pattern,),
-        mixed_patterns=True,
-    )
-    [result] = prune(config, Console(file=said, width=200))
+    options = {"allocation": allocation, "patterns": (pattern,), "mixed_patterns": True}
+    [result] = prune(pruning(root, out, method="wanda", **options), Console(file=said, width=200))
     report = json.loads((out / "pruning.json").read_text())
     assert result.requested == report["requested_sparsity"]
     return report, said.getvalue()

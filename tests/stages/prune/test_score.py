@@ -12,11 +12,12 @@ from torch import Tensor
 
 from gradpipe import InputError
 from gradpipe.stages.prune.formula import Expression, relative_importance
-from gradpipe.stages.prune.methods import METHODS, Norms, find_score
+from gradpipe.stages.prune.methods import METHODS, find_score
+from gradpipe.stages.prune.score import LayerStatistics, score_weights
 
 METHODS_PAGE = Path(__file__).parents[3] / "docs" / "methods.md"
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.25, -1.0]])
-NORMS = Norms(
+NORMS = LayerStatistics(
     values={
         "act_l2": torch.tensor([1.0, 2.0, 3.0]),
         "grad_l1": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
@@ -27,11 +28,11 @@ NORMS = Norms(
 )
 VALUES = {
     "W": WEIGHT.double(),
-    "X": NORMS.activation().double(),
-    "G1": NORMS.gradient("l1").double(),
-    "G2": NORMS.gradient("l2").double(),
+    "X": NORMS.scaled("act_l2").double(),
+    "G1": NORMS.scaled("grad_l1").double(),
+    "G2": NORMS.scaled("grad_l2").double(),
     "GS": NORMS.values["grad_sum"].double(),
-    "G": NORMS.gradient("l2").double(),
+    "G": NORMS.scaled("grad_l2").double(),
     "a": torch.tensor(7.0).double(),
     "tensor": lambda number: torch.tensor(number, dtype=torch.float64),
     "abs": torch.abs,
@@ -66,9 +67,9 @@ def meant(text: str) -> Tensor:
     ],
 )
 def test_a_formula_means_what_it_says(text: str) -> None:
-    """In-place arithmetic gives what Python's own gives, and leaves the statistics as they were."""
+    """It gives what Python's own arithmetic gives, and leaves the statistics as they were."""
     before = {name: value.clone() for name, value in NORMS.values.items()}
-    score = find_score(text, "l2", 7.0).of(WEIGHT, NORMS)
+    score = score_weights(WEIGHT, NORMS, find_score(text, "l2", 7.0))
     torch.testing.assert_close(score.double(), meant(text), rtol=1e-6, atol=1e-6)
     assert score.dtype is torch.float32
     assert all(torch.equal(NORMS.values[name], value) for name, value in before.items())
@@ -97,15 +98,15 @@ _G = {name: NORMS.values[f"grad_{name}"].double() for name in ("l1", "l2", "sum"
 )
 def test_the_metrics_of_gblm_are_formulas(text: str, expected: Tensor) -> None:
     """Products and sums of weight, activation and gradient, as they are listed in the docs."""
-    score = find_score(text, "l1", 100.0).of(WEIGHT, NORMS).double()
+    score = score_weights(WEIGHT, NORMS, find_score(text, "l1", 100.0)).double()
     torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-6)
     assert f"`{text}`" in METHODS_PAGE.read_text()
 
 
 def test_the_sum_of_gradients_has_its_sign_in_a_formula_and_none_as_a_norm() -> None:
     """GS is ΣG, so that a Taylor term can be written; G of --grad-norm sum is |ΣG|."""
-    signed = find_score("abs(W)*GS", "sum", 1.0).of(WEIGHT, NORMS)
-    size = find_score("abs(W)*G", "sum", 1.0).of(WEIGHT, NORMS)
+    signed = score_weights(WEIGHT, NORMS, find_score("abs(W)*GS", "sum", 1.0))
+    size = score_weights(WEIGHT, NORMS, find_score("abs(W)*G", "sum", 1.0))
     assert torch.equal(signed, WEIGHT.abs() * NORMS.values["grad_sum"])
     assert torch.equal(size, signed.abs())
 
@@ -124,9 +125,9 @@ _FORMULAS = st.recursive(
 @given(_FORMULAS)
 @settings(max_examples=200, deadline=None)
 def test_any_formula_means_what_it_says(text: str) -> None:
-    """Whatever is reused in place, the value is right."""
+    """Of whatever parts, the value is right."""
     whole = f"abs(W)+({text})"
-    score = find_score(whole, "l2", 7.0).of(WEIGHT, NORMS)
+    score = score_weights(WEIGHT, NORMS, find_score(whole, "l2", 7.0))
     torch.testing.assert_close(score.double(), meant(whole), rtol=1e-4, atol=1e-3)
 
 
@@ -194,7 +195,8 @@ def test_a_method_is_its_formula(name: str) -> None:
     """Named methods are entries of the same table."""
     formula = METHODS[name].formula
     assert formula is not None
-    by_name, by_formula = (find_score(x, "l1", 100.0).of(WEIGHT, NORMS) for x in (name, formula))
+    scores = [find_score(text, "l1", 100.0) for text in (name, formula)]
+    by_name, by_formula = (score_weights(WEIGHT, NORMS, score) for score in scores)
     assert torch.equal(by_name, by_formula)
 
 

@@ -10,12 +10,13 @@ from torch import Tensor
 from gradpipe import GradpipeError
 from gradpipe.stages.prune.alps import Eigenbasis, alps_mask
 from gradpipe.stages.prune.curvature import Curvature
-from gradpipe.stages.prune.layer import Procedure, prune_layer
+from gradpipe.stages.prune.layer import SolvedLayer
 from gradpipe.stages.prune.least_squares import least_squares
-from gradpipe.stages.prune.mask import Group, Pattern, pattern_mask, unstructured_mask
-from gradpipe.stages.prune.methods import Norms
+from gradpipe.stages.prune.mask import pattern_mask, unstructured_mask
+from gradpipe.stages.prune.methods import METHODS, UPDATES, ChosenMethod
+from gradpipe.stages.prune.score import LayerStatistics
 from gradpipe.stages.prune.sparsegpt import obs_update, sparsegpt
-from gradpipe.stages.prune.target import Budget
+from gradpipe.stages.prune.target import Budget, Group, Pattern
 from tests.support.reference import reference_mask, reference_nm_mask
 from tests.support.reference_solvers import (
     damped,
@@ -156,13 +157,16 @@ def pruned(
     values = {"hessian": hessian.clone()} | ({} if cov is None else {"grad_cov": cov.clone()})
     curvature = "input" if cov is None else "kfac"
     group = Group.parse("layer")
-    procedure = Procedure(
-        method=method, score=None, update="none", curvature=curvature, group=group
+    chosen = ChosenMethod(
+        method=METHODS[method],
+        score=None,
+        update=UPDATES["none"],
+        curvature=curvature,
+        group=group,
     )
-    notes: list[str] = []
-    norms = Norms(values=values, num_samples={})
-    [got] = prune_layer("layer", weight, norms, procedure, [budget], notes, transposed=False)
-    return got, notes
+    statistics = LayerStatistics(values=values, num_samples={})
+    layer = SolvedLayer.of("layer", weight, statistics, chosen, transposed=False)
+    return layer.to(budget), [*layer.notes]
 
 
 def with_dead(size: int, seed: int, dead: list[int]) -> Tensor:

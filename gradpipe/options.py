@@ -1,0 +1,222 @@
+"""Options: what a config says of each of its fields, and all that follows from it.
+
+A config is a frozen dataclass whose fields are annotated with an `Option`: help, flag, what it may
+be. The command's parameters (`gradpipe.cli`), the checks of each value alone, the flags in messages
+and the command that outputs record are made from these.
+
+A default is not the same as nothing: `--alpha 100` asks for what `--method wanda` has no use for,
+and is refused. So defaults are marked by `unasked`: equal to what they hold, and still to be told
+from it by `is_given`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import typing
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Self, TypeVar
+
+from gradpipe.errors import InputError
+
+T = TypeVar("T")
+
+_TOO_MANY = 2**31  # a store records counts below it
+
+
+class _Unasked:
+    """A value that nobody asked for."""
+
+    __slots__ = ()
+
+
+class _Text(_Unasked, str):
+    __slots__ = ()
+
+
+class _Count(_Unasked, int):
+    __slots__ = ()
+
+
+class _Number(_Unasked, float):
+    __slots__ = ()
+
+
+class _Names(_Unasked, tuple[str, ...]):
+    __slots__ = ()
+
+
+_UNASKED: dict[type, Any] = {str: _Text, int: _Count, float: _Number, tuple: _Names}
+
+
+def unasked(value: T) -> T:
+    """`value` as a default: the same in all, but that `is_given` knows that nobody gave it."""
+    kind = next(kind for kind in _UNASKED if isinstance(value, kind))
+    return typing.cast("T", _UNASKED[kind](value))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What a field is on the command line; beside it in `Annotated`."""
+
+    help: str  # `{choices}` in it stands for their names
+    flag: str | None = None  # where it is not the field's name
+    is_argument: bool = False  # given by its place, without a flag
+    default: str | None = None  # in words, where the field's default is None or empty
+    choices: Collection[str] = ()  # what it may be
+    least: int | None = None  # the lowest count that it may be
+    accepts: Callable[[Any], bool] | None = None  # what else it may be, and that
+    expected: str = ""  # in words
+    is_regex: bool = False
+    is_recorded: bool = True  # in the command that outputs hold: it shapes them
+    is_path: bool = False  # recorded by its last part: an output is the same in any folder
+    separator: str | None = None  # between several values in one
+    parse: Callable[[str], Any] | None = None  # from the command line's text
+    metavar: str | None = None  # what stands for it in help, where it is parsed
+    otherwise: Callable[[], Any] | None = None  # what the command takes where it is not given
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptionField:
+    """A field of a config, with its option."""
+
+    name: str
+    kind: Any  # its type
+    default: Any  # `dataclasses.MISSING` if it must be given
+    option: Option
+
+    @classmethod
+    def of(cls, name: str, hint: Any, default: Any) -> Self:
+        """The field behind an annotation."""
+        kind, option = typing.get_args(hint)
+        return cls(name=name, kind=kind, default=default, option=option)
+
+    @property
+    def flag(self) -> str:
+        """`--num-samples`."""
+        return "--" + (self.option.flag or self.name.replace("_", "-"))
+
+    @property
+    def shown_default(self) -> str | None:
+        """What help says of it; None if there is nothing to say."""
+        if self.option.default is not None:
+            return self.option.default
+        if isinstance(self.default, tuple):
+            return ",".join(self.default) or None
+        is_plain = self.default is not dataclasses.MISSING and self.default is not False
+        return None if not is_plain or self.default is None else str(self.default)
+
+    @property
+    def help(self) -> str:
+        """The option's help, and its default."""
+        text = self.option.help.replace("{choices}", ", ".join(self.option.choices))
+        shown = self.shown_default
+        return text if shown is None else f"{text}  [default: {shown}]"
+
+    def check(self, value: Any) -> None:
+        """Refuse what it may not be, seen alone."""
+        option, got = self.option, f"{self.flag} {value}"
+        if option.choices and value not in option.choices:
+            raise InputError(f"{got}: expected one of {', '.join(option.choices)}")
+        if option.least is not None and not option.least <= value < _TOO_MANY:
+            expected = f"at least {option.least}" if value < option.least else "less than 2³¹"
+            raise InputError(f"{got}: expected {expected}")
+        if option.accepts is not None and not option.accepts(value):
+            raise InputError(f"{got}: expected {option.expected}")
+        if option.is_regex:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise InputError(
+                    f"{self.flag} {value!r}: not a regular expression: {error}"
+                ) from error
+
+
+@lru_cache
+def option_fields(config: type) -> dict[str, OptionField]:
+    """By name, a config's fields that are options of their own (a config in it has its own)."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    return {
+        field.name: OptionField.of(field.name, hints[field.name], field.default)
+        for field in dataclasses.fields(config)
+        if typing.get_origin(hints[field.name]) is Annotated
+    }
+
+
+def _fields_of(config: Any) -> dict[str, OptionField]:
+    kind: Any = type(config)
+    return option_fields(kind)
+
+
+def check_options(config: Any) -> None:
+    """Raises InputError for a field whose value can be meant in no combination."""
+    for field in _fields_of(config).values():
+        value = getattr(config, field.name)
+        for item in value if isinstance(value, tuple) else (value,):
+            if item is not None:
+                field.check(item)
+
+
+def is_given(config: Any, name: str) -> bool:
+    """Whether a field's value was asked for, be it the default's."""
+    value, default = getattr(config, name), _fields_of(config)[name].default
+    assert isinstance(default, _Unasked) or not default, f"{name}: its default is not marked"
+    return (
+        value is not None and value is not False and value != () and not isinstance(value, _Unasked)
+    )
+
+
+def default_of(config: Any, name: str) -> Any:
+    """What a field is where it is not given."""
+    return _fields_of(config)[name].default
+
+
+def spelled(config: Any, name: str) -> str:
+    """A field as the command line has it: `--seed 1`, `--finalize`."""
+    return " ".join(_words(_fields_of(config)[name], getattr(config, name)))
+
+
+def refuse_given(config: Any, names: Collection[str], why: str) -> None:
+    """Raises InputError if one of these fields was given: it would be ignored, and `why`."""
+    for name in names:
+        if is_given(config, name):
+            raise InputError(f"{spelled(config, name)}: {why}: leave it out")
+
+
+def recorded_options(config: Any) -> dict[str, Any]:
+    """By flag, the options that shape a result and differ from their defaults."""
+    found = {}
+    for field in _fields_of(config).values():
+        value = getattr(config, field.name)
+        if field.option.is_recorded and value != field.default:
+            is_path = field.option.is_path and value is not None
+            found[field.flag] = Path(value).name if is_path else value
+    return found
+
+
+def recorded_command(verb: str, arguments: tuple[str, ...], options: dict[str, Any]) -> str:
+    """`pipe VERB ARGUMENTS FLAG VALUE …`, less options that are None, False or empty.
+
+    Paths of outputs are placeholders among the arguments: the same work gives the same bytes
+    anywhere.
+    """
+    words = (word for flag, value in options.items() for word in _spelled(flag, value))
+    return shlex.join(["pipe", *verb.split(), *arguments, *words])
+
+
+def _words(field: OptionField, value: Any) -> Iterator[str]:
+    return _spelled(field.flag, value)
+
+
+def _spelled(flag: str, value: Any) -> Iterator[str]:
+    if value is True:
+        yield flag
+    elif isinstance(value, tuple):
+        for item in value:
+            yield from (flag, str(item))
+    elif value is not None and value is not False:
+        yield from (flag, str(value))

@@ -1,0 +1,199 @@
+"""A model that runs without its weights: to see where tensors go, not what is in them.
+
+Linear maps return made-up outputs, whatever they read. So no product is computed and no weight is
+kept, and a change of one map's outputs stops at the next maps: what moves there is what flows there
+directly. All else runs as the model's authors wrote it, on the CPU and in float64.
+
+Shapes: N rows of the batch, each a sequence of its own; O outputs, I inputs of a linear map.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from gradpipe.stages.model.experts import RoutedLinear, fused_weights
+from gradpipe.stages.model.layers import is_linear
+from gradpipe.stages.model.shared_inputs import image_shape
+
+_LARGE = 2**22  # values of a parameter; larger ones get one row's memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """What a block was called with."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+class StandIn:
+    """A copy of a model with made-up outputs: in each row the same, but for `shifts`.
+
+    All positions of a row get the same outputs, and a text is one token: softmax attention is then
+    even whatever the queries and keys are, so that values go through it alone. Outputs lie in
+    [0.5, 1.5], where no common activation is flat.
+    """
+
+    def __init__(self, model: nn.Module, num_rows: int, like: Mapping[str, str]) -> None:
+        """`like` has the path of each block -> that of the block which runs in its place."""
+        self.num_rows = num_rows
+        self.seed = 0  # of the made-up outputs: another seed, others
+        self.shifts: Mapping[str, Tensor] = {}  # path of a linear map -> what to add, (N, O)
+        self.inputs: dict[str, Tensor] = {}  # path -> what it has read last, in order
+        self.model: Any = _copied(model, like).double()
+        self._stub_maps()
+        self._stub_fused_experts()
+        self._fill_in()
+        for module in self.model.modules():
+            if isinstance(module, nn.ModuleList):  # one that is called is a mixture's experts
+                module.register_forward_pre_hook(_to_every_expert)
+
+    def calls(self, paths: Iterable[str]) -> dict[str, Call]:
+        """Run the model, and each of the blocks at `paths` once: what they were called with.
+
+        Not all of them are there where the model's code raises.
+        """
+        found: dict[str, Call] = {}
+        blocks = {self.model.get_submodule(path): path for path in paths}
+        for block, path in blocks.items():
+            block.forward = _once(path, block.forward, found)
+        with _running():
+            self.model(**self._batch())
+        for block in blocks:
+            del block.forward
+        return found
+
+    def run(self, path: str, call: Call) -> dict[str, Tensor]:
+        """Run one module as it was called: path -> input of each linear map that it reached."""
+        self.inputs = {}
+        with _running():
+            self.model.get_submodule(path)(*call.args, **call.kwargs)
+        return self.inputs
+
+    def _batch(self) -> dict[str, Any]:
+        if self.model.main_input_name == "pixel_values":
+            return {"pixel_values": torch.zeros(self.num_rows, *image_shape(self.model)).double()}
+        ids_N1 = torch.ones(self.num_rows, 1, dtype=torch.long)
+        return {"input_ids": ids_N1, "use_cache": False}
+
+    def _stub_maps(self) -> None:
+        maps = [(path, module) for path, module in self.model.named_modules() if is_linear(module)]
+        for number, (path, module) in enumerate(maps):
+            module.forward = partial(self._map, path, number, _num_outputs(module))
+
+    def _map(self, path: str, number: int, width: int, x: Tensor, *_: Any) -> Tensor:
+        """Stands in for the map's `forward`: (..., I) -> (..., O)."""
+        self.inputs[path] = x
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + number)
+        base_O = 0.5 + torch.rand(width, generator=generator, dtype=torch.float64)
+        output = base_O.repeat(*x.shape[:-1], 1)
+        if path not in self.shifts:
+            return output
+        by_row = output.reshape(self.num_rows, output[..., 0].numel() // self.num_rows, width)
+        return (by_row + self.shifts[path][:, None]).view(output.shape)
+
+    def _stub_fused_experts(self) -> None:
+        for owner in {name.rpartition(".")[0] for name in fused_weights(self.model)}:
+            self.model.get_submodule(owner).forward = lambda x, *_, **__: torch.ones_like(x)
+
+    def _fill_in(self) -> None:
+        """Give values to all that has none: norms, convolutions, embeddings, buffers of weights.
+
+        Those of one shape share their memory. So do the rows of an embedding, and of a map, whose
+        weight is read only by code that goes round the map.
+        """
+        generator = torch.Generator().manual_seed(0)
+        known: dict[tuple[bool, torch.Size], Tensor] = {}
+        for module in self.model.modules():
+            is_map = isinstance(module, nn.Embedding) or is_linear(module)
+            tensors = [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]
+            for name, old in tensors:
+                if not old.is_meta:
+                    continue
+                is_one_row = is_map or old.numel() > _LARGE
+                key = (is_one_row, old.shape)
+                if key not in known:
+                    shape = old.shape[-1:] if is_one_row else old.shape
+                    values = 0.5 + torch.rand(shape, generator=generator, dtype=torch.float64)
+                    known[key] = values.expand(old.shape)
+                new = known[key].to(old.dtype)
+                is_weight = isinstance(old, nn.Parameter)
+                setattr(module, name, nn.Parameter(new, requires_grad=False) if is_weight else new)
+
+
+def _copied(model: nn.Module, like: Mapping[str, str]) -> nn.Module:
+    """A copy in which blocks are one module that runs in the place of several."""
+    memo: dict[int, Any] = {}
+    for path, other in like.items():
+        stand_in = copy.deepcopy(model.get_submodule(other), memo)
+        memo[id(model.get_submodule(path))] = stand_in
+    return copy.deepcopy(model, memo)
+
+
+def _once(path: str, forward: Callable[..., Any], found: dict[str, Call]) -> Callable[..., Any]:
+    """A block's `forward` that records its first call, and repeats its output for the others."""
+    outputs: list[Any] = []
+
+    def first(*args: Any, **kwargs: Any) -> Any:
+        if not outputs:
+            found[path] = Call(args=args, kwargs=kwargs)
+            outputs.append(forward(*args, **kwargs))
+        return outputs[0]
+
+    return first
+
+
+def _num_outputs(module: Any) -> int:
+    return int(module.weight.shape[0 if isinstance(module, nn.Linear) else 1])
+
+
+def _to_every_expert(experts: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Show each expert all tokens: routes of another model's code are left alone."""
+    if len(args) != 3 or not any(isinstance(m, RoutedLinear) for m in experts.modules()):
+        return args
+    every_TE = torch.arange(len(experts)).expand(len(args[0]), -1)
+    return args[0], every_TE, torch.ones(every_TE.shape, dtype=torch.float64)
+
+
+class _Doubled(TorchFunctionMode):
+    """Reads float32 as float64: too coarse for differences, it is what norms are computed in."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        func = Tensor.double if func is Tensor.float else func
+        named = {name: _doubled(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_doubled, args), **named)
+
+
+def _doubled(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def _running() -> Iterator[None]:
+    """What a model's code raises is no error: what has run until then is known."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with suppress(Exception), torch.no_grad(), _Doubled():
+            yield
+    finally:
+        torch.set_default_dtype(default)

@@ -1,0 +1,313 @@
+"""Options: each has one source, a field of a config, and is never ignored without a word."""
+
+import dataclasses
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import gradpipe
+from gradpipe import CollectConfig, DataConfig, EvalConfig, ImportConfig, InputError, PruneConfig
+from gradpipe.cli import app
+from gradpipe.options import is_given, option_fields, unasked
+from tests.support.workplace import COLLECT, EVAL, IMPORT, PRUNE, Refused
+
+CONFIGS: dict[str, tuple[type, ...]] = {  # command -> the configs whose fields it takes
+    "collect-grads": (CollectConfig, DataConfig),
+    "prune": (PruneConfig,),
+    "eval": (EvalConfig, DataConfig),
+    "import-gblm": (ImportConfig,),
+}
+OF_COMMANDS = {"--dry-run", "--json", "--help"}  # options that no config has
+FEWEST: dict[type, dict[str, Any]] = {
+    CollectConfig: {"model": "m", "store": Path("s")},
+    PruneConfig: {"model": "m", "store": "s", "out": Path("o")},
+    EvalConfig: {"model": "m"},
+    DataConfig: {},
+    ImportConfig: {"model": "m", "store": Path("s"), "l1": Path("l1.pth")},
+}
+
+
+def commands() -> dict[str, Any]:
+    """Every command as typer has made it, by name."""
+    group: Any = typer.main.get_command(app)
+    found: dict[str, Any] = group.commands | group.commands["store"].commands
+    return found
+
+
+@pytest.mark.parametrize("command", CONFIGS)
+def test_each_field_is_one_option_with_its_help_and_default(command: str) -> None:
+    """And each option is a field's, or one of the few that belong to the command itself."""
+    shown: dict[str, list[Any]] = {}
+    for parameter in commands()[command].params:
+        shown.setdefault(parameter.opts[0], []).append(parameter)
+    expected = set()
+    for config in CONFIGS[command]:
+        for field in option_fields(config).values():
+            is_argument = field.option.is_argument
+            [parameter] = shown[field.name if is_argument else field.flag]
+            expected.add(parameter.opts[0])
+            assert parameter.required == (field.default is dataclasses.MISSING)
+            if field.flag != "--dataset":  # each command has a default of its own
+                assert parameter.help == field.help
+            text = field.option.help.replace("{choices}", "").strip(" .")
+            assert text.partition("{")[0].split(",")[0] in parameter.help
+    assert set(shown) - expected <= OF_COMMANDS
+
+
+def test_messages_name_options_that_exist() -> None:
+    """An option that is renamed is renamed in what the package says of it."""
+    known = {name for command in commands().values() for x in command.params for name in x.opts}
+    package = Path(gradpipe.__file__).parent
+    for path in package.rglob("*.py"):
+        for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", path.read_text()):
+            assert flag in known | {"--version"}, f"{path}: {flag}"
+
+
+def test_help_says_every_default() -> None:
+    """In the same words wherever the value comes from: a field, another option, the model."""
+    collect, prune = (commands()[name].params for name in ("collect-grads", "prune"))
+    said = {x.opts[0]: x.help for x in (*collect, *prune)}
+    for flag, default in (
+        ("--num-samples", "128"),
+        ("--statistics", "grad_l1,grad_l2,act_l2"),
+        ("--seq-len", "2048, or the model's maximum"),
+        ("--seed", "0"),
+        ("--alpha", "100.0"),
+        ("--group", "output; alps: layer"),
+    ):
+        assert said[flag].endswith(f"[default: {default}]")
+    dataset = {x.opts[0]: x.help for x in commands()["eval"].params}["--dataset"]
+    assert dataset.endswith("[default: wikitext2]")
+
+
+@pytest.mark.parametrize("value", ["gblm", 3, 0.5, ("a", "b")])
+def test_a_default_is_the_value_itself_but_was_not_given(value: object) -> None:
+    """It compares, prints, hashes and travels to other processes as what it holds."""
+    marked = unasked(value)
+    assert (marked, repr(marked), hash(marked)) == (value, repr(value), hash(value))
+    assert type(pickle.loads(pickle.dumps(marked))) is type(marked)  # noqa: S301 (its own)
+
+
+def test_what_is_not_given_stays_so_in_a_changed_copy() -> None:
+    """`dataclasses.replace` passes all fields on; only what it changes is asked for."""
+    config = PruneConfig(**FEWEST[PruneConfig])
+    assert not is_given(config, "alpha")
+    changed = dataclasses.replace(config, method="wanda")
+    assert is_given(changed, "method")
+    assert not is_given(changed, "alpha")
+    with pytest.raises(InputError, match=r"--alpha 100.0: wanda has none"):
+        dataclasses.replace(changed, alpha=100.0)
+
+
+# ---- what would be ignored ----
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"method": "sparsegpt", "group": "layer"}, "--group layer: .*128 columns"),
+        ({"method": "sparsegpt", "update": "obs"}, "by itself"),
+        ({"method": "alps", "update": "none"}, "--update none: alps updates weights by itself"),
+        ({"method": "alps", "score": "abs(W)"}, "has no score"),
+        ({"method": "gblm", "score": "abs(W)"}, "leave out --method gblm"),
+        ({"method": "wanda", "alpha": 100.0}, "--alpha 100.0: wanda has none"),
+        ({"method": "alps", "alpha": 100.0}, "--alpha 100.0: alps has none"),
+        ({"score": "abs(W)*X", "alpha": 100.0}, "has none"),
+        ({"method": "wanda", "grad_norm": "l1"}, "--grad-norm l1: wanda does not use it"),
+        ({"method": "sparsegpt", "grad_norm": "l1"}, "does not use it"),
+        ({"score": "abs(W)*G2", "grad_norm": "l1"}, "does not use it"),
+        ({"curvature": "kfac"}, "only --update lsq and alps"),
+        ({"curvature": "input"}, "--curvature input: only --update lsq and alps"),
+        ({"method": "sparsegpt", "curvature": "input"}, "only --update lsq and alps"),
+        ({"update": "obs", "curvature": "input"}, "only --update lsq and alps"),
+        ({"method": "alps", "group": "global"}, "leave --allocation out"),
+        ({"group": "global", "allocation": "owl"}, "leave --allocation out"),
+        ({"group": "global", "allocation": "uniform"}, "leave --allocation out"),
+        ({"allocation": "owl", "patterns": ("2:4",)}, "--allocation owl: .*--mixed-patterns"),
+        ({"allocation": "uniform", "patterns": ("2:4",)}, "--allocation uniform: n:m is the same"),
+        ({"allocation_score": "wanda"}, "uses none"),
+        ({"allocation": "owl", "allocation_score": "alps"}, "no score of its own"),
+        ({"mixed_patterns": True}, "needs a --pattern"),
+        ({"mixed_patterns": True, "patterns": ("2:4",)}, "needs a --pattern and an --allocation"),
+        ({"group": "output", "patterns": ("2:4",)}, "--group output: an n:m pattern"),
+        ({"group": "layer", "patterns": ("2:4",), "sparsities": (0.5,)}, "--group layer: an n:m"),
+        ({"recipe": "best", "group": "global"}, "--recipe best: the other options leave nothing"),
+        (
+            {"recipe": "best", "method": "wanda", "allocation": "uniform"},
+            "--recipe best: the other options leave nothing",
+        ),
+        (
+            {"recipe": "best", "method": "sparsegpt", "patterns": ("2:4",)},
+            "--recipe best: the other options leave nothing",
+        ),
+        ({"update": "sgd"}, "expected one of none, obs, lsq"),
+        ({"curvature": "flat"}, "expected one of input, kfac"),
+        ({"score": "abs(V)"}, "'V' is not understood"),
+    ],
+    ids=str,
+)
+def test_prune_refuses_what_it_would_ignore(options: dict[str, Any], said: str) -> None:
+    """Be it the default that is given: before anything is read."""
+    with pytest.raises(InputError, match=said):
+        PruneConfig(**FEWEST[PruneConfig], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"schedule": "resident", "scratch": Path("x")}, "--scratch x: the resident schedule"),
+        ({"schedule": "streamed", "checkpoint_every": 4}, "--checkpoint-every 4: the streamed"),
+        ({"finalize": True}, "--finalize: without --shard"),
+        ({"data": DataConfig(name="ids.npy"), "seed": 0}, "--seed 0: a file of tokens"),
+        ({"recipe": "best", "statistics": ("act_l2",)}, "--recipe best: .*leave out the one"),
+    ],
+    ids=str,
+)
+def test_collect_refuses_what_it_would_ignore(options: dict[str, Any], said: str) -> None:
+    """Before anything is read."""
+    with pytest.raises(InputError, match=said):
+        CollectConfig(**FEWEST[CollectConfig], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"name": "c4", "text_column": "text"}, "--text-column text: only tables have columns"),
+        ({"name": "ids.npy", "text_column": "text"}, "--text-column text: only tables"),
+        ({"name": "notes.txt", "text_column": "body"}, "--text-column body: only tables"),
+        ({"name": "stdlib", "config": "en"}, "--dataset-config en: only data sets of the Hub"),
+        ({"name": "c4", "split": "train"}, "--split train: only data sets of the Hub"),
+        ({"name": "c4", "revision": "main"}, "--revision main: only data sets of the Hub"),
+    ],
+    ids=str,
+)
+def test_data_refuse_what_they_would_ignore(options: dict[str, Any], said: str) -> None:
+    """The same in both stages and in evaluation."""
+    with pytest.raises(InputError, match=said):
+        DataConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (f"{PRUNE} --score 'abs(W)' --method gblm", ("leave out --method gblm",)),
+        (f"{PRUNE} --alpha 100 --method wanda", ("--alpha 100.0", "wanda has none")),
+        (f"{PRUNE} --grad-norm l1 --method wanda", ("--grad-norm l1", "does not use it")),
+        (f"{COLLECT} --finalize", ("--finalize", "without --shard")),
+        (f"{COLLECT} --text-column text", ("--text-column text", "only tables")),
+        (f"{EVAL} --text-column text", ("--text-column text", "only tables")),
+        (
+            COLLECT.replace("text.txt", "texts") + " --text-column text",
+            ("no table", "leave it out"),
+        ),
+    ],
+)
+def test_the_command_knows_a_default_from_nothing(
+    refused: Refused, workplace: Path, command: str, says: tuple[str, ...]
+) -> None:
+    """An option that was typed is not the same as one that was left out."""
+    (workplace / "texts").mkdir(exist_ok=True)
+    (workplace / "texts" / "a.txt").write_text("the fox")
+    refused(command, says=says)
+
+
+# ---- recipes ----
+
+
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ({}, ("alps", "kfac", "sensitivity")),
+        ({"allocation": "owl"}, ("alps", "kfac", "owl")),
+        ({"allocation": "uniform"}, ("alps", "kfac", "uniform")),
+        ({"method": "sparsegpt"}, ("sparsegpt", "input", "sensitivity")),
+        ({"curvature": "input"}, ("alps", "input", "sensitivity")),
+        ({"group": "output"}, ("alps", "kfac", "sensitivity")),
+        ({"score": "abs(W)*X"}, ("gblm", "input", "sensitivity")),
+        ({"update": "obs"}, ("gblm", "input", "sensitivity")),
+        ({"update": "lsq", "method": "fisher"}, ("fisher", "kfac", "sensitivity")),
+        ({"score": "abs(W)", "update": "lsq"}, ("gblm", "kfac", "sensitivity")),
+        ({"group": "global", "method": "fisher", "update": "lsq"}, ("fisher", "kfac", "uniform")),
+        ({"patterns": ("2:4",)}, ("alps", "kfac", "uniform")),
+        ({"patterns": ("2:4",), "mixed_patterns": True}, ("alps", "kfac", "sensitivity")),
+    ],
+    ids=str,
+)
+def test_what_is_chosen_beside_a_recipe_comes_first(
+    chosen: dict[str, Any], expected: tuple[str, str, str]
+) -> None:
+    """And what of the recipe makes no sense beside it goes: every such command is understood."""
+    config = PruneConfig(**FEWEST[PruneConfig], recipe="best", **chosen)
+    assert (config.method, config.curvature, config.allocation) == expected
+
+
+def test_a_recipe_leaves_nothing_behind_in_a_changed_copy() -> None:
+    """What it stood for was not given: without it the defaults are back."""
+    config = PruneConfig(**FEWEST[PruneConfig], recipe="best")
+    again = dataclasses.replace(config, recipe=None)
+    assert again == PruneConfig(**FEWEST[PruneConfig])
+
+
+def test_a_recipe_stands_for_statistics_in_stage_one() -> None:
+    """By the same name, from Python as from the command line."""
+    config = CollectConfig(**FEWEST[CollectConfig], recipe="best")
+    assert {"grad_l2", "hessian", "grad_cov"} <= set(config.statistics)
+
+
+# ---- how much is imported ----
+
+_WATCH = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {refused}:
+            raise AssertionError(name + " is imported")
+sys.meta_path.insert(0, Refuse())
+from gradpipe.__main__ import main
+main()
+"""
+TORCH = {"torch", "transformers", "datasets"}
+HEAVY = TORCH | {"zarr", "numpy", "numcodecs", "pyarrow", "fsspec", "huggingface_hub"}
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "refused"),
+    [
+        ("--help", 0, HEAVY),
+        ("--version", 0, HEAVY),
+        ("prune --help", 0, HEAVY),
+        ("collect-grads --help", 0, HEAVY),
+        ("store import-gblm --help", 0, HEAVY),
+        (f"{PRUNE} --method gblmm", 2, HEAVY),
+        (f"{PRUNE} --alpha 100 --method wanda", 2, HEAVY),
+        (f"{PRUNE} --no-such-option", 2, HEAVY),
+        (f"{COLLECT} --encoding int8", 2, HEAVY),
+        (IMPORT, 2, HEAVY),
+        ("prune empty store new", 2, HEAVY),
+        ("eval empty", 2, HEAVY),
+        ("prune model no-store new", 2, TORCH),
+        ("store info store", 0, TORCH),
+        ("store info no-store", 2, TORCH),
+        ("store verify store", 0, TORCH),
+    ],
+)
+def test_nothing_is_imported_that_an_answer_does_not_need(
+    workplace: Path, command: str, code: int, refused: set[str]
+) -> None:
+    """Help and refusals come at once; torch is imported when options, model and store are right."""
+    done = subprocess.run(
+        [sys.executable, "-c", _WATCH.replace("{refused}", repr(refused)), *shlex.split(command)],
+        cwd=workplace,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
