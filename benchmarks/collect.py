@@ -121,7 +121,7 @@ class Rig:
             names = self.statistics
             self._sums = {x.path: LayerAccumulator(x.spec, names, cpu) for x in self.layers}
         for ids_BT in self.batches:
-            resident_batch(self.model, self.blocks, self._sums, Batch.of_tokens(ids_BT))
+            resident_batch(self.model, self._sums, Batch.of_tokens(ids_BT))
 
     def sides(self) -> dict[str, Callable[[], None]]:
         """What is compared, by name."""

@@ -14,10 +14,8 @@ import pytest
 
 from gradpipe import CollectConfig, DataConfig, GradpipeError, PruneConfig, collect, prune
 from gradpipe.errors import InputError, StoreError
-from gradpipe.pipeline.collect import worker
-from gradpipe.stages.collect.resident import resident_batch
-from gradpipe.stages.collect.streamed import Streamed
 from tests.support.models import save_tiny
+from tests.support.phases import PHASES
 from tests.support.texts import write_text
 
 SCHEDULES = ("resident", "streamed")
@@ -169,14 +167,15 @@ def test_a_file_that_vanishes(
     with pytest.raises(InputError, match=r"model\.safetensors"):
         collect(run)
     away.rename(weights)
-    step = resident_batch
+    owner, name = PHASES["accumulating"]
+    step = getattr(owner, name)
 
     def vanishing(*arguments: Any) -> None:
         (run.store / "zarr.json").unlink(missing_ok=True)
         step(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(worker, "resident_batch", vanishing)
+        patched.setattr(owner, name, vanishing)
         expected = collect(run)  # what is in memory is written again at the end
     assert expected.digest == digest(inputs)
 
@@ -199,16 +198,17 @@ def test_a_scratch_file_that_vanishes_meanwhile(
 ) -> None:
     """One line that names it; the same call computes it again."""
     run = config(inputs, tmp_path / "store", schedule="streamed", scratch=tmp_path / "scratch")
-    step = Streamed._run_block  # noqa: SLF001
+    owner, name = PHASES["streaming backward"]
+    step = getattr(owner, name)
 
     def vanishing(*arguments: Any, **options: Any) -> Any:
-        for path in (tmp_path / "scratch").glob("*/inputs-0000"):
+        for path in (tmp_path / "scratch").glob("*/inputs-0001"):
             path.unlink()
         return step(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Streamed, "_run_block", vanishing)
-        with pytest.raises(GradpipeError, match="inputs-0000: No such file") as caught:
+        patched.setattr(owner, name, vanishing)
+        with pytest.raises(GradpipeError, match="inputs-0001: No such file") as caught:
             collect(run)
     check_line(caught.value)
     assert collect(run).digest == digest(inputs)

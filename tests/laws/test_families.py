@@ -41,11 +41,10 @@ def collected(
     checkpoint = Checkpoint.open(str(folder))
     model = load_model(checkpoint, getattr(torch, dtype), torch.device("cpu"))
     split_experts(model, checkpoint)
-    blocks = find_blocks(model)
-    layers = find_layers(model, blocks, checkpoint)
+    layers = find_layers(model, find_blocks(model), checkpoint)
     sums = {x.path: LayerAccumulator(x.spec, statistics, torch.device("cpu")) for x in layers}
     for ids_BT in IDS.split(batch_size):
-        resident_batch(model, blocks, sums, Batch.of_tokens(ids_BT))
+        resident_batch(model, sums, Batch.of_tokens(ids_BT))
     return {accumulator.spec.name: accumulator.result() for accumulator in sums.values()}
 
 

@@ -36,9 +36,7 @@ from gradpipe import (
     plan,
     prune,
 )
-from gradpipe.pipeline.collect import worker
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.stages.model.tensor_names import weight_keys
 from gradpipe.store.arrays import encode_array
 from gradpipe.store.objects import CommitRecord, digest
@@ -46,6 +44,7 @@ from gradpipe.store.schema import SampleSpec
 from gradpipe.store.statistics import SECOND_MOMENTS, STATISTICS
 from tests.support import hub as hubs
 from tests.support.models import save_tiny
+from tests.support.phases import PHASES
 from tests.support.reference import (
     layer_statistics,
     reference_mask,
@@ -66,7 +65,7 @@ from tests.support.vision import (
 
 ROOT = Path(__file__).parents[2]
 NUM_SAMPLES = 7
-STEPS = {"resident": (worker, "resident_batch"), "streamed": (Streamed, "_run_block")}
+STEPS = {"resident": PHASES["accumulating"], "streamed": PHASES["streaming backward"]}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

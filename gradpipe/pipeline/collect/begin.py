@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from gradpipe.stages.data.images import Processor, draw_images, load_images
 from gradpipe.stages.data.text import load_text
 from gradpipe.stages.data.tokens import is_tokens, token_samples, window_length
 from gradpipe.stages.data.windows import draw_samples
-from gradpipe.stages.model.layers import Skeleton
+from gradpipe.stages.model.layers import Skeleton, measured
 from gradpipe.stages.model.load import check_tokens, dtype_name, load_tokenizer
 from gradpipe.stages.model.shared_inputs import image_tokens
 from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
@@ -46,43 +47,88 @@ from gradpipe.store.writer import StoreWriter
 _MAX_TOKENS = 2**31  # of all samples: they are kept in memory, and in the store
 
 
+class State(Enum):
+    """What a store's folder holds."""
+
+    COMPLETE = "a finished store"
+    BEGUN = "an unfinished store, whose samples are fixed and whose weights are measured"
+    FREE = "no store, or one that is to be overwritten"
+
+
+def store_state(folder: Path, *, overwrite: bool) -> State:
+    """The state of a folder; StoreError if shards lie there without the samples they are of."""
+    if overwrite:
+        return State.FREE
+    if is_complete(folder):
+        return State.COMPLETE
+    if is_begun(folder):
+        return State.BEGUN
+    if begun_shards(folder):
+        raise StoreError(
+            f"store {folder} holds shards, but the record of its samples has vanished: "
+            "restore partial/calibration.json, or start anew with --overwrite"
+        )
+    return State.FREE
+
+
 def begin(
     config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack
 ) -> tuple[StoreSpec, Calibration] | None:
     """Fix the samples, or find them fixed; None if the same command has finished before.
 
-    The shard's lock, taken under the store's, is left with `held`.
+    The shard's lock, taken under the store's, is left with `held`. Whoever fixes the samples reads
+    all weights once, for their digests; everyone checks those of the weights that it loads.
     """
-    folder, samples = config.store, None
-    if is_complete(folder) and not config.overwrite:
-        store = GradientStore.open(folder)
-        if _spec(config, skeleton, store.spec.samples) != store.spec:
-            raise InputError(
-                f"store {folder} exists and is complete: give another name or --overwrite"
-            )
-        tidy(folder)
-        return None
-    if config.overwrite or not is_begun(folder):
-        samples = _draw(config, skeleton)
+    folder, drawn = config.store, None
+    match store_state(folder, overwrite=config.overwrite):
+        case State.COMPLETE:
+            _check_finished(config, skeleton, GradientStore.open(folder))
+            return None
+        case State.FREE:
+            drawn = _draw(config, skeleton)
     with locked(folder / LOCK_NAME, of=folder, wait=True):
-        if is_complete(folder) and not config.overwrite:
-            return None  # another process was faster
-        if config.overwrite or not is_begun(folder):
-            if not config.overwrite and begun_shards(folder):
-                raise StoreError(
-                    f"store {folder} holds shards, but the record of its samples has vanished: "
-                    "restore partial/calibration.json, or start anew with --overwrite"
-                )
-            if samples is None:
-                raise StoreError(f"store {folder} was removed meanwhile: run the command again")
-            clear(folder)
-            spec = _spec(config, skeleton, samples[0])
-            StoreWriter(folder, spec).begin(samples[1])
+        match store_state(folder, overwrite=config.overwrite):
+            case State.COMPLETE:
+                return None  # another process was faster
+            case State.FREE:
+                if drawn is None:
+                    raise StoreError(f"store {folder} was removed meanwhile: run the command again")
+                clear(folder)
+                layers = measured(skeleton.layers, skeleton.checkpoint)
+                spec = _spec(config, replace(skeleton, layers=layers), drawn[0])
+                StoreWriter(folder, spec).begin(drawn[1])
         _check_count(folder, shard)
         spec, calibration = read_begun(folder)
-        check_same(folder, _spec(config, skeleton, spec.samples), spec)
+        check_same(folder, _expected(config, skeleton, spec), spec)
         held.enter_context(locked(Snapshots(folder, shard).lock, of=folder, wait=False))
         return spec, calibration
+
+
+def _check_finished(config: CollectConfig, skeleton: Skeleton, store: GradientStore) -> None:
+    """Raises InputError unless a finished store is what this command would make."""
+    if _expected(config, skeleton, store.spec) == store.spec:
+        layers = measured(skeleton.layers, skeleton.checkpoint)
+        if _spec(config, replace(skeleton, layers=layers), store.spec.samples) == store.spec:
+            tidy(config.store)
+            return
+    raise InputError(
+        f"store {config.store} exists and is complete: give another name or --overwrite"
+    )
+
+
+def _expected(config: CollectConfig, skeleton: Skeleton, spec: StoreSpec) -> StoreSpec:
+    """What this command would make of the same samples, and of weights of the same digests."""
+    return _spec(config, with_digests_of(skeleton, spec), spec.samples)
+
+
+def with_digests_of(skeleton: Skeleton, spec: StoreSpec) -> Skeleton:
+    """The skeleton with its layers' digests as in a spec; zeros for one that it lacks."""
+    digests = {layer.name: layer.digest for layer in spec.layers}
+    layers = (
+        replace(x, spec=replace(x.spec, digest=digests.get(x.spec.name, "0" * 32)))
+        for x in skeleton.layers
+    )
+    return replace(skeleton, layers=tuple(layers))
 
 
 def _check_count(folder: Path, shard: Shard) -> None:

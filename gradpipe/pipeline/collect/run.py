@@ -10,10 +10,11 @@ import torch
 from rich.console import Console
 
 from gradpipe.errors import InputError, Interrupted
-from gradpipe.pipeline.collect.begin import begin
+from gradpipe.pipeline.collect.begin import begin, with_digests_of
 from gradpipe.pipeline.collect.config import CollectConfig
 from gradpipe.pipeline.collect.merge import finalize, is_last
-from gradpipe.pipeline.collect.worker import Job, begun_schedule, run_share
+from gradpipe.pipeline.collect.resume import Place
+from gradpipe.pipeline.collect.worker import Job, begun_schedule, run_part
 from gradpipe.pipeline.places import check_scratch, check_store
 from gradpipe.pipeline.progress import QUIET
 from gradpipe.stages.checkpoint.folder import Checkpoint
@@ -70,7 +71,7 @@ def plan(config: CollectConfig) -> Plan:
     """What stage one would take, from `config.json` alone: no weight is read, none is fetched."""
     checkpoint = with_expected_tensors(Checkpoint.outline(config.model))
     device, shard = resolve_device(config.device), config.shard or Shard(0, 1)
-    skeleton = _skeleton(config, checkpoint, with_digests=False)
+    skeleton = _skeleton(config, checkpoint, with_couplings=False)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
         check_loss_of_labels(skeleton.model)
         seq_len = image_tokens(skeleton.model, skeleton.blocks)
@@ -80,14 +81,14 @@ def plan(config: CollectConfig) -> Plan:
 
 
 def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
-    """Collect one share, and finish the store if it is all there is."""
+    """Collect one shard's part, and finish the store if it is all there is."""
     sources = (Path(config.model), Path(config.data.name))
     check_store(config.store, sources)
     if config.scratch is not None:
         check_scratch(config.scratch)
     checkpoint = Checkpoint.open(config.model)
     device = resolve_device(config.device)
-    skeleton = _skeleton(config, checkpoint, with_digests=True)
+    skeleton = _skeleton(config, checkpoint, with_couplings=True)
     if fused := fused_weights(skeleton.model):
         console.print(
             f"{len(fused)} tensors hold several experts each, as {fused[0]} does: they are no "
@@ -102,19 +103,16 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
         spec, calibration = begun
         work = _workload(config, shard, spec.samples.seq_len)
         job = Job(
-            skeleton=skeleton,
-            spec=spec,
-            calibration=calibration,
+            place=Place(store=config.store, spec=spec, calibration=calibration, shard=shard),
+            skeleton=with_digests_of(skeleton, spec),
             plan=_plan(config, shard, skeleton, work, device),
             device=device,
-            store=config.store,
-            shard=shard,
             batch_size=config.batch_size,
             scratch=config.scratch,
             checkpoint_every=config.checkpoint_every,
         )
         try:
-            run_share(job, console)
+            run_part(job, console)
         except Interrupted as error:
             again = ", without --overwrite," if config.overwrite else ""
             raise Interrupted(f"{error}: run the same command again{again} to go on") from error
@@ -140,14 +138,14 @@ def _check_windows(config: CollectConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_digests: bool) -> Skeleton:
+def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_couplings: bool) -> Skeleton:
     """The model taken apart; InputError if it cannot be, or is not for what is asked."""
     _check_windows(config, checkpoint)
     model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
     blocks = find_blocks(model, config.blocks)
-    layers = find_layers(model, blocks, checkpoint, config.include, with_digests=with_digests)
+    layers = find_layers(model, blocks, checkpoint, config.include)
     layers = share_inputs(model, layers)
-    couplings = find_couplings(model, blocks, layers) if with_digests else ()
+    couplings = find_couplings(model, blocks, layers) if with_couplings else ()
     return Skeleton(
         checkpoint=checkpoint, model=model, blocks=blocks, layers=layers, couplings=couplings
     )

@@ -1,4 +1,7 @@
-"""Weights for one part of a skeleton at a time, straight from the safetensors files."""
+"""Weights for one part of a skeleton at a time, straight from the safetensors files.
+
+The store names the digest of each layer's weights, taken once; whoever loads weights checks them.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +13,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, as_tensor, tensor_bytes
+from gradpipe.stages.model.layers import Skeleton
 from gradpipe.stages.model.tensor_names import weight_keys
+from gradpipe.store.objects import digest
+from gradpipe.store.schema import LayerSpec
 
 
 class WeightLoader:
     """Fills parts of a skeleton from its checkpoint, and empties them."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
-        """`model` is a skeleton of `checkpoint`; InputError if a tensor is missing or misshapen."""
-        self._model = model
-        self._checkpoint = checkpoint
+    def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
+        """InputError if a tensor is missing or misshapen."""
+        self._model = skeleton.model
+        self._checkpoint = skeleton.checkpoint
         self._device = device
-        self._keys = weight_keys(model, checkpoint)
+        self._keys = weight_keys(skeleton.model, skeleton.checkpoint)
+        self._layers = {layer.spec.weight_key: layer.spec for layer in skeleton.layers}
 
     @contextmanager
     def loaded(self, prefix: str, excluded: str | None = None) -> Iterator[None]:
@@ -47,8 +56,10 @@ class WeightLoader:
     def _load(self, name: str, tied: dict[str, nn.Parameter]) -> None:
         key = self._keys[name]
         if key not in tied:
-            wanted = self._get(name)
-            tensor = self._checkpoint.read(key).to(self._device, wanted.dtype)
+            wanted, data = self._get(name), self._checkpoint.read_bytes(key)
+            if key in self._layers:
+                check_digest(self._layers[key], data, self._checkpoint)
+            tensor = as_tensor(data, self._checkpoint.tensors[key]).to(self._device, wanted.dtype)
             tied[key] = nn.Parameter(tensor, requires_grad=False)
         self._set(name, tied[key])
 
@@ -75,6 +86,28 @@ class WeightLoader:
             if inside(name) and not buffer.is_meta and buffer.device != self._device:
                 owner, _, leaf = name.rpartition(".")
                 self._model.get_submodule(owner)._buffers[leaf] = buffer.to(self._device)  # noqa: SLF001
+
+
+def check_loaded(model: nn.Module, skeleton: Skeleton) -> None:
+    """Check all layers' weights in a loaded model; those of another dtype, in the files again."""
+    checkpoint = skeleton.checkpoint
+    for layer in skeleton.layers:
+        weight = model.get_parameter(f"{layer.path}.weight").detach()
+        info = checkpoint.tensors[layer.spec.weight_key]
+        is_as_stored = weight.dtype == FLOAT_TYPES.get(info.dtype) and weight.shape == info.shape
+        data = tensor_bytes(weight.cpu().contiguous()) if is_as_stored else None
+        check_digest(layer.spec, data or checkpoint.read_bytes(info.key), checkpoint)
+
+
+def check_digest(
+    layer: LayerSpec, data: bytes | bytearray | memoryview, checkpoint: Checkpoint
+) -> None:
+    """Raises InputError if these are not the weights that were measured, if any were."""
+    if layer.digest and digest(data) != layer.digest:
+        raise InputError(
+            f"{checkpoint.name}: the weights of {layer.name} are not those that the store was "
+            "begun with: give the same checkpoint, another store or --overwrite"
+        )
 
 
 def _trim_heap() -> None:

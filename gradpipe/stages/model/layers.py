@@ -7,6 +7,7 @@ parameters, and a layer is a linear map inside one. `--blocks` names the list by
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,13 +84,11 @@ def find_layers(
     blocks: Blocks,
     checkpoint: Checkpoint,
     include: tuple[str, ...] = (),
-    *,
-    with_digests: bool = True,
 ) -> tuple[Layer, ...]:
     """Every linear map in the blocks, and those outside whose name matches an `include` regex.
 
-    Each is tied to its tensor in the checkpoint. Raises InputError for one that has none, and for
-    a regex without a match. Digests need the weights to be read.
+    Each is tied to its tensor in the checkpoint, whose digest is not known yet: see `measured`.
+    Raises InputError for one that has none, and for a regex without a match.
     """
     prefix = blocks.path + "."
     keys = weight_keys(model, checkpoint)
@@ -103,11 +102,16 @@ def find_layers(
             block = int(name.removeprefix(prefix).split(".")[0]) if inside else None
             transposed = isinstance(module, Conv1D)
             spec = checkpoint.layer_spec(keys[f"{name}.weight"], block, transposed=transposed)
-            if with_digests:
-                data = checkpoint.read_bytes(spec.weight_key)
-                spec = replace(spec, digest=digest(data))
             layers.append(Layer(path=name, spec=spec))
     return tuple(layers)
+
+
+def measured(layers: Iterable[Layer], checkpoint: Checkpoint) -> tuple[Layer, ...]:
+    """The layers with the digests of their weights, all of which are read."""
+    return tuple(
+        replace(x, spec=replace(x.spec, digest=digest(checkpoint.read_bytes(x.spec.weight_key))))
+        for x in layers
+    )
 
 
 def _matches(pattern: str, outside: dict[str, str], checkpoint: Checkpoint) -> list[str]:

@@ -149,7 +149,7 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     sums = {"layers.0.0": accumulator}
     ids = torch.zeros((1, 3), dtype=torch.long)
     with pytest.raises(GradpipeError, match=r"runs twice.*by --blocks.*not supported"):
-        resident_batch(model, find_blocks(model), sums, Batch.of_tokens(ids))
+        resident_batch(model, sums, Batch.of_tokens(ids))
 
 
 def test_a_layer_that_never_ran_is_named() -> None:
