@@ -18,7 +18,7 @@ from gradpipe.pipeline.collect.worker import Job, begun_schedule, run_part
 from gradpipe.pipeline.places import check_scratch, check_store
 from gradpipe.pipeline.progress import QUIET
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.collect.estimate import Plan, Workload, make_plan
+from gradpipe.stages.collect.estimate import Estimate, Workload, estimate
 from gradpipe.stages.data.tokens import window_length
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.model.couplings import find_couplings
@@ -67,7 +67,7 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
     return GradientStore.open(config.store) if is_complete(config.store) else None
 
 
-def plan(config: CollectConfig) -> Plan:
+def plan(config: CollectConfig) -> Estimate:
     """What stage one would take, from `config.json` alone: no weight is read, none is fetched."""
     checkpoint = with_expected_tensors(Checkpoint.outline(config.model))
     device, shard = resolve_device(config.device), config.shard or Shard(0, 1)
@@ -120,10 +120,10 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
 
 def _plan(
     config: CollectConfig, shard: Shard, skeleton: Skeleton, work: Workload, device: torch.device
-) -> Plan:
-    """As `make_plan`, but `auto` goes on as was begun: another schedule would start anew."""
+) -> Estimate:
+    """As `estimate`, but `auto` goes on as was begun: another schedule would start anew."""
     begun = begun_schedule(config.store, shard) if config.schedule == "auto" else None
-    planned = make_plan(begun or config.schedule, skeleton, work, device)
+    planned = estimate(begun or config.schedule, skeleton, work, device)
     return planned if begun is None else replace(planned, reason="as it was begun")
 
 

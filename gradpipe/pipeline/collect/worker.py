@@ -14,7 +14,7 @@ from gradpipe.errors import Interrupted
 from gradpipe.pipeline.collect.resume import SCRATCH, ByBlocks, BySamples, Place, Progress
 from gradpipe.pipeline.interrupt import stop_requests
 from gradpipe.pipeline.progress import progress_bar
-from gradpipe.stages.collect.estimate import Plan
+from gradpipe.stages.collect.estimate import Estimate
 from gradpipe.stages.collect.resident import Resident
 from gradpipe.stages.collect.schedule import Part, Schedule
 from gradpipe.stages.collect.streamed import Streamed
@@ -32,7 +32,7 @@ class Job:
 
     place: Place
     skeleton: Skeleton
-    plan: Plan
+    plan: Estimate
     device: torch.device
     batch_size: int
     scratch: Path | None
