@@ -4,8 +4,9 @@ In a recording pass no block computes: each notes what it is called with, and an
 placeholders shaped as its real answer. What blocks are called with is then known to come from one
 of three places: an answer of an earlier block (the very placeholder comes back), the micro-batch
 (it differs between micro-batches), or neither. Anything else is refused, because a block could not
-be run again as the model runs it: a tensor that the model computes from an answer, an argument
-that is no tensor and depends on the samples, a block that does not run, or not in turn.
+be run again as the model runs it: a tensor that the model computes from an answer (it differs when
+the placeholders have another value), an argument that is no tensor and depends on the samples, a
+block that does not run, or not in turn.
 
 What a block puts into a mapping that it is given (keys and values for later blocks) is part of its
 answer. Tensors of answers are named `3.0`: the first one that block 3 gives.
@@ -103,7 +104,10 @@ class BlockCalls:
         Raises GradpipeError, with the block's path, for a call that cannot be made again.
         """
         calls = self._pass(batch)
-        first = self._calls.setdefault(len(batch), calls)
+        if len(batch) not in self._calls:
+            self._calls[len(batch)] = calls
+            self._check_uncomputed(batch)
+        first = self._calls[len(batch)]
         different: dict[str, Tensor] = {}
         for path, known, call in zip(self._paths, first, calls, strict=True):
             different |= _differences(path, known, call)
@@ -115,9 +119,19 @@ class BlockCalls:
             )
         return different
 
+    def _check_uncomputed(self, batch: Batch) -> None:
+        """Raises GradpipeError for an argument that differs where only the placeholders do."""
+        calls = zip(self._paths, self._calls[len(batch)], self._pass(batch, fill=1), strict=True)
+        for path, zeros, ones in calls:
+            if _differences(path, zeros, ones):
+                raise GradpipeError(
+                    f"block {path} is called with what the model computes from an earlier block's "
+                    "output: use --schedule resident"
+                )
+
     def outside(self, batch: Batch) -> dict[str, Tensor]:
         """The arguments of a micro-batch that require a gradient: layers before the blocks do."""
-        calls = self._pass(batch, track=False)
+        calls = self._pass(batch)
         places = [(call, name, place) for call in calls for name, place in call.names.items()]
         tensors = {name: _at(call.tree, place) for call, name, place in places}
         return {name: tensor for name, tensor in tensors.items() if tensor.requires_grad}
@@ -174,15 +188,17 @@ class BlockCalls:
             if index == last:
                 found = [tensors[name] for name in _names(index, expected)]
             else:
-                found = self._placeholders(expected, track=True)
+                found = self._placeholders(expected)
+                for tensor in found:
+                    tensor.requires_grad_(tensor.is_floating_point())
                 held.extend(found)
             return expected.given(found, (args, kwargs))
 
         with self._replaced(answer):
             yield held
 
-    def _pass(self, batch: Batch, *, track: bool = True) -> list[_Call]:
-        """The calls of one pass of the model up to the last block."""
+    def _pass(self, batch: Batch, *, fill: int = 0) -> list[_Call]:
+        """The calls of one pass of the model up to the last block, placeholders of one value."""
         known = self._calls.get(len(batch))
         calls: list[_Call] = []
         given: list[tuple[Tensor, str]] = []  # tensors are held, so that no id is used twice
@@ -199,7 +215,7 @@ class BlockCalls:
             calls.append(_Call(tree, names, carried, expected))
             if len(calls) == len(self._blocks):
                 raise _Stop
-            found = self._placeholders(expected, track=track)
+            found = self._placeholders(expected, fill)
             given.extend(zip(found, _names(index, expected), strict=True))
             return expected.given(found, (args, kwargs))
 
@@ -213,20 +229,12 @@ class BlockCalls:
         self, index: int, call: tuple[Any, ...], given: list[tuple[Tensor, str]]
     ) -> tuple[Any, dict[str, Place], dict[Place, str]]:
         """A call without the tensors of earlier blocks, the names of others, and those by place."""
-        by_id = {id(tensor): name for tensor, name in given}
+        known = {_memory(tensor): name for tensor, name in given}
         names, carried = {}, {}
-        tracked = {id(tensor) for tensor, _ in given if tensor.requires_grad}
         for number, (place, leaf) in enumerate(leaves(call)):
-            if not isinstance(leaf, Tensor):
-                continue
-            if id(leaf) in by_id:
-                carried[place] = by_id[id(leaf)]
-            elif leaf.requires_grad and tracked:
-                raise GradpipeError(
-                    f"block {self._paths[index]} is called with what the model computes from an "
-                    "earlier block's output: use --schedule resident"
-                )
-            else:
+            if isinstance(leaf, Tensor) and _memory(leaf) in known:
+                carried[place] = known[_memory(leaf)]
+            elif isinstance(leaf, Tensor):
                 names[f"{index}:{number}"] = place
         if index and not any(name.startswith(f"{index - 1}.") for name in carried.values()):
             raise GradpipeError(
@@ -246,13 +254,10 @@ class BlockCalls:
             block.forward = stub
         return self._answers[key]
 
-    def _placeholders(self, answer: _Answer, *, track: bool) -> list[Tensor]:
+    def _placeholders(self, answer: _Answer, fill: int = 0) -> list[Tensor]:
         """Tensors as a block would give, each a new one, to be known again."""
         kinds = [kind for _, kind in answer.kinds()]
-        found = [torch.zeros(x.shape, dtype=x.dtype, device=self._device) for x in kinds]
-        for tensor in found:
-            tensor.requires_grad_(track and tensor.is_floating_point())
-        return found
+        return [torch.full(x.shape, fill, dtype=x.dtype, device=self._device) for x in kinds]
 
     @contextmanager
     def _replaced(self, handle: _Handle) -> Iterator[None]:
@@ -304,6 +309,13 @@ def _called(
 
 def _is(leaf: Any) -> bool:
     return isinstance(leaf, Tensor)
+
+
+def _memory(tensor: Tensor) -> Any:
+    """Equal for a tensor and for a view of all of it."""
+    if not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def _at(tree: Any, place: Place) -> Any:
