@@ -253,7 +253,7 @@ def test_a_store_whose_samples_are_damaged_says_how_to_start_anew(
     run = config(inputs, tmp_path / "store")
     interrupt(monkeypatch, run, 1, STEPS["resident"])
     (run.store / damage).write_bytes(b'{"zarr_format": 3, "node_type": "group"}')
-    with pytest.raises(StoreError, match="--overwrite"):
+    with pytest.raises(StoreError, match="overwrite it, to start anew"):
         collect(run)
     assert collect(replace(run, overwrite=True)).digest == digest
 
