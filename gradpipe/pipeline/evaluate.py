@@ -28,6 +28,7 @@ from gradpipe.stages.model.load import (
     load_tokenizer,
     resolve_dtype,
 )
+from gradpipe.stages.model.next_token import check_next_token
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 
@@ -92,6 +93,7 @@ def _evaluate_each(
         with memory_errors("give a smaller --batch-size or --seq-len, or --dtype bfloat16"):
             model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
             check_tokens(windows, checkpoint, model)
+            check_next_token(model, name, device)
             with progress_bar(
                 console, "evaluating", len(windows), "windows", windows.shape[1]
             ) as advance:

@@ -12,8 +12,8 @@ from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.experts import split_experts
-from gradpipe.stages.model.layers import Layer, find_blocks, find_layers
-from gradpipe.stages.model.load import build_skeleton, load_model
+from gradpipe.stages.model.load import load_model
+from gradpipe.stages.model.skeleton import take_apart
 from gradpipe.stages.prune.mask import pattern_mask, unstructured_mask
 from gradpipe.stages.prune.methods import find_score
 from gradpipe.stages.prune.score import LayerStatistics, score_weights
@@ -40,8 +40,9 @@ def collected(
     """Statistics of the model in `folder` by layer name, with the package's own hooks."""
     checkpoint = Checkpoint.open(str(folder))
     model = load_model(checkpoint, getattr(torch, dtype), torch.device("cpu"))
-    split_experts(model, checkpoint)
-    layers = find_layers(model, find_blocks(model), checkpoint)
+    skeleton = take_apart(checkpoint, getattr(torch, dtype))
+    split_experts(model, skeleton.sources)
+    layers = skeleton.layers
     sums = {x.path: LayerAccumulator(x.spec, statistics, torch.device("cpu")) for x in layers}
     for ids_BT in IDS.split(batch_size):
         resident_batch(model, sums, Batch.of_tokens(ids_BT))
@@ -57,8 +58,7 @@ def norms_of(stats: LayerStats) -> LayerStatistics:
 def weights_of(folder: Path) -> dict[str, Tensor]:
     """Weights (out, in) by layer name."""
     checkpoint = Checkpoint.open(str(folder))
-    model = build_skeleton(checkpoint, torch.float32)
-    layers: tuple[Layer, ...] = find_layers(model, find_blocks(model), checkpoint)
+    layers = take_apart(checkpoint, torch.float32).layers
     weights = {x.spec.name: checkpoint.read(x.spec.weight_key) for x in layers}
     return {
         x.spec.name: weights[x.spec.name].T if x.spec.transposed else weights[x.spec.name]

@@ -25,9 +25,8 @@ from gradpipe import (
     prune,
 )
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.model.layers import find_blocks, find_layers
-from gradpipe.stages.model.load import build_skeleton
 from gradpipe.stages.model.shared_inputs import share_inputs
+from gradpipe.stages.model.skeleton import take_apart
 from gradpipe.stages.prune.curvature import Curvature
 from gradpipe.stages.prune.decode import decode_norms
 from gradpipe.stages.prune.least_squares import least_squares
@@ -85,8 +84,8 @@ _SHARED = {  # the number of distinct inputs of a block's layers
 def test_layers_with_one_input_share_one_hessian(family: str, tmp_path: Path) -> None:
     """q, k, v and gate, up, in every block, found without values."""
     checkpoint = Checkpoint.open(str(save_tiny(family, tmp_path / "model")))
-    model = build_skeleton(checkpoint, torch.float32)
-    layers = share_inputs(model, find_layers(model, find_blocks(model), checkpoint))
+    skeleton = take_apart(checkpoint, torch.float32)
+    layers = share_inputs(skeleton.model, skeleton.layers)
     for block in (0, 1):
         inside = [x.spec for x in layers if x.spec.block == block]
         assert sum(x.input_of is None for x in inside) == _SHARED[family]

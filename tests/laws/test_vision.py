@@ -37,7 +37,7 @@ from gradpipe import (
     prune,
 )
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.model.tensor_names import weight_keys
+from gradpipe.stages.model.conversion import find_sources
 from gradpipe.store.arrays import encode_array
 from gradpipe.store.objects import CommitRecord, digest
 from gradpipe.store.schema import SampleSpec
@@ -143,8 +143,10 @@ def reference(workplace: Path, family: str, store: GradientStore) -> dict[str, d
         n: m for n, m in model.named_modules() if n.startswith(prefix) and isinstance(m, nn.Linear)
     }
     found = layer_statistics(layers, loss_of, [torch.tensor([index]) for index in drawn])
-    keys = weight_keys(model, Checkpoint.open(str(workplace / family)))
-    return {keys[f"{name}.weight"].removesuffix(".weight"): x for name, x in found.items()}
+    sources = find_sources(model, Checkpoint.open(str(workplace / family)))
+    return {
+        str(sources.key(f"{name}.weight")).removesuffix(".weight"): x for name, x in found.items()
+    }
 
 
 # ---- collecting ----

@@ -16,9 +16,10 @@ from gradpipe.stages.data.images import Processor, draw_images, load_images
 from gradpipe.stages.data.text import load_text
 from gradpipe.stages.data.tokens import is_tokens, token_samples, window_length
 from gradpipe.stages.data.windows import draw_samples
-from gradpipe.stages.model.layers import Skeleton, measured
+from gradpipe.stages.model.layers import measured
 from gradpipe.stages.model.load import check_tokens, dtype_name, load_tokenizer
 from gradpipe.stages.model.shared_inputs import image_tokens
+from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
 from gradpipe.store.folder import (
     LOCK_NAME,

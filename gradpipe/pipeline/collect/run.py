@@ -19,18 +19,14 @@ from gradpipe.pipeline.places import check_scratch, check_store
 from gradpipe.pipeline.progress import QUIET
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.estimate import Estimate, Workload, estimate
+from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.data.tokens import window_length
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.model.couplings import find_couplings
-from gradpipe.stages.model.experts import fused_weights
-from gradpipe.stages.model.layers import Skeleton, find_blocks, find_layers
-from gradpipe.stages.model.load import (
-    build_skeleton,
-    resolve_dtype,
-    sequence_length,
-    with_expected_tensors,
-)
+from gradpipe.stages.model.layers import Selection, dense_lines
+from gradpipe.stages.model.load import resolve_dtype, sequence_length, with_expected_tensors
 from gradpipe.stages.model.shared_inputs import image_tokens, share_inputs
+from gradpipe.stages.model.skeleton import Skeleton, take_apart
 from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
 from gradpipe.store.folder import LOCK_NAME, is_complete
 from gradpipe.store.lock import locked
@@ -89,13 +85,10 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     checkpoint = Checkpoint.open(config.model)
     device = resolve_device(config.device)
     skeleton = _skeleton(config, checkpoint, with_couplings=True)
-    if fused := fused_weights(skeleton.model):
-        console.print(
-            f"{len(fused)} tensors hold several experts each, as {fused[0]} does: they are no "
-            "layers, and stay dense",
-            highlight=False,
-            markup=False,
-        )
+    for line in dense_lines(skeleton.left_out):
+        console.print(line, highlight=False, markup=False)
+    if find_task(checkpoint) == CAUSAL_LM:
+        probe(skeleton, device)
     with ExitStack() as held:
         begun = begin(config, shard, skeleton, held)
         if begun is None:
@@ -141,14 +134,12 @@ def _check_windows(config: CollectConfig, checkpoint: Checkpoint) -> None:
 def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_couplings: bool) -> Skeleton:
     """The model taken apart; InputError if it cannot be, or is not for what is asked."""
     _check_windows(config, checkpoint)
-    model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
-    blocks = find_blocks(model, config.blocks)
-    layers = find_layers(model, blocks, checkpoint, config.include)
-    layers = share_inputs(model, layers)
-    couplings = find_couplings(model, blocks, layers) if with_couplings else ()
-    return Skeleton(
-        checkpoint=checkpoint, model=model, blocks=blocks, layers=layers, couplings=couplings
-    )
+    dtype = resolve_dtype(config.dtype, checkpoint)
+    asked = Selection(include=config.include, exclude=config.exclude)
+    found = take_apart(checkpoint, dtype, config.blocks, asked)
+    layers = share_inputs(found.model, found.layers)
+    couplings = find_couplings(found.model, found.blocks, layers) if with_couplings else ()
+    return replace(found, layers=layers, couplings=couplings)
 
 
 def _workload(config: CollectConfig, shard: Shard, seq_len: int) -> Workload:

@@ -20,7 +20,7 @@ from gradpipe.stages.collect.schedule import Part, Schedule
 from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.stages.device import memory_errors
 from gradpipe.stages.model.batch import Batch, calibration_batch
-from gradpipe.stages.model.layers import Skeleton
+from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.objects import digest
 from gradpipe.store.shard import Shard
 from gradpipe.store.snapshots import Snapshots

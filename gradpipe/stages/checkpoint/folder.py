@@ -64,6 +64,7 @@ class Checkpoint:
         shard is missing or truncated.
         """
         outline = cls.outline(name, fetched=_FETCHED)
+        _check_no_adapter(name, outline.folder)
         files = _weight_files(name, outline.folder)
         tensors: dict[str, TensorInfo] = {}
         for file in files:
@@ -172,6 +173,15 @@ def _weight_files(name: str, folder: Path) -> tuple[str, ...]:
             f"{name} lacks {len(missing)} of {len(files)} shards, first {missing[0]}: fetch it"
         )
     return files
+
+
+def _check_no_adapter(name: str, folder: Path) -> None:
+    """Refuse weights that transformers would change as it loads them, if peft is there."""
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{name} has an adapter (adapter_config.json), which transformers adds to the weights "
+            "where peft is installed: merge it into them, or move it away"
+        )
 
 
 def _no_weights(name: str, folder: Path) -> InputError:

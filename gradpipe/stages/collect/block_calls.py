@@ -26,7 +26,7 @@ from gradpipe.errors import GradpipeError
 from gradpipe.stages.collect.hooks import never_ran
 from gradpipe.stages.collect.trees import Place, equal, leaves, mappings, replaced
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.layers import Blocks
+from gradpipe.stages.model.blocks import Blocks
 
 _Handle = Callable[[int, tuple[Any, ...], dict[str, Any]], Any]
 

@@ -16,7 +16,8 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from gradpipe.stages.model.layers import Layer, Skeleton
+from gradpipe.stages.model.layers import Layer
+from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS, needs_backward
 

@@ -21,8 +21,8 @@ from gradpipe.stages.collect.schedule import Part, check_shared, zeroed
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.experts import split_experts
-from gradpipe.stages.model.layers import Skeleton
 from gradpipe.stages.model.load import load_model
+from gradpipe.stages.model.skeleton import Skeleton
 
 
 class Resident:
@@ -67,7 +67,7 @@ class Resident:
     def _load(self) -> Any:
         checkpoint = self._skeleton.checkpoint
         model = load_model(checkpoint, self._skeleton.model.dtype, self._device)
-        split_experts(model, checkpoint)
+        split_experts(model, self._skeleton.sources)
         check_loaded(model, self._skeleton)
         return model
 

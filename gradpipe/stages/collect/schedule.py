@@ -15,7 +15,8 @@ import torch
 
 from gradpipe.errors import GradpipeError
 from gradpipe.stages.collect.sums import LayerAccumulator
-from gradpipe.stages.model.layers import Layer, Skeleton
+from gradpipe.stages.model.layers import Layer
+from gradpipe.stages.model.skeleton import Skeleton
 
 _SAMPLES, _BLOCK, _OUTSIDE = "samples", "block", "outside"
 

@@ -29,7 +29,7 @@ from gradpipe.stages.collect.hooks import LayerHooks, check_loss, first_overflow
 from gradpipe.stages.collect.schedule import Part, check_shared, zeroed
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.layers import Skeleton
+from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.statistics import needs_backward
 
 _OUTSIDE = Part.of_block(None)

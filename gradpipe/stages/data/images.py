@@ -24,7 +24,7 @@ from gradpipe.options import refuse_given
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.data.config import PRESETS, DataConfig, Use
 from gradpipe.stages.data.text import load_rows
-from gradpipe.stages.model.shared_inputs import image_shape
+from gradpipe.stages.model.trial import image_shape
 from gradpipe.store.folder import Calibration
 from gradpipe.store.schema import SampleSpec
 

@@ -11,13 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AutoConfig, AutoTokenizer
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 from transformers.utils import logging as hf_logging
 
 from gradpipe.errors import GradpipeError, InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo
 from gradpipe.stages.device import is_out_of_memory
+from gradpipe.stages.model.buffers import fill_buffers
+from gradpipe.stages.model.conversion import Sources, find_sources, missing_weights
 from gradpipe.stages.model.experts import split_experts
 from gradpipe.stages.model.tasks import auto_class, noun
 
@@ -101,29 +103,33 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model on the meta device, in eval mode, frozen, its buffers real.
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Sources]:
+    """The model on the meta device, in eval mode, frozen, its buffers real; what it is made from.
 
-    It costs no memory and reads no weights. Buffers that no checkpoint holds (rotary frequencies,
-    embedding scales) are computed as `from_pretrained` computes them. Remote code is never run.
-    InputError if the checkpoint's weights are quantized.
+    It costs no memory and reads no weights. Remote code is never run. InputError if the
+    checkpoint's weights are quantized, or are not the model's.
     """
     _check_unquantized(checkpoint)
     config = _read_config(checkpoint)
     with _loading(checkpoint):
         with torch.device("meta"):
             model: Any = auto_class(checkpoint).from_config(config, dtype=dtype)
-        split_experts(model, checkpoint)
-        owners = set()
-        for name, buffer in model.named_non_persistent_buffers():
-            owner, _, leaf = name.rpartition(".")
-            real = torch.empty_like(buffer, device="cpu")
-            model.get_submodule(owner).register_buffer(leaf, real, persistent=False)
-            owners.add(owner)
-        for owner in sorted(owners):
-            model._init_weights(model.get_submodule(owner))  # noqa: SLF001 (from_pretrained's way)
         model.tie_weights()
-    return _frozen(model)
+        _keep_wide(model, dtype)
+    sources = find_sources(model, checkpoint)
+    fill_buffers(model, checkpoint, frozenset(sources.by_name))
+    split_experts(model, sources)
+    return _frozen(model), sources
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Give what transformers keeps in float32 whatever is asked for that type."""
+    plan = model._get_dtype_plan(dtype)  # noqa: SLF001 (from_pretrained's way)
+    if plan:
+        pattern = build_glob_alternation(list(plan))[0]
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if pattern.search(name) and tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.float32)
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:
@@ -175,7 +181,9 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     model, report = loaded
-    _check_whole(checkpoint, report)
+    find_sources(model, checkpoint)  # the verdict of the other schedule
+    if missing := report["missing_keys"]:
+        raise missing_weights(checkpoint, type(model).__name__, missing)
     return _frozen(model.to(device))
 
 
@@ -201,20 +209,6 @@ def _loading(checkpoint: Checkpoint) -> Iterator[None]:
             f"{checkpoint.name}: transformers cannot load it as {noun(checkpoint)}: "
             f"{_first_line(error)}"
         ) from error
-
-
-def _check_whole(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
-    """Refuse what transformers would make up: it draws missing weights at random."""
-    for key, found, expected in sorted(report["mismatched_keys"]):
-        raise InputError(
-            f"{checkpoint.name}: tensor {key} is {tuple(found)}, by its config.json "
-            f"{tuple(expected)}: weights and config.json are of different models"
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{checkpoint.name} lacks {len(missing)} tensors that its config.json asks for, "
-            f"first {missing[0]}: fetch it again"
-        )
 
 
 @contextmanager

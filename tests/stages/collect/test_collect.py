@@ -14,7 +14,6 @@ from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.data.text import Text
 from gradpipe.stages.data.windows import draw_samples
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.layers import find_blocks, find_layers
 from gradpipe.stages.model.load import load_model, load_tokenizer
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS
@@ -178,19 +177,6 @@ def test_a_model_that_overflows_leaves_no_store(root: Path) -> None:
         collect(config(root))
     assert not (root / "store" / "commit.json").exists()
     assert not (root / "store" / "layers" / "model.layers.0.mlp.up_proj").exists()
-
-
-def test_blocks_are_found_or_named_by_hand(root: Path) -> None:
-    """The largest list of like modules is taken; any other path must be one that exists."""
-    checkpoint = Checkpoint.open(str(root / "model"))
-    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
-    assert find_blocks(model).path == find_blocks(model, "model.layers").path == "model.layers"
-    with pytest.raises(InputError, match=r"this model has model\.layers"):
-        find_blocks(model, "model.blocks")
-    with pytest.raises(InputError, match=r"looked for an nn\.ModuleList"):
-        find_blocks(nn.Linear(2, 2))
-    layers = find_layers(model, find_blocks(model), checkpoint)
-    assert {layer.spec.block for layer in layers} == {0, 1}
 
 
 @pytest.mark.gpu

@@ -19,8 +19,10 @@ from gradpipe import CollectConfig, DataConfig, collect, open_store
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.couplings import find_couplings
 from gradpipe.stages.model.experts import RoutedLinear, split_experts
-from gradpipe.stages.model.layers import Blocks, Layer, find_blocks, find_layers
-from gradpipe.stages.model.load import build_skeleton
+from gradpipe.stages.model import skeleton as skeletons
+from gradpipe.stages.model.blocks import Blocks
+from gradpipe.stages.model.conversion import find_sources
+from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.shared_inputs import share_inputs
 from gradpipe.store.schema import CouplingSpec, LayerSpec
 from tests.support.models import FAMILIES, random_ids, save_tiny, tiny_model
@@ -111,9 +113,8 @@ def save(family: str, folder: Path) -> Checkpoint:
 
 def take_apart(checkpoint: Checkpoint) -> tuple[Any, Blocks, tuple[Layer, ...]]:
     """The skeleton, its blocks, and its layers, which know whose input they read."""
-    model = build_skeleton(checkpoint, torch.float32)
-    blocks = find_blocks(model)
-    return model, blocks, share_inputs(model, find_layers(model, blocks, checkpoint))
+    found = skeletons.take_apart(checkpoint, torch.float32)
+    return found.model, found.blocks, share_inputs(found.model, found.layers)
 
 
 def by_path(
@@ -173,7 +174,7 @@ def real_model(family: str, checkpoint: Checkpoint) -> Any:
     """The family's tiny model with its weights, in float64, its experts one by one."""
     is_of_images = family in IMAGE_FAMILIES
     model = (tiny_classifier if is_of_images else tiny_model)(family).double()
-    split_experts(model, checkpoint)
+    split_experts(model, find_sources(model, checkpoint))
     return model
 
 
@@ -299,7 +300,7 @@ def toy_couplings(*blocks: nn.Module, without: str = "") -> tuple[CouplingSpec, 
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in without.split()
     ]
-    return find_couplings(model, Blocks(path="blocks", count=len(blocks)), layers)
+    return find_couplings(model, Blocks(path="blocks", paths=tuple(f"blocks.{i}" for i in range(len(blocks)))), layers)
 
 
 def runs_of(couplings: Sequence[CouplingSpec]) -> list[tuple[tuple[int, ...], ...]]:
