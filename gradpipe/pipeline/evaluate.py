@@ -93,7 +93,7 @@ def _evaluate_each(
         with memory_errors("give a smaller --batch-size or --seq-len, or --dtype bfloat16"):
             model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
             check_tokens(windows, checkpoint, model)
-            check_next_token(model, name, device)
+            check_next_token(model, checkpoint.name, device)
             with progress_bar(
                 console, "evaluating", len(windows), "windows", windows.shape[1]
             ) as advance:

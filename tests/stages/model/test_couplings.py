@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from gradpipe import CollectConfig, DataConfig, collect, open_store
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.model.couplings import find_couplings
-from gradpipe.stages.model.experts import RoutedLinear, split_experts
 from gradpipe.stages.model import skeleton as skeletons
 from gradpipe.stages.model.blocks import Blocks
 from gradpipe.stages.model.conversion import find_sources
+from gradpipe.stages.model.couplings import find_couplings
+from gradpipe.stages.model.experts import RoutedLinear, split_experts
 from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.shared_inputs import share_inputs
 from gradpipe.store.schema import CouplingSpec, LayerSpec
@@ -300,7 +300,9 @@ def toy_couplings(*blocks: nn.Module, without: str = "") -> tuple[CouplingSpec, 
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in without.split()
     ]
-    return find_couplings(model, Blocks(path="blocks", paths=tuple(f"blocks.{i}" for i in range(len(blocks)))), layers)
+    return find_couplings(
+        model, Blocks(path="blocks", paths=tuple(f"blocks.{i}" for i in range(len(blocks)))), layers
+    )
 
 
 def runs_of(couplings: Sequence[CouplingSpec]) -> list[tuple[tuple[int, ...], ...]]:
