@@ -88,7 +88,7 @@ def _evaluate_each(
     drawn = None
     for checkpoint in checkpoints:
         find_task(checkpoint, CAUSAL_LM)
-        drawn = drawn or _windows(config, checkpoint)
+        drawn = drawn or _windows(config, checkpoint, console)
         windows, revision = drawn
         with memory_errors("give a smaller --batch-size or --seq-len, or --dtype bfloat16"):
             model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
@@ -113,7 +113,7 @@ def _evaluate_each(
 
 
 def _windows(
-    config: EvalConfig, checkpoint: Checkpoint
+    config: EvalConfig, checkpoint: Checkpoint, console: Console
 ) -> tuple[npt.NDArray[np.int64], str | None]:
     """What to measure on, (windows, tokens), and the commit that it is from."""
     name = config.data.name
@@ -121,5 +121,8 @@ def _windows(
     if is_tokens(name):
         return token_windows(name, seq_len, config.max_windows), None
     tokenizer = load_tokenizer(checkpoint)
-    text = load_text(config.data, "evaluation")
-    return evaluation_windows(name, text, tokenizer, seq_len, config.max_windows), text.revision
+    text = load_text(config.data, "evaluation", tokenizer)
+    with progress_bar(console, "tokenising", 1, "texts") as advance:
+        windows = evaluation_windows(name, text, tokenizer, seq_len, config.max_windows)
+        advance(1)
+    return windows, text.revision

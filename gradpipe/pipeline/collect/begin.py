@@ -8,11 +8,15 @@ from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 
+from rich.console import Console
+
 from gradpipe.errors import InputError, StoreError
 from gradpipe.options import recorded_command, recorded_options
 from gradpipe.pipeline.collect.config import CollectConfig
 from gradpipe.pipeline.collect.merge import check_same
+from gradpipe.pipeline.progress import progress_bar
 from gradpipe.stages.data.images import Processor, draw_images, load_images
+from gradpipe.stages.data.samples import Samples
 from gradpipe.stages.data.text import load_text
 from gradpipe.stages.data.tokens import is_tokens, token_samples, window_length
 from gradpipe.stages.data.windows import draw_samples
@@ -73,7 +77,7 @@ def store_state(folder: Path, *, overwrite: bool) -> State:
 
 
 def begin(
-    config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack
+    config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack, console: Console
 ) -> tuple[StoreSpec, Calibration] | None:
     """Fix the samples, or find them fixed; None if the same command has finished before.
 
@@ -86,7 +90,7 @@ def begin(
             _check_finished(config, skeleton, GradientStore.open(folder))
             return None
         case State.FREE:
-            drawn = _draw(config, skeleton)
+            drawn = _draw(config, skeleton, console)
     with locked(folder / LOCK_NAME, of=folder, wait=True):
         match store_state(folder, overwrite=config.overwrite):
             case State.COMPLETE:
@@ -146,36 +150,40 @@ def _check_count(folder: Path, shard: Shard) -> None:
         )
 
 
-def _draw(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
+def _draw(config: CollectConfig, skeleton: Skeleton, console: Console) -> Samples:
     is_of_images = find_task(skeleton.checkpoint) == IMAGE_CLASSIFICATION
-    spec, calibration = (_draw_images if is_of_images else _draw_windows)(config, skeleton)
-    return replace(spec, dataset=config.data.label), calibration
+    draw = _draw_images if is_of_images else _draw_windows
+    spec, calibration = draw(config, skeleton, console)
+    return Samples(replace(spec, dataset=config.data.label), calibration)
 
 
-def _draw_images(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
+def _draw_images(config: CollectConfig, skeleton: Skeleton, console: Console) -> Samples:
     model, checkpoint = skeleton.model, skeleton.checkpoint
     check_loss_of_labels(model)
     num_tokens = image_tokens(model, skeleton.blocks)
     processor = Processor(checkpoint, model)
     images = load_images(config.data, "calibration", checkpoint, model)
-    return draw_images(images, processor, config.num_samples, num_tokens, config.seed)
+    count = config.num_samples
+    with progress_bar(console, "drawing", count, "images") as advance:
+        return draw_images(images, processor, count, num_tokens, config.seed, advance)
 
 
-def _draw_windows(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
-    name, checkpoint = config.data.name, skeleton.checkpoint
+def _draw_windows(config: CollectConfig, skeleton: Skeleton, console: Console) -> Samples:
+    name, checkpoint, count = config.data.name, skeleton.checkpoint, config.num_samples
     seq_len = window_length(name, config.seq_len, checkpoint)
-    if config.num_samples * seq_len >= _MAX_TOKENS:
+    if count * seq_len >= _MAX_TOKENS:
         raise InputError(
-            f"--num-samples {config.num_samples} of {seq_len} tokens are "
-            f"{config.num_samples * seq_len}, expected less than {_MAX_TOKENS}: ask for fewer"
+            f"--num-samples {count} of {seq_len} tokens are {count * seq_len}, expected less than "
+            f"{_MAX_TOKENS}: ask for fewer"
         )
     if is_tokens(name):
-        drawn = token_samples(name, config.num_samples, seq_len)
+        drawn = token_samples(name, count, seq_len)
     else:
         tokenizer = load_tokenizer(checkpoint)
-        text = load_text(config.data, "calibration")
-        drawn = draw_samples(name, text, tokenizer, config.num_samples, seq_len, config.seed)
-    check_tokens(drawn[1].arrays["input_ids"], checkpoint, skeleton.model)
+        text = load_text(config.data, "calibration", tokenizer)
+        with progress_bar(console, "drawing", count, "samples", seq_len) as advance:
+            drawn = draw_samples(name, text, tokenizer, count, seq_len, config.seed, advance)
+    check_tokens(drawn.calibration.arrays["input_ids"], checkpoint, skeleton.model)
     return drawn
 
 

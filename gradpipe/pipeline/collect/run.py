@@ -90,7 +90,7 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     if find_task(checkpoint) == CAUSAL_LM:
         probe(skeleton, device)
     with ExitStack() as held:
-        begun = begin(config, shard, skeleton, held)
+        begun = begin(config, shard, skeleton, held, console)
         if begun is None:
             return
         spec, calibration = begun

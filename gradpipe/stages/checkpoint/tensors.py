@@ -86,9 +86,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of one safetensors file, once the library has found the file sound."""
     try:
-        with safe_open(path, framework="pt"):
+        with path.open("rb"), safe_open(path, framework="pt"):
             pass
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror or error}: restore it, or the right to read it"
+        ) from error
+    except SafetensorError as error:
         raise InputError(
             f"{path} is not a whole safetensors file ({error}): fetch it again"
         ) from error

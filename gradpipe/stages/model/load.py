@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
 from gradpipe.errors import GradpipeError, InputError
@@ -57,16 +58,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer; InputError if it has none, which transformers might make up."""
     if not any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise InputError(
-            f"{checkpoint.name} has no tokenizer, such as tokenizer.json: fetch it again, or copy "
-            "it from the model that this one was made of"
+            f"{checkpoint.name} has no tokenizer, such as tokenizer.json: copy it from the model "
+            "that this one was made of"
         )
     try:
         with _silence():
             return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise from many families, in Python and in Rust
         raise InputError(
-            f"{checkpoint.name}: cannot load its tokenizer ({_first_line(error)}): fetch its files "
-            "again, such as tokenizer.json"
+            f"{checkpoint.name}: cannot load its tokenizer ({_first_line(error)}): install what it "
+            "needs, or mend its files, such as tokenizer.json"
         ) from error
 
 
@@ -143,6 +144,17 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
         )
 
 
+def _check_method(checkpoint: Checkpoint, quantization: Any) -> None:
+    """Raises InputError for a quantization that transformers would pass by, and read the codes."""
+    with _loading(checkpoint):  # it raises if no method is named
+        is_known = AutoHfQuantizer.supports_quant_method(quantization)
+    if not is_known:
+        raise InputError(
+            f"{checkpoint.name}: transformers does not know the quantization_config in its "
+            "config.json: give the model before it was quantized"
+        )
+
+
 def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
     """The checkpoint that `config.json` promises: tensors as transformers would save them.
 
@@ -170,7 +182,12 @@ def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with its weights, in eval mode, frozen. No remote code is run."""
+    """The model with its weights, in eval mode, frozen. No remote code is run.
+
+    InputError if transformers cannot load it, or would not decode what is quantized.
+    """
+    if quantization := checkpoint.config.get("quantization_config"):
+        _check_method(checkpoint, quantization)
     with _loading(checkpoint):
         loaded: Any = auto_class(checkpoint).from_pretrained(
             checkpoint.folder,
@@ -181,7 +198,8 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     model, report = loaded
-    find_sources(model, checkpoint)  # the verdict of the other schedule
+    if not quantization:
+        find_sources(model, checkpoint)  # the verdict of the other schedule
     if missing := report["missing_keys"]:
         raise missing_weights(checkpoint, type(model).__name__, missing)
     return _frozen(model.to(device))
