@@ -42,8 +42,10 @@ from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.layers import Blocks, Layer, find_blocks, find_layers
+from gradpipe.stages.model.experts import split_experts
+from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.load import load_model, resolve_dtype
+from gradpipe.stages.model.skeleton import take_apart
 
 GOAL: Final = 1.25
 LAYERS: Final = "bare, block linears"
@@ -81,8 +83,9 @@ class Rig:
         self.model: Any = load_model(
             checkpoint, resolve_dtype("auto", checkpoint), torch.device("cpu")
         )
-        self.blocks: Blocks = find_blocks(self.model)
-        self.layers: tuple[Layer, ...] = find_layers(self.model, self.blocks, checkpoint)
+        skeleton = take_apart(checkpoint, self.model.dtype)
+        split_experts(self.model, skeleton.sources)
+        self.layers: tuple[Layer, ...] = skeleton.layers
         self.statistics = work.statistics
         self.batches: list[Tensor] = [
             torch.randint(
@@ -121,7 +124,7 @@ class Rig:
             names = self.statistics
             self._sums = {x.path: LayerAccumulator(x.spec, names, cpu) for x in self.layers}
         for ids_BT in self.batches:
-            resident_batch(self.model, self.blocks, self._sums, Batch.of_tokens(ids_BT))
+            resident_batch(self.model, self._sums, Batch.of_tokens(ids_BT))
 
     def sides(self) -> dict[str, Callable[[], None]]:
         """What is compared, by name."""

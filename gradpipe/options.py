@@ -76,7 +76,7 @@ class Option:
     is_path: bool = False  # recorded by its last part: an output is the same in any folder
     separator: str | None = None  # between several values in one
     parse: Callable[[str], Any] | None = None  # from the command line's text
-    metavar: str | None = None  # what stands for it in help, where it is parsed
+    metavar: str | None = None  # what stands for it in help, where its type does not say it
     otherwise: Callable[[], Any] | None = None  # what the command takes where it is not given
 
 

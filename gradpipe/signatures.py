@@ -12,26 +12,39 @@ import inspect
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gradpipe.options import OptionField, option_fields
 
-Path = tuple[str, ...]  # a function's parameter, its field, that one's field
+Place = tuple[str, ...]  # a function's parameter, its field, that one's field
+
+_METAVARS = {str: "TEXT", int: "INTEGER", float: "FLOAT", Path: "PATH"}  # what stands for values
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parameter:
     """One option of a command, and where its value goes."""
 
-    path: Path
+    path: Place
     field: OptionField
 
     @property
     def name(self) -> str:
         """What typer calls it."""
         return self.field.flag.removeprefix("--").replace("-", "_")
+
+    @property
+    def metavar(self) -> str | None:
+        """What stands for its value in help: `TEXT`; None for a flag, which has none."""
+        option, kind = self.field.option, self.field.kind
+        if option.is_argument:
+            return self.name.upper()
+        kinds = (kind, *typing.get_args(kind))  # `int`, of `int | None` or of `tuple[int, ...]`
+        usual = next((shown for kind, shown in _METAVARS.items() if kind in kinds), None)
+        return option.metavar or ("REGEX" if option.is_regex else usual)
 
     def for_typer(self) -> inspect.Parameter:
         """As a function would have it, with None for what nobody gave: a config has defaults."""
@@ -45,7 +58,7 @@ class Parameter:
         spec = make(
             *(() if option.is_argument else (self.field.flag,)),
             help=self.field.help,
-            metavar=option.metavar,
+            metavar=self.metavar,
             show_default=False,
         )
         default: Any = False if kind is bool else None
@@ -107,7 +120,7 @@ def _parameters(function: Callable[..., None]) -> Iterator[Parameter]:
             yield Parameter(path=(name,), field=OptionField.of(name, hints[name], default))
 
 
-def _of_config(config: Any, path: Path, defaults: Any = None) -> Iterator[Parameter]:
+def _of_config(config: Any, path: Place, defaults: Any = None) -> Iterator[Parameter]:
     """A config's fields, those of a config in it in its place, with that one's own `defaults`."""
     own, hints = option_fields(config), typing.get_type_hints(config)
     for name in hints:

@@ -289,7 +289,8 @@ def collect_specials(work: Workplace) -> None:
     work.collect("llama with head", "llama", include=("lm_head",), statistics=ALL)
     for schedule in SCHEDULES:
         options: Options = {"schedule": schedule, "statistics": ALL}
-        work.collect(f"llama {schedule} with snapshots", "llama", checkpoint_every=2, **options)
+        every = {"checkpoint_every": 2} if schedule == "resident" else {}  # each block is saved
+        work.collect(f"llama {schedule} with snapshots", "llama", **every, **options)
         options |= {"num_samples": 1, "seq_len": 2}  # some experts see nothing
         work.collect(f"qwen3_moe {schedule} unseen", "qwen3_moe", **options)
 

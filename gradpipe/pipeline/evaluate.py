@@ -28,6 +28,7 @@ from gradpipe.stages.model.load import (
     load_tokenizer,
     resolve_dtype,
 )
+from gradpipe.stages.model.next_token import check_next_token
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 
@@ -87,11 +88,12 @@ def _evaluate_each(
     drawn = None
     for checkpoint in checkpoints:
         find_task(checkpoint, CAUSAL_LM)
-        drawn = drawn or _windows(config, checkpoint)
+        drawn = drawn or _windows(config, checkpoint, console)
         windows, revision = drawn
         with memory_errors("give a smaller --batch-size or --seq-len, or --dtype bfloat16"):
             model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
             check_tokens(windows, checkpoint, model)
+            check_next_token(model, checkpoint.name, device)
             with progress_bar(
                 console, "evaluating", len(windows), "windows", windows.shape[1]
             ) as advance:
@@ -111,7 +113,7 @@ def _evaluate_each(
 
 
 def _windows(
-    config: EvalConfig, checkpoint: Checkpoint
+    config: EvalConfig, checkpoint: Checkpoint, console: Console
 ) -> tuple[npt.NDArray[np.int64], str | None]:
     """What to measure on, (windows, tokens), and the commit that it is from."""
     name = config.data.name
@@ -119,5 +121,8 @@ def _windows(
     if is_tokens(name):
         return token_windows(name, seq_len, config.max_windows), None
     tokenizer = load_tokenizer(checkpoint)
-    text = load_text(config.data, "evaluation")
-    return evaluation_windows(name, text, tokenizer, seq_len, config.max_windows), text.revision
+    text = load_text(config.data, "evaluation", tokenizer)
+    with progress_bar(console, "tokenising", 1, "texts") as advance:
+        windows = evaluation_windows(name, text, tokenizer, seq_len, config.max_windows)
+        advance(1)
+    return windows, text.revision

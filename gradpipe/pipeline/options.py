@@ -58,7 +58,7 @@ RecipeName = Annotated[
 ShardOption = Annotated[
     Shard | None,
     Option(
-        help="I/N: be job I of N on this store.",
+        help="Be job I of N on this store.",
         default="Slurm's array task",
         parse=Shard.parse,
         metavar="I/N",

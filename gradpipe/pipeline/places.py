@@ -30,14 +30,19 @@ def check_store(folder: Path, sources: tuple[Path, ...]) -> None:
 
 
 def check_out(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
-    """Raises InputError if `out` exists and `overwrite` is not given, or if it holds a source."""
+    """Raises InputError if `out` holds something and `overwrite` is not given, or is no place."""
     check_local("OUT", out)
     for source in sources:
         if holds(out, source) or holds(source, out):
             raise InputError(
                 f"OUT {out} and {source}, which is read, are in one another: give another OUT"
             )
-    if out.exists() and not overwrite:
+    if is_mount(out):
+        raise InputError(
+            f"OUT {out} is a mount point, which cannot be replaced by a finished checkpoint: give "
+            f"a folder in it, such as {out / 'pruned'}"
+        )
+    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"OUT {out} exists: give another name or --overwrite")
     if out.exists() and not out.is_dir():
         raise InputError(f"OUT {out} is a file, expected a folder to create or replace")
@@ -83,6 +88,17 @@ def is_writable(path: Path) -> bool:
     """Whether `path`, or the nearest folder above it that exists, lets this user write."""
     nearest = next(x for x in (path, *path.absolute().parents) if x.exists())
     return os.access(nearest, os.W_OK)
+
+
+def is_mount(path: Path) -> bool:
+    """Whether a file system, or a folder of one, is mounted on `path`, links followed."""
+    folder = path.resolve()
+    mounts = Path("/proc/self/mountinfo")  # Linux; `os.path.ismount` does not see bound folders
+    if not mounts.exists():
+        return folder.is_mount()
+    places = (line.split(b" ")[4] for line in mounts.read_bytes().splitlines())
+    name = re.sub(rb"[ \t\n\\]", lambda x: b"\\%03o" % ord(x[0]), os.fsencode(folder))
+    return name in places
 
 
 def holds(outer: Path, inner: Path) -> bool:

@@ -170,7 +170,7 @@ class SampleSpec(JsonSpec):
 
     dataset: str  # preset, Hub id, or a local file's own name
     revision: str | None  # the Hub's commit, None for local data
-    sampling: str  # "document", "joined", "tokens", "images"; "imported"
+    sampling: str  # "document", "joined", both also "chat …"; "tokens", "images", "imported"
     seed: int
     num_samples: int
     seq_len: int  # tokens; of an image, those that the blocks see

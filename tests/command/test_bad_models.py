@@ -379,7 +379,7 @@ def test_a_model_without_a_tokenizer_is_told_so(
     for path in [*model.glob("tokenizer*"), *model.glob("vocab*"), *model.glob("merges*")]:
         path.unlink()
     for command in (COLLECT, EVAL):
-        says = ("has no tokenizer, such as tokenizer.json: fetch it again, or copy it from",)
+        says = ("has no tokenizer, such as tokenizer.json: copy it from",)
         refused(command.replace("model", str(model), 1), says=says)
 
 
@@ -389,5 +389,8 @@ def test_a_broken_tokenizer_is_told_with_its_fault(
     """The fault stands inside the line, what to do at its end."""
     model = _copy(workplace, tmp_path)
     (model / "tokenizer.json").write_text("{")
-    says = ("cannot load its tokenizer (", "): fetch its files again, such as tokenizer.json\n")
+    says = (
+        "cannot load its tokenizer (",
+        "): install what it needs, or mend its files, such as tokenizer.json\n",
+    )
     refused(EVAL.replace("model", str(model), 1), says=says)

@@ -66,7 +66,6 @@ def test_a_store_never_replaces_what_it_is_made_from(
     ("out", "says"),
     [
         ("foreign", ("OUT foreign exists", "another name or --overwrite")),
-        ("empty", ("OUT empty exists", "another name or --overwrite")),
         ("text.txt", ("OUT text.txt exists", "another name or --overwrite")),
         ("text.txt --overwrite", ("OUT text.txt is a file", "a folder to create or replace")),
         ("foreign --overwrite", ("OUT foreign holds files that no pruning wrote", "another name")),

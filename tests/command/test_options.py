@@ -87,6 +87,31 @@ def test_help_says_every_default() -> None:
     assert dataset.endswith("[default: wikitext2]")
 
 
+def test_help_shows_what_a_value_looks_like() -> None:
+    """In words of the command line, never as Python has the type; a flag takes no value."""
+    shown = {
+        (name, x.opts[0]): x.metavar
+        for name in CONFIGS
+        for x in commands()[name].params
+        if x.opts[0] not in OF_COMMANDS
+    }
+    assert set(shown.values()) - {None} == {
+        *("MODEL", "STORE", "OUT"),
+        *("TEXT", "INTEGER", "FLOAT", "PATH", "REGEX", "N:M", "I/N"),
+    }
+    for flag, metavar in (
+        ("--statistics", "TEXT"),
+        ("--include", "REGEX"),
+        ("--num-samples", "INTEGER"),
+        ("--seq-len", "INTEGER"),
+        ("--scratch", "PATH"),
+        ("--overwrite", None),
+    ):
+        assert shown["collect-grads", flag] == metavar
+    for flag, metavar in (("--sparsity", "FLOAT"), ("--pattern", "N:M"), ("--shard", "I/N")):
+        assert shown["prune", flag] == metavar
+
+
 @pytest.mark.parametrize("value", ["gblm", 3, 0.5, ("a", "b")])
 def test_a_default_is_the_value_itself_but_was_not_given(value: object) -> None:
     """It compares, prints, hashes and travels to other processes as what it holds."""

@@ -19,10 +19,10 @@ from transformers.utils import logging as hf_logging
 
 from gradpipe import GradientStore, GradpipeError, cli
 from gradpipe.pipeline import evaluate as evaluating
-from gradpipe.pipeline.collect import worker
 from gradpipe.stages.checkpoint.folder import SINGLE_NAME
 from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.stages.device import is_out_of_memory, memory_errors
+from tests.support.phases import PHASES
 from tests.support.workplace import COLLECT, EVAL
 
 Ran = tuple[int, str, str]  # exit code, stdout, stderr
@@ -122,7 +122,7 @@ def _allocate(*_: object, **__: object) -> Any:
 @pytest.mark.parametrize(
     ("command", "place_of_it", "says"),
     [
-        (f"{COLLECT} --schedule resident", (worker, "resident_batch"), "--schedule streamed"),
+        (f"{COLLECT} --schedule resident", PHASES["accumulating"], "--schedule streamed"),
         (f"{COLLECT} --schedule streamed", (Streamed, "run"), "--overwrite a smaller --batch-size"),
         (EVAL, (evaluating, "perplexity"), "a smaller --batch-size or --seq-len"),
     ],

@@ -194,13 +194,13 @@ def test_a_scratch_file_that_vanishes_meanwhile(
     step = getattr(owner, name)
 
     def vanishing(*arguments: Any, **options: Any) -> Any:
-        for path in (tmp_path / "scratch").glob("*/inputs-0000"):
+        for path in (tmp_path / "scratch").glob("*/inputs-0001"):
             path.unlink()
         return step(*arguments, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(owner, name, vanishing)
-        with pytest.raises(GradpipeError, match="inputs-0000: No such file") as caught:
+        with pytest.raises(GradpipeError, match="inputs-0001: No such file") as caught:
             collect(run)
     check_line(caught.value)
     assert collect(run).digest == digest(inputs)

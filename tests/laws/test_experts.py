@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from gradpipe import collect, open_store, prune
 from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.model.conversion import find_sources
 from gradpipe.stages.model.experts import RoutedLinear, split_experts
 from gradpipe.stages.model.load import load_model
 from tests.support.cases import MIXTRAL, collecting, pruning, tensors_of
@@ -57,7 +58,7 @@ def test_experts_taken_apart_are_the_same_model(family: str, tmp_path: Path) -> 
     ids = random_ids(VOCAB_SIZE, 2, 12, seed=3)
     fused = model(ids).logits
     storage = model.model.layers[1].mlp.experts.down_proj.untyped_storage().data_ptr()
-    split_experts(model, checkpoint)
+    split_experts(model, find_sources(model, checkpoint))
     torch.testing.assert_close(model(ids).logits, fused, rtol=1e-5, atol=1e-5)
     plain = with_plain_experts(tiny_model(family))
     torch.testing.assert_close(plain(ids).logits, fused, rtol=1e-5, atol=1e-5)
@@ -175,5 +176,5 @@ def test_experts_fused_in_the_checkpoint_stay_dense(schedule: str, tmp_path: Pat
     save_file(tiny_model("mixtral").state_dict(), folder / "model.safetensors")
     said = io.StringIO()
     store = collect(settings, Console(file=said, width=200))
-    assert "4 tensors hold several experts each" in said.getvalue()
+    assert "gate_up_proj and 3 more, 43,008 weights: several experts in one" in said.getvalue()
     assert len(store.spec.layers) == 2 * 4

@@ -84,14 +84,14 @@ class Drawn(NamedTuple):
 
 def calibration(data: DataConfig, seq_len: int, seed: int) -> Drawn:
     """Draw six windows."""
-    text = load_text(data, "calibration")
+    text = load_text(data, "calibration", tiny_tokenizer())
     spec, drawn = draw_samples(data.name, text, tiny_tokenizer(), 6, seq_len, seed)
     return Drawn(spec, **drawn.arrays)
 
 
 def evaluation(data: DataConfig, seq_len: int) -> Any:
     """Cut all windows."""
-    text = load_text(data, "evaluation")
+    text = load_text(data, "evaluation", tiny_tokenizer())
     return evaluation_windows(data.name, text, tiny_tokenizer(), seq_len, None)
 
 

@@ -9,25 +9,27 @@ from collections.abc import Mapping
 from typing import Any
 
 import gradpipe.pipeline.collect.begin
+import gradpipe.pipeline.collect.resume
 import gradpipe.pipeline.collect.run
-import gradpipe.pipeline.collect.worker
 import gradpipe.pipeline.prune.run
 import gradpipe.pipeline.prune.staging
+import gradpipe.stages.collect.resident
 import gradpipe.stages.collect.streamed
 import gradpipe.store.writer
 
 PHASES: Mapping[str, tuple[Any, str]] = {
     "tokenising": (gradpipe.pipeline.collect.begin, "_draw"),
     "beginning": (gradpipe.store.writer.StoreWriter, "begin"),
-    "loading": (gradpipe.pipeline.collect.worker, "load_model"),
-    "accumulating": (gradpipe.pipeline.collect.worker, "resident_batch"),
-    "snapshotting": (gradpipe.pipeline.collect.worker, "_save"),
-    "finalising": (gradpipe.pipeline.collect.worker, "_finish"),
+    "loading": (gradpipe.stages.collect.resident, "load_model"),
+    "accumulating": (gradpipe.stages.collect.resident, "resident_batch"),
+    "snapshotting": (gradpipe.pipeline.collect.resume.BySamples, "_write"),
+    "finalising": (gradpipe.pipeline.collect.resume.BySamples, "finish"),
     "merging": (gradpipe.pipeline.collect.run, "finalize"),
-    "streaming": (gradpipe.pipeline.collect.worker, "_stream"),
+    "recording calls": (gradpipe.stages.collect.streamed.Streamed, "_record"),
     "streaming forward": (gradpipe.stages.collect.streamed.Streamed, "_forward"),
     "streaming the head": (gradpipe.stages.collect.streamed.Streamed, "_run_head"),
     "streaming backward": (gradpipe.stages.collect.streamed.Streamed, "_run_block"),
+    "finishing from blocks": (gradpipe.pipeline.collect.resume.ByBlocks, "finish"),
     "writing a layer": (gradpipe.store.writer.StoreWriter, "write_encoded"),
     "committing": (gradpipe.store.writer.StoreWriter, "commit"),
     "tidying": (gradpipe.store.writer, "tidy"),

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import replace
+from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
+
+from rich.console import Console
 
 from gradpipe.errors import InputError, StoreError
 from gradpipe.options import recorded_command, recorded_options
 from gradpipe.pipeline.collect.config import CollectConfig
 from gradpipe.pipeline.collect.merge import check_same
+from gradpipe.pipeline.progress import progress_bar
 from gradpipe.stages.data.images import Processor, draw_images, load_images
+from gradpipe.stages.data.samples import Samples
 from gradpipe.stages.data.text import load_text
 from gradpipe.stages.data.tokens import is_tokens, token_samples, window_length
 from gradpipe.stages.data.windows import draw_samples
-from gradpipe.stages.model.layers import Skeleton
+from gradpipe.stages.model.layers import measured
 from gradpipe.stages.model.load import check_tokens, dtype_name, load_tokenizer
 from gradpipe.stages.model.shared_inputs import image_tokens
+from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
 from gradpipe.store.folder import (
     LOCK_NAME,
@@ -46,43 +52,88 @@ from gradpipe.store.writer import StoreWriter
 _MAX_TOKENS = 2**31  # of all samples: they are kept in memory, and in the store
 
 
+class State(Enum):
+    """What a store's folder holds."""
+
+    COMPLETE = "a finished store"
+    BEGUN = "an unfinished store, whose samples are fixed and whose weights are measured"
+    FREE = "no store, or one that is to be overwritten"
+
+
+def store_state(folder: Path, *, overwrite: bool) -> State:
+    """The state of a folder; StoreError if shards lie there without the samples they are of."""
+    if overwrite:
+        return State.FREE
+    if is_complete(folder):
+        return State.COMPLETE
+    if is_begun(folder):
+        return State.BEGUN
+    if begun_shards(folder):
+        raise StoreError(
+            f"store {folder} holds shards, but the record of its samples has vanished: "
+            "restore partial/calibration.json, or start anew with --overwrite"
+        )
+    return State.FREE
+
+
 def begin(
-    config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack
+    config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack, console: Console
 ) -> tuple[StoreSpec, Calibration] | None:
     """Fix the samples, or find them fixed; None if the same command has finished before.
 
-    The shard's lock, taken under the store's, is left with `held`.
+    The shard's lock, taken under the store's, is left with `held`. Whoever fixes the samples reads
+    all weights once, for their digests; everyone checks those of the weights that it loads.
     """
-    folder, samples = config.store, None
-    if is_complete(folder) and not config.overwrite:
-        store = GradientStore.open(folder)
-        if _spec(config, skeleton, store.spec.samples) != store.spec:
-            raise InputError(
-                f"store {folder} exists and is complete: give another name or --overwrite"
-            )
-        tidy(folder)
-        return None
-    if config.overwrite or not is_begun(folder):
-        samples = _draw(config, skeleton)
+    folder, drawn = config.store, None
+    match store_state(folder, overwrite=config.overwrite):
+        case State.COMPLETE:
+            _check_finished(config, skeleton, GradientStore.open(folder))
+            return None
+        case State.FREE:
+            drawn = _draw(config, skeleton, console)
     with locked(folder / LOCK_NAME, of=folder, wait=True):
-        if is_complete(folder) and not config.overwrite:
-            return None  # another process was faster
-        if config.overwrite or not is_begun(folder):
-            if not config.overwrite and begun_shards(folder):
-                raise StoreError(
-                    f"store {folder} holds shards, but the record of its samples has vanished: "
-                    "restore partial/calibration.json, or start anew with --overwrite"
-                )
-            if samples is None:
-                raise StoreError(f"store {folder} was removed meanwhile: run the command again")
-            clear(folder)
-            spec = _spec(config, skeleton, samples[0])
-            StoreWriter(folder, spec).begin(samples[1])
+        match store_state(folder, overwrite=config.overwrite):
+            case State.COMPLETE:
+                return None  # another process was faster
+            case State.FREE:
+                if drawn is None:
+                    raise StoreError(f"store {folder} was removed meanwhile: run the command again")
+                clear(folder)
+                layers = measured(skeleton.layers, skeleton.checkpoint)
+                spec = _spec(config, replace(skeleton, layers=layers), drawn[0])
+                StoreWriter(folder, spec).begin(drawn[1])
         _check_count(folder, shard)
         spec, calibration = read_begun(folder)
-        check_same(folder, _spec(config, skeleton, spec.samples), spec)
+        check_same(folder, _expected(config, skeleton, spec), spec)
         held.enter_context(locked(Snapshots(folder, shard).lock, of=folder, wait=False))
         return spec, calibration
+
+
+def _check_finished(config: CollectConfig, skeleton: Skeleton, store: GradientStore) -> None:
+    """Raises InputError unless a finished store is what this command would make."""
+    if _expected(config, skeleton, store.spec) == store.spec:
+        layers = measured(skeleton.layers, skeleton.checkpoint)
+        if _spec(config, replace(skeleton, layers=layers), store.spec.samples) == store.spec:
+            tidy(config.store)
+            return
+    raise InputError(
+        f"store {config.store} exists and is complete: give another name or --overwrite"
+    )
+
+
+def _expected(config: CollectConfig, skeleton: Skeleton, spec: StoreSpec) -> StoreSpec:
+    """What this command would make of the same samples, and of weights of the same digests."""
+    return _spec(config, with_digests_of(skeleton, spec), spec.samples)
+
+
+def with_digests_of(skeleton: Skeleton, spec: StoreSpec) -> Skeleton:
+    """The skeleton with its layers' digests as in a spec; zeros for one that it lacks."""
+    digests = {layer.name: layer.digest for layer in spec.layers}
+    layers = (
+        replace(x, spec=replace(x.spec, digest=digests.get(x.spec.name, "0" * 32)))
+        for x in skeleton.layers
+    )
+    return replace(skeleton, layers=tuple(layers))
 
 
 def _check_count(folder: Path, shard: Shard) -> None:
@@ -99,36 +150,40 @@ def _check_count(folder: Path, shard: Shard) -> None:
         )
 
 
-def _draw(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
+def _draw(config: CollectConfig, skeleton: Skeleton, console: Console) -> Samples:
     is_of_images = find_task(skeleton.checkpoint) == IMAGE_CLASSIFICATION
-    spec, calibration = (_draw_images if is_of_images else _draw_windows)(config, skeleton)
-    return replace(spec, dataset=config.data.label), calibration
+    draw = _draw_images if is_of_images else _draw_windows
+    spec, calibration = draw(config, skeleton, console)
+    return Samples(replace(spec, dataset=config.data.label), calibration)
 
 
-def _draw_images(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
+def _draw_images(config: CollectConfig, skeleton: Skeleton, console: Console) -> Samples:
     model, checkpoint = skeleton.model, skeleton.checkpoint
     check_loss_of_labels(model)
     num_tokens = image_tokens(model, skeleton.blocks)
     processor = Processor(checkpoint, model)
     images = load_images(config.data, "calibration", checkpoint, model)
-    return draw_images(images, processor, config.num_samples, num_tokens, config.seed)
+    count = config.num_samples
+    with progress_bar(console, "drawing", count, "images") as advance:
+        return draw_images(images, processor, count, num_tokens, config.seed, advance)
 
 
-def _draw_windows(config: CollectConfig, skeleton: Skeleton) -> tuple[SampleSpec, Calibration]:
-    name, checkpoint = config.data.name, skeleton.checkpoint
+def _draw_windows(config: CollectConfig, skeleton: Skeleton, console: Console) -> Samples:
+    name, checkpoint, count = config.data.name, skeleton.checkpoint, config.num_samples
     seq_len = window_length(name, config.seq_len, checkpoint)
-    if config.num_samples * seq_len >= _MAX_TOKENS:
+    if count * seq_len >= _MAX_TOKENS:
         raise InputError(
-            f"--num-samples {config.num_samples} of {seq_len} tokens are "
-            f"{config.num_samples * seq_len}, expected less than {_MAX_TOKENS}: ask for fewer"
+            f"--num-samples {count} of {seq_len} tokens are {count * seq_len}, expected less than "
+            f"{_MAX_TOKENS}: ask for fewer"
         )
     if is_tokens(name):
-        drawn = token_samples(name, config.num_samples, seq_len)
+        drawn = token_samples(name, count, seq_len)
     else:
         tokenizer = load_tokenizer(checkpoint)
-        text = load_text(config.data, "calibration")
-        drawn = draw_samples(name, text, tokenizer, config.num_samples, seq_len, config.seed)
-    check_tokens(drawn[1].arrays["input_ids"], checkpoint, skeleton.model)
+        text = load_text(config.data, "calibration", tokenizer)
+        with progress_bar(console, "drawing", count, "samples", seq_len) as advance:
+            drawn = draw_samples(name, text, tokenizer, count, seq_len, config.seed, advance)
+    check_tokens(drawn.calibration.arrays["input_ids"], checkpoint, skeleton.model)
     return drawn
 
 

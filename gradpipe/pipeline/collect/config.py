@@ -48,6 +48,7 @@ class CollectConfig:
         str | None, Option(help="Path of the block list, as model.layers.", default="found")
     ] = None
     include: Include = ()
+    exclude: Include = ()
     schedule: Annotated[
         str,
         Option(

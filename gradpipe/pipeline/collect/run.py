@@ -10,26 +10,23 @@ import torch
 from rich.console import Console
 
 from gradpipe.errors import InputError, Interrupted
-from gradpipe.pipeline.collect.begin import begin
+from gradpipe.pipeline.collect.begin import begin, with_digests_of
 from gradpipe.pipeline.collect.config import CollectConfig
 from gradpipe.pipeline.collect.merge import finalize, is_last
-from gradpipe.pipeline.collect.worker import Job, begun_schedule, run_share
+from gradpipe.pipeline.collect.resume import Place
+from gradpipe.pipeline.collect.worker import Job, begun_schedule, run_part
 from gradpipe.pipeline.places import check_scratch, check_store
 from gradpipe.pipeline.progress import QUIET
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.collect.estimate import Plan, Workload, make_plan
+from gradpipe.stages.collect.estimate import Estimate, Workload, estimate
+from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.data.tokens import window_length
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.model.couplings import find_couplings
-from gradpipe.stages.model.experts import fused_weights
-from gradpipe.stages.model.layers import Skeleton, find_blocks, find_layers
-from gradpipe.stages.model.load import (
-    build_skeleton,
-    resolve_dtype,
-    sequence_length,
-    with_expected_tensors,
-)
+from gradpipe.stages.model.layers import Selection, dense_lines
+from gradpipe.stages.model.load import resolve_dtype, sequence_length, with_expected_tensors
 from gradpipe.stages.model.shared_inputs import image_tokens, share_inputs
+from gradpipe.stages.model.skeleton import Skeleton, take_apart
 from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
 from gradpipe.store.folder import LOCK_NAME, is_complete
 from gradpipe.store.lock import locked
@@ -66,11 +63,11 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
     return GradientStore.open(config.store) if is_complete(config.store) else None
 
 
-def plan(config: CollectConfig) -> Plan:
+def plan(config: CollectConfig) -> Estimate:
     """What stage one would take, from `config.json` alone: no weight is read, none is fetched."""
     checkpoint = with_expected_tensors(Checkpoint.outline(config.model))
     device, shard = resolve_device(config.device), config.shard or Shard(0, 1)
-    skeleton = _skeleton(config, checkpoint, with_digests=False)
+    skeleton = _skeleton(config, checkpoint, with_couplings=False)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
         check_loss_of_labels(skeleton.model)
         seq_len = image_tokens(skeleton.model, skeleton.blocks)
@@ -80,41 +77,35 @@ def plan(config: CollectConfig) -> Plan:
 
 
 def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
-    """Collect one share, and finish the store if it is all there is."""
+    """Collect one shard's part, and finish the store if it is all there is."""
     sources = (Path(config.model), Path(config.data.name))
     check_store(config.store, sources)
     if config.scratch is not None:
         check_scratch(config.scratch)
     checkpoint = Checkpoint.open(config.model)
     device = resolve_device(config.device)
-    skeleton = _skeleton(config, checkpoint, with_digests=True)
-    if fused := fused_weights(skeleton.model):
-        console.print(
-            f"{len(fused)} tensors hold several experts each, as {fused[0]} does: they are no "
-            "layers, and stay dense",
-            highlight=False,
-            markup=False,
-        )
+    skeleton = _skeleton(config, checkpoint, with_couplings=True)
+    for line in dense_lines(skeleton.left_out):
+        console.print(line, highlight=False, markup=False)
+    if find_task(checkpoint) == CAUSAL_LM:
+        probe(skeleton, device)
     with ExitStack() as held:
-        begun = begin(config, shard, skeleton, held)
+        begun = begin(config, shard, skeleton, held, console)
         if begun is None:
             return
         spec, calibration = begun
         work = _workload(config, shard, spec.samples.seq_len)
         job = Job(
-            skeleton=skeleton,
-            spec=spec,
-            calibration=calibration,
+            place=Place(store=config.store, spec=spec, calibration=calibration, shard=shard),
+            skeleton=with_digests_of(skeleton, spec),
             plan=_plan(config, shard, skeleton, work, device),
             device=device,
-            store=config.store,
-            shard=shard,
             batch_size=config.batch_size,
             scratch=config.scratch,
             checkpoint_every=config.checkpoint_every,
         )
         try:
-            run_share(job, console)
+            run_part(job, console)
         except Interrupted as error:
             again = ", without --overwrite," if config.overwrite else ""
             raise Interrupted(f"{error}: run the same command again{again} to go on") from error
@@ -122,10 +113,10 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
 
 def _plan(
     config: CollectConfig, shard: Shard, skeleton: Skeleton, work: Workload, device: torch.device
-) -> Plan:
-    """As `make_plan`, but `auto` goes on as was begun: another schedule would start anew."""
+) -> Estimate:
+    """As `estimate`, but `auto` goes on as was begun: another schedule would start anew."""
     begun = begun_schedule(config.store, shard) if config.schedule == "auto" else None
-    planned = make_plan(begun or config.schedule, skeleton, work, device)
+    planned = estimate(begun or config.schedule, skeleton, work, device)
     return planned if begun is None else replace(planned, reason="as it was begun")
 
 
@@ -140,17 +131,15 @@ def _check_windows(config: CollectConfig, checkpoint: Checkpoint) -> None:
         )
 
 
-def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_digests: bool) -> Skeleton:
+def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_couplings: bool) -> Skeleton:
     """The model taken apart; InputError if it cannot be, or is not for what is asked."""
     _check_windows(config, checkpoint)
-    model = build_skeleton(checkpoint, resolve_dtype(config.dtype, checkpoint))
-    blocks = find_blocks(model, config.blocks)
-    layers = find_layers(model, blocks, checkpoint, config.include, with_digests=with_digests)
-    layers = share_inputs(model, layers)
-    couplings = find_couplings(model, blocks, layers) if with_digests else ()
-    return Skeleton(
-        checkpoint=checkpoint, model=model, blocks=blocks, layers=layers, couplings=couplings
-    )
+    dtype = resolve_dtype(config.dtype, checkpoint)
+    asked = Selection(include=config.include, exclude=config.exclude)
+    found = take_apart(checkpoint, dtype, config.blocks, asked)
+    layers = share_inputs(found.model, found.layers)
+    couplings = find_couplings(found.model, found.blocks, layers) if with_couplings else ()
+    return replace(found, layers=layers, couplings=couplings)
 
 
 def _workload(config: CollectConfig, shard: Shard, seq_len: int) -> Workload:

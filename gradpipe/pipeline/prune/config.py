@@ -76,7 +76,10 @@ class PruneConfig:
     patterns: Annotated[
         tuple[str, ...],
         Option(
-            flag="pattern", help="n:m, n kept of every m inputs, repeatable.", is_recorded=False
+            flag="pattern",
+            help="n kept of every m inputs, repeatable.",
+            metavar="N:M",
+            is_recorded=False,
         ),
     ] = ()
     recipe: RecipeName = None

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -58,9 +59,11 @@ class Places:
         except OSError as error:
             name, reason = str(error.filename or self.out), error.strerror or error
             if name.startswith((str(self.out), str(self._beside("")))):
+                is_full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+                remedy = "make room or give another folder" if is_full else "give another folder"
                 raise GradpipeError(
-                    f"cannot write {self.out} ({name}: {reason}): make room or give another "
-                    "folder, then run the same command again"
+                    f"cannot write {self.out} ({name}: {reason}): {remedy}, then run the same "
+                    "command again"
                 ) from error
             raise GradpipeError(
                 f"cannot read {name}: {reason}: restore it, then run the same command again"

@@ -13,7 +13,7 @@ from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import SampleSpec
 
 if TYPE_CHECKING:
-    from gradpipe.stages.collect.estimate import Plan  # a store is shown without torch
+    from gradpipe.stages.collect.estimate import Estimate  # a store is shown without torch
 
 
 def store_table(store: GradientStore) -> Table:
@@ -55,7 +55,7 @@ def layer_table(result: PruneResult) -> Table:
     return table
 
 
-def plan_table(plan: Plan) -> Table:
+def plan_table(plan: Estimate) -> Table:
     """What a collection would take."""
     table = Table(title="collect-grads would take", show_header=False)
     rows = {

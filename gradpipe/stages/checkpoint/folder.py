@@ -64,6 +64,7 @@ class Checkpoint:
         shard is missing or truncated.
         """
         outline = cls.outline(name, fetched=_FETCHED)
+        _check_no_adapter(name, outline.folder)
         files = _weight_files(name, outline.folder)
         tensors: dict[str, TensorInfo] = {}
         for file in files:
@@ -165,13 +166,27 @@ def _weight_files(name: str, folder: Path) -> tuple[str, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{folder / INDEX_NAME} has no weight_map: restore it")
     files = tuple(sorted(set(map(str, weight_map.values()))))
-    if odd := [file for file in files if Path(file).name != file]:
+    if odd := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
         raise InputError(f"{folder / INDEX_NAME} names a file outside the checkpoint: {odd[0]}")
+    if odd := [file for file in files if Path(file).name != file]:
+        raise InputError(
+            f"{folder / INDEX_NAME} names {odd[0]}, expected files beside it: move that one there, "
+            "and name it without a folder"
+        )
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise InputError(
             f"{name} lacks {len(missing)} of {len(files)} shards, first {missing[0]}: fetch it"
         )
     return files
+
+
+def _check_no_adapter(name: str, folder: Path) -> None:
+    """Refuse weights that transformers would change as it loads them, if peft is there."""
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{name} has an adapter (adapter_config.json), which transformers adds to the weights "
+            "where peft is installed: merge it into them, or move it away"
+        )
 
 
 def _no_weights(name: str, folder: Path) -> InputError:
@@ -203,10 +218,21 @@ def _no_weights(name: str, folder: Path) -> InputError:
 def _check_index(name: str, folder: Path, tensors: dict[str, TensorInfo]) -> None:
     """The index and the files must tell of the same tensors in the same places."""
     for key, file in _read_json(folder / INDEX_NAME)["weight_map"].items():
-        if key not in tensors or tensors[key].file != file:
+        if key not in tensors:
             raise InputError(
                 f"{name}: {INDEX_NAME} says that {key} is in {file}, which does not hold it"
             )
+        if (other := tensors[key].file) == file:
+            continue
+        if key in _read_header(folder / file):
+            raise InputError(
+                f"{name}: {key} is in {file}, which {INDEX_NAME} names, and in {other}, which is "
+                "what transformers reads: leave it in one of them"
+            )
+        raise InputError(
+            f"{name}: {INDEX_NAME} says that {key} is in {file}, which does not hold it: {other} "
+            "does: mend the index"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -20,6 +20,15 @@ FLOAT_TYPES = {
     "BF16": torch.bfloat16,
 }
 
+TYPES = FLOAT_TYPES | {  # integers are tables and counters; no layer is made of them
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
@@ -65,8 +74,8 @@ def check_type(layer: str, info: TensorInfo) -> None:
 
 
 def as_tensor(data: bytearray, info: TensorInfo) -> Tensor:
-    """`data` seen as the float tensor that `info` describes, without a copy."""
-    return torch.frombuffer(data, dtype=FLOAT_TYPES[info.dtype]).view(info.shape)
+    """`data` seen as the tensor that `info` describes, without a copy."""
+    return torch.frombuffer(data, dtype=TYPES[info.dtype]).view(info.shape)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -77,9 +86,13 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of one safetensors file, once the library has found the file sound."""
     try:
-        with safe_open(path, framework="pt"):
+        with path.open("rb"), safe_open(path, framework="pt"):
             pass
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise InputError(
+            f"cannot read {path}: {error.strerror or error}: restore it, or the right to read it"
+        ) from error
+    except SafetensorError as error:
         raise InputError(
             f"{path} is not a whole safetensors file ({error}): fetch it again"
         ) from error

@@ -1,4 +1,7 @@
-"""Weights for one part of a skeleton at a time, straight from the safetensors files."""
+"""Weights for one part of a skeleton at a time, straight from the safetensors files.
+
+The store names the digest of each layer's weights, taken once; whoever loads weights checks them.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,32 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.model.tensor_names import weight_keys
+from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, as_tensor, tensor_bytes
+from gradpipe.stages.model.skeleton import Skeleton
+from gradpipe.store.objects import digest
+from gradpipe.store.schema import LayerSpec
 
 
 class WeightLoader:
     """Fills parts of a skeleton from its checkpoint, and empties them."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, device: torch.device) -> None:
-        """`model` is a skeleton of `checkpoint`; InputError if a tensor is missing or misshapen."""
-        self._model = model
-        self._checkpoint = checkpoint
+    def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
+        """Nothing is read yet."""
+        self._model = skeleton.model
+        self._checkpoint = skeleton.checkpoint
+        self._sources = skeleton.sources
         self._device = device
-        self._keys = weight_keys(model, checkpoint)
+        self._layers: dict[str, list[LayerSpec]] = {}
+        for layer in skeleton.layers:
+            self._layers.setdefault(layer.spec.weight_key, []).append(layer.spec)
 
     @contextmanager
     def loaded(self, prefix: str, excluded: str | None = None) -> Iterator[None]:
@@ -32,25 +44,32 @@ class WeightLoader:
             return name.startswith(prefix) and not (excluded and name.startswith(excluded))
 
         self._move_buffers(inside)
-        names = [name for name in self._keys if inside(name)]
-        tied: dict[str, nn.Parameter] = {}
+        names = [name for name in self._sources.by_name if inside(name)]
+        made: dict[str, nn.Parameter] = {}  # by its name in the source: tied ones are one
         try:
             for name in names:
-                self._load(name, tied)
+                self._load(name, made)
             yield
         finally:
             for name in names:
                 self._set(name, self._meta(name))
-            tied.clear()
+            made.clear()
             _trim_heap()
 
-    def _load(self, name: str, tied: dict[str, nn.Parameter]) -> None:
-        key = self._keys[name]
-        if key not in tied:
-            wanted = self._get(name)
-            tensor = self._checkpoint.read(key).to(self._device, wanted.dtype)
-            tied[key] = nn.Parameter(tensor, requires_grad=False)
-        self._set(name, tied[key])
+    def _load(self, name: str, made: dict[str, nn.Parameter]) -> None:
+        source = self._sources.by_name[name]
+        target = name if name in source.targets else source.targets[0]
+        if target not in made:
+            read = partial(self._read, dtype=self._get(name).dtype)
+            tensors = source.make(read, self._model)
+            made |= {x: nn.Parameter(t, requires_grad=False) for x, t in tensors.items()}
+        self._set(name, made[target])
+
+    def _read(self, key: str, dtype: torch.dtype) -> Tensor:
+        data = self._checkpoint.read_bytes(key)
+        for layer in self._layers.get(key, ()):
+            check_digest(layer, data, self._checkpoint)
+        return as_tensor(data, self._checkpoint.tensors[key]).to(self._device, dtype)
 
     def _get(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -75,6 +94,29 @@ class WeightLoader:
             if inside(name) and not buffer.is_meta and buffer.device != self._device:
                 owner, _, leaf = name.rpartition(".")
                 self._model.get_submodule(owner)._buffers[leaf] = buffer.to(self._device)  # noqa: SLF001
+
+
+def check_loaded(model: nn.Module, skeleton: Skeleton) -> None:
+    """Check all layers' weights in a loaded model; those of another dtype, in the files again."""
+    checkpoint = skeleton.checkpoint
+    for layer in skeleton.layers:
+        module: Any = model.get_submodule(layer.path)
+        weight = module.weight.detach()
+        info = checkpoint.tensors[layer.spec.weight_key]
+        is_as_stored = weight.dtype == FLOAT_TYPES.get(info.dtype) and weight.shape == info.shape
+        data = tensor_bytes(weight.cpu().contiguous()) if is_as_stored else None
+        check_digest(layer.spec, data or checkpoint.read_bytes(info.key), checkpoint)
+
+
+def check_digest(
+    layer: LayerSpec, data: bytes | bytearray | memoryview, checkpoint: Checkpoint
+) -> None:
+    """Raises InputError if these are not the weights that were measured, if any were."""
+    if layer.digest and digest(data) != layer.digest:
+        raise InputError(
+            f"{checkpoint.name}: the weights of {layer.name} are not those that the store was "
+            "begun with: give the same checkpoint, another store or --overwrite"
+        )
 
 
 def _trim_heap() -> None:

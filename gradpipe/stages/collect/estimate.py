@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from gradpipe.stages.model.layers import Layer, Skeleton
+from gradpipe.stages.model.layers import Layer
+from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS, needs_backward
 
@@ -26,11 +27,13 @@ _MARGIN = 1.2  # how much more than the estimate must be free
 
 _BLOCK_WIDTHS = 12  # hidden-sized values that a block keeps beside its linear maps
 
+_HOST_COPIES = 3  # of the largest layer's sums: on the host, encoded, as a file
+
 METADATA_BYTES = 2560  # of each statistic of a layer: measured, with its part of the root's copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Estimate:
     """How a collection runs, and what it needs."""
 
     schedule: str  # resident or streamed
@@ -62,50 +65,118 @@ class Workload:
     encoding: str
 
 
-def make_plan(asked: str, skeleton: Skeleton, work: Workload, device: torch.device) -> Plan:
-    """Plan a collection; `auto` is resident where that fits with margin."""
-    model, blocks, layers = skeleton.model, skeleton.blocks, skeleton.layers
-    size = model.dtype.itemsize
-    total = sum(p.numel() for p in model.parameters())
-    sizes = [sum(p.numel() for p in model.get_submodule(x).parameters()) for x in blocks.paths]
-    inside, block = sum(sizes), max(sizes)
-    sums = [_sum_bytes(x.spec, work.statistics) for x in layers]
-    block_sums = max(
-        sum(b for x, b in zip(layers, sums, strict=True) if x.spec.block == i)
-        for i in range(blocks.count)
-    )
-    hidden, outputs = _widths(model, layers)
-    tokens = work.batch_size * work.seq_len
-    widths = max(
-        sum(sum(x.spec.shape) for x in layers if x.spec.block == i) for i in range(blocks.count)
-    )
-    activations = tokens * size * (widths + _BLOCK_WIDTHS * hidden)
-    head = tokens * outputs * (2 * size + 8)  # logits, and their float32 gradient
-    resident = (total * size) + sum(sums) + activations * blocks.count + head
-    streamed = max(
-        block * size + block_sums + activations + 3 * tokens * hidden * size,
-        (total - inside) * size + head + 3 * tokens * hidden * size,
-    )
-    free = free_bytes(device)
+def estimate(asked: str, skeleton: Skeleton, work: Workload, device: torch.device) -> Estimate:
+    """What a collection takes; `auto` is resident where that fits with margin."""
+    sizes = _Sizes.of(skeleton, work)
+    resident, free = _resident_bytes(sizes), free_bytes(device)
     schedule, reason = _choose(asked, resident, free)
+    is_streamed = schedule == "streamed"
     all_tokens = work.num_samples * work.seq_len
-    backward = needs_backward(work.statistics)
-    passes = (8 if schedule == "streamed" else 6) if backward else 2
-    read = 2 * total if schedule == "resident" else 3 * total  # once for the digests
-    depth = blocks.count
-    return Plan(
+    layers = [layer.spec for layer in skeleton.layers]
+    return Estimate(
         schedule=schedule,
         reason=reason,
-        num_parameters=total,
+        num_parameters=sizes.parameters,
         resident_bytes=resident,
-        streamed_bytes=streamed,
+        streamed_bytes=_streamed_bytes(sizes),
         free_bytes=free,
-        host_bytes=3 * max(4 * x.spec.num_weights for x in layers),
-        scratch_bytes=(depth + 3) * all_tokens * hidden * size if schedule == "streamed" else 0,
-        store_bytes=sum(_stored_bytes(x.spec, work) for x in layers),
-        read_bytes=read * size,
-        flops=float(passes) * total * all_tokens,
+        host_bytes=_HOST_COPIES * max(4 * layer.num_weights for layer in layers),
+        scratch_bytes=_scratch_bytes(sizes, all_tokens) if is_streamed else 0,
+        store_bytes=sum(_stored_bytes(layer, work) for layer in layers),
+        read_bytes=_read_bytes(sizes, is_streamed=is_streamed),
+        flops=_flops(sizes, work, all_tokens, is_streamed=is_streamed),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """What the rows are computed from: numbers of values, unless the name says bytes."""
+
+    parameters: int
+    parameters_inside: int  # the blocks
+    block_parameters: int  # of the largest block, as what follows is
+    block_widths: int  # inputs and outputs of its linear maps, for one token
+    block_sums_bytes: int
+    sums_bytes: int
+    depth: int
+    hidden: int
+    outputs: int  # logits of a token
+    tokens: int  # of a micro-batch
+    itemsize: int  # bytes of a weight, and of a value between layers
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, work: Workload) -> Self:
+        model, blocks, layers = skeleton.model, skeleton.blocks, skeleton.layers
+        inside = [_num_parameters(model.get_submodule(path)) for path in blocks.paths]
+        sums = [(x.spec.block, _sum_bytes(x.spec, work.statistics)) for x in layers]
+        widths = [(x.spec.block, sum(x.spec.shape)) for x in layers]
+        hidden, outputs = _widths(model, layers)
+        return cls(
+            parameters=_num_parameters(model),
+            parameters_inside=sum(inside),
+            block_parameters=max(inside),
+            block_widths=_largest(widths, blocks.count),
+            block_sums_bytes=_largest(sums, blocks.count),
+            sums_bytes=sum(size for _, size in sums),
+            depth=blocks.count,
+            hidden=hidden,
+            outputs=outputs,
+            tokens=work.batch_size * work.seq_len,
+            itemsize=model.dtype.itemsize,
+        )
+
+    @property
+    def block_graph_bytes(self) -> int:
+        """What autograd and the hooks keep of one block."""
+        return self.tokens * self.itemsize * (self.block_widths + _BLOCK_WIDTHS * self.hidden)
+
+    @property
+    def head_bytes(self) -> int:
+        """The logits and their gradient, and both in float32, for the loss."""
+        return self.tokens * self.outputs * (2 * self.itemsize + 2 * 4)
+
+    @property
+    def passing_bytes(self) -> int:
+        """A micro-batch between blocks: what comes in, what goes out, a gradient."""
+        return 3 * self.tokens * self.hidden * self.itemsize
+
+
+def _largest(values: Sequence[tuple[int | None, int]], depth: int) -> int:
+    """The largest sum over one block."""
+    return max(sum(value for block, value in values if block == i) for i in range(depth))
+
+
+def _resident_bytes(sizes: _Sizes) -> int:
+    """All weights, all sums, the whole graph."""
+    graph = sizes.block_graph_bytes * sizes.depth + sizes.head_bytes
+    return sizes.parameters * sizes.itemsize + sizes.sums_bytes + graph
+
+
+def _streamed_bytes(sizes: _Sizes) -> int:
+    """One block with its sums and its graph, or what is outside the blocks with the logits."""
+    block = sizes.block_parameters * sizes.itemsize + sizes.block_sums_bytes
+    outside = (sizes.parameters - sizes.parameters_inside) * sizes.itemsize
+    largest = max(block + sizes.block_graph_bytes, outside + sizes.head_bytes)
+    return largest + sizes.passing_bytes
+
+
+def _scratch_bytes(sizes: _Sizes, all_tokens: int) -> int:
+    """The inputs of each block and of the head, and two gradients at a time."""
+    return (sizes.depth + 3) * all_tokens * sizes.hidden * sizes.itemsize
+
+
+def _read_bytes(sizes: _Sizes, *, is_streamed: bool) -> int:
+    """Weights are read for the digests, and to run: streamed, forward and backward."""
+    return (3 if is_streamed else 2) * sizes.parameters * sizes.itemsize
+
+
+def _flops(sizes: _Sizes, work: Workload, all_tokens: int, *, is_streamed: bool) -> float:
+    """Of each weight and token two operations forward, and four backward.
+
+    Streamed, two more, to compute the graph again.
+    """
+    backward = (6 if is_streamed else 4) if needs_backward(work.statistics) else 0
+    return float(2 + backward) * sizes.parameters * all_tokens
 
 
 def free_bytes(device: torch.device) -> int:
@@ -157,6 +228,10 @@ def _widths(model: Any, layers: Sequence[Layer]) -> tuple[int, int]:
     if isinstance(embeddings, nn.Embedding):
         return embeddings.embedding_dim, embeddings.num_embeddings
     return layers[0].spec.shape[1], model.config.num_labels
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _sum_bytes(layer: LayerSpec, statistics: tuple[str, ...]) -> int:

@@ -7,7 +7,10 @@ need a buffer per weight, mix the samples of a batch, and see reduced gradients 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 from weakref import ref
@@ -17,13 +20,24 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from gradpipe.errors import GradpipeError
+from gradpipe.stages.collect.schedule import runs_twice
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.experts import RoutedLinear
 from gradpipe.store.schema import LayerSpec
 
+# Gradients of a mean over thousands of tokens fall below float16's smallest number. A power of
+# two is exact to multiply by and to divide out again in float32.
+_FLOAT16_SCALE = 2.0**12
+
+_BySample = Callable[[Tensor], Sequence[Tensor]]
+
 
 class LayerHooks:
-    """A context in which every pass of the model over one batch feeds the accumulators."""
+    """A context in which one pass of the model over one batch feeds the accumulators.
+
+    Raises GradpipeError for a layer whose gradient would not be whole: one that runs twice, or
+    whose output the loss does not depend on.
+    """
 
     def __init__(
         self,
@@ -42,14 +56,14 @@ class LayerHooks:
         self._num_samples = num_samples
         self._scale = scale
         self._handles: list[RemovableHandle] = []
-        self._seen: set[str] = set()
-        self._inputs: dict[str, ref[Tensor]] = {}  # by layer, of this pass
+        self._inputs: dict[str, ref[Tensor]] = {}  # of each layer that has run in this pass
+        self._waiting: set[str] = set()  # layers whose output's gradient has not come yet
 
     def __enter__(self) -> Self:
         """Attach the hooks."""
         for path, accumulator in self._sums.items():
-            module = self._model.get_submodule(path)
-            self._handles.append(module.register_forward_hook(self._hook(accumulator)))
+            hook = partial(self._after_forward, accumulator)
+            self._handles.append(self._model.get_submodule(path).register_forward_hook(hook))
         return self
 
     def __exit__(
@@ -58,59 +72,137 @@ class LayerHooks:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove the hooks."""
+        """Remove the hooks; after a pass that went well every gradient must have come."""
         self.remove()
+        if kind is None and self._waiting:
+            raise GradpipeError(
+                f"layer {min(self._waiting)} gets no gradient: the model's loss does not depend "
+                "on its output: give --statistics act_l2, or name blocks without it by --blocks"
+            )
 
     def remove(self) -> None:
-        """Let passes go by unheard, from here on."""
+        """Remove the hooks: later passes add nothing."""
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, accumulator: LayerAccumulator) -> Any:
-        def forward(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            self._check_once(accumulator.spec.name)
-            self._check_shared(accumulator.spec, inputs[0])
-            is_routed = isinstance(module, RoutedLinear)
-            by_sample = self._by_routed_sample(*inputs[1:]) if is_routed else self._by_sample
-            xs_TI = by_sample(inputs[0].detach())
-            accumulator.add_inputs(xs_TI)
-            if accumulator.needs_outputs:
-                accumulator.add_outputs(by_sample(output.detach()))
-            if accumulator.needs_gradients and output.requires_grad:
-
-                def backward(gradient: Tensor) -> None:
-                    accumulator.add_gradients(xs_TI, by_sample(gradient), self._scale)
-
-                output.register_hook(backward)
-
-        return forward
-
-    def _check_once(self, name: str) -> None:
-        """A sample's gradient is only whole if the layer runs once in a pass."""
-        if name in self._seen:
+    def _after_forward(
+        self, accumulator: LayerAccumulator, module: nn.Module, inputs: tuple[Any, ...], output: Any
+    ) -> Tensor | None:
+        """Add the inputs of a layer that has run, and have its output's gradient added."""
+        name = accumulator.spec.name
+        if not isinstance(output, Tensor):
             raise GradpipeError(
-                f"layer {name} runs twice in one pass (shared weights): name blocks without it by "
-                "--blocks, or leave out --include; a model that shares a block is not supported"
+                f"layer {name} returns a {type(output).__name__}, expected a tensor: name blocks "
+                "without it by --blocks"
             )
-        self._seen.add(name)
+        self._check_input(accumulator.spec, inputs[0])
+        by_sample = self._by_sample(module, inputs)
+        xs_TI = by_sample(inputs[0].detach())
+        accumulator.add_inputs(xs_TI)
+        if accumulator.needs_outputs:
+            accumulator.add_outputs(by_sample(output.detach()))
+        if not accumulator.needs_gradients:
+            return None
+        if output.numel():  # not an expert that no token went to
+            self._waiting.add(name)
+        if not torch.is_grad_enabled():
+            return None
+        tracked = _in_graph(output)
+        tracked.register_hook(partial(self._after_backward, accumulator, xs_TI, by_sample))
+        return tracked
 
-    def _check_shared(self, spec: LayerSpec, tensor: Tensor) -> None:
-        """A layer must read what the layer did that it is said to share its input with."""
+    def _after_backward(
+        self,
+        accumulator: LayerAccumulator,
+        xs_TI: Sequence[Tensor],
+        by_sample: _BySample,
+        gradient: Tensor,
+    ) -> None:
+        self._waiting.discard(accumulator.spec.name)
+        accumulator.add_gradients(xs_TI, by_sample(gradient), self._scale)
+
+    def _check_input(self, spec: LayerSpec, tensor: Tensor) -> None:
+        """A layer runs once, and on the tensor of the layer that it shares its input with.
+
+        A sample's gradient is one product only if the layer runs once.
+        """
+        if spec.name in self._inputs:
+            raise GradpipeError(runs_twice(spec.name))
         self._inputs[spec.name] = ref(tensor)
         if spec.input_of is not None and self._inputs[spec.input_of]() is not tensor:
             raise GradpipeError(f"layers {spec.input_of} and {spec.name} read different inputs")
 
-    def _by_sample(self, tensor: Tensor) -> tuple[Tensor, ...]:
+    def _by_sample(self, module: nn.Module, inputs: tuple[Any, ...]) -> _BySample:
+        """What takes a layer's inputs, or its output's gradient, apart: one tensor a sample."""
+        if not isinstance(module, RoutedLinear):
+            return self._tokens_of_samples
+        routed_R, num_tokens = inputs[1:]
+        sample_R = routed_R.div(num_tokens // self._num_samples, rounding_mode="floor")
+        counts = torch.bincount(sample_R, minlength=self._num_samples).tolist()
+        return lambda tensor_RW: tensor_RW.split(counts)
+
+    def _tokens_of_samples(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """B of (T, width), also where the block has made it (B·T, width), as OPT's MLP does."""
         return tensor.reshape(self._num_samples, -1, tensor.shape[-1]).unbind()
 
-    def _by_routed_sample(
-        self, routed_R: Tensor, num_tokens: int
-    ) -> Callable[[Tensor], tuple[Tensor, ...]]:
-        """As `_by_sample`, of the rows (R, width) that one expert got of the batch's tokens."""
-        sample_R = routed_R.div(num_tokens // self._num_samples, rounding_mode="floor")
-        counts = torch.bincount(sample_R, minlength=self._num_samples).tolist()
-        return lambda tensor: tensor.split(counts)
+
+def _in_graph(output: Tensor) -> Tensor:
+    """The output of a layer, with a gradient to come.
+
+    All weights are frozen, so autograd starts at the first layers that are collected: before them
+    nothing requires a gradient. A copy, because what starts a graph must not be changed in place.
+    """
+    return output if output.requires_grad else output.requires_grad_().clone()
+
+
+@contextmanager
+def runs(
+    model: nn.Module, paths: Iterable[str], *, in_graph: bool = False
+) -> Iterator[list[tuple[str, Any]]]:
+    """Meanwhile, which of the modules at these paths run, in order, and what each gives.
+
+    Their outputs require gradients if they are to be `in_graph`.
+    """
+    found: list[tuple[str, Any]] = []
+
+    def note(path: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+        result = _in_graph(output) if in_graph else output
+        found.append((path, result))
+        return result
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(partial(note, path)) for path in paths
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def never_ran(path: str) -> str:
+    """What to say of a block that a pass does not reach."""
+    return (
+        f"block {path} never runs when the model is called: name the list of blocks that do by "
+        "--blocks"
+    )
+
+
+def loss_scale(model: Any) -> float:
+    """What the loss is multiplied by before it is differentiated."""
+    return _FLOAT16_SCALE if model.dtype is torch.float16 else 1.0
+
+
+def check_loss(loss: Tensor, find: Callable[[], str | None]) -> None:
+    """Raises GradpipeError for a loss that is not finite, with the layer that `find` blames."""
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        layer = find()
+        origin = f", first in the output of layer {layer}" if layer else ""
+        raise GradpipeError(
+            f"the model's loss is {value}{origin}: try --dtype bfloat16 or float32, "
+            "or mend the checkpoint"
+        )
 
 
 def first_overflow(
@@ -122,15 +214,13 @@ def first_overflow(
     """
     found: list[str] = []
 
-    def hook(name: str) -> Any:
-        def forward(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
-            if not found and not bool(torch.isfinite(output).all()):
-                found.append(name)
-
-        return forward
+    def check(name: str, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+            found.append(name)
 
     handles = [
-        model.get_submodule(path).register_forward_hook(hook(name)) for path, name in names.items()
+        model.get_submodule(path).register_forward_hook(partial(check, name))
+        for path, name in names.items()
     ]
     try:
         with torch.no_grad():

@@ -2,85 +2,101 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from gradpipe.errors import GradpipeError
-from gradpipe.stages.collect.hooks import LayerHooks, first_overflow
+from gradpipe.stages.collect.block_weights import check_loaded
+from gradpipe.stages.collect.hooks import (
+    LayerHooks,
+    check_loss,
+    first_overflow,
+    loss_scale,
+    never_ran,
+    runs,
+)
+from gradpipe.stages.collect.schedule import Part, check_shared, zeroed
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.layers import Blocks
+from gradpipe.stages.model.experts import split_experts
+from gradpipe.stages.model.load import load_model
+from gradpipe.stages.model.skeleton import Skeleton
 
-# Gradients of a mean over thousands of tokens fall below float16's smallest number. A power of
-# two is exact to multiply by and to divide out again in float32.
-_FLOAT16_SCALE = 2.0**12
+
+class Resident:
+    """One run over `samples`, in micro-batches of `batch_size`: see `Schedule`."""
+
+    is_cumulative = True
+    unit = "samples"
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        statistics: tuple[str, ...],
+        samples: Batch,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        """The sums are zero; the model is loaded when it is first needed."""
+        check_shared(skeleton)
+        self._skeleton = skeleton
+        self._samples = samples
+        self._batch_size = batch_size
+        self._device = device
+        self._sums = zeroed(skeleton.layers, statistics, device)
+        self.restorable = list(self._sums.values())
+        self.num_steps = len(samples)
+
+    def run(
+        self, done: frozenset[Part], advance: Callable[[int], None]
+    ) -> Iterator[tuple[Part, list[LayerAccumulator]]]:
+        """Give out all layers' sums after each micro-batch; `done` are the samples in them."""
+        count = max((part.index for part in done), default=0)
+        advance(count)
+        if count == len(self._samples):
+            return
+        model = self._load()
+        for batch in self._samples[count:].split(self._batch_size):
+            resident_batch(model, self._sums, batch.to(self._device), self._skeleton.blocks.paths)
+            count += len(batch)
+            advance(len(batch))
+            yield Part.of_samples(count), self.restorable
+
+    def _load(self) -> Any:
+        checkpoint = self._skeleton.checkpoint
+        model = load_model(checkpoint, self._skeleton.model.dtype, self._device)
+        split_experts(model, self._skeleton.sources)
+        check_loaded(model, self._skeleton)
+        return model
 
 
 def resident_batch(
-    model: Any,
-    blocks: Blocks,
-    sums: Mapping[str, LayerAccumulator],
-    batch: Batch,
+    model: Any, sums: Mapping[str, LayerAccumulator], batch: Batch, blocks: Sequence[str] = ()
 ) -> None:
     """One batch forward and, if a statistic needs it, backward.
 
     The loss differentiated is the model's own loss of each sample, so that a sample
-    weighs the same in any batch.
+    weighs the same in any batch. `sums` has the accumulators under their modules' paths. Raises
+    GradpipeError for a loss that is not finite, and for one of the modules at the paths `blocks`
+    that does not run.
     """
     num_samples = len(batch)
     backward = any(accumulator.needs_gradients for accumulator in sums.values())
     scale = loss_scale(model)
-    first = model.get_submodule(blocks.paths[0])
-    entry = first.register_forward_pre_hook(_require_grad, with_kwargs=True)
-    names = {path: accumulator.spec.name for path, accumulator in sums.items()}
     hooks = LayerHooks(model, sums, num_samples, scale)
 
     def find_overflow() -> str | None:
         hooks.remove()
+        names = {path: accumulator.spec.name for path, accumulator in sums.items()}
         return first_overflow(model, names, lambda: batch.forward(model))
 
-    try:
-        with (
-            hooks,
-            torch.set_grad_enabled(backward),
-        ):
+    with hooks, torch.set_grad_enabled(backward):
+        with runs(model, blocks) as found:
             loss = batch.forward(model).loss
-            check_loss(loss, find_overflow)
-            if backward:
-                (loss * (num_samples * scale)).backward()
-    finally:
-        entry.remove()
-
-
-def loss_scale(model: Any) -> float:
-    """What the loss is multiplied by before it is differentiated."""
-    return _FLOAT16_SCALE if model.dtype is torch.float16 else 1.0
-
-
-def check_loss(loss: Tensor, find: Callable[[], str | None]) -> None:
-    """Raises GradpipeError for a loss that is not finite, with the layer that `find` blames."""
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        layer = find()
-        origin = f", first in the output of layer {layer}" if layer else ""
-        raise GradpipeError(
-            f"the model's loss is {value}{origin}: try --dtype bfloat16 or float32, "
-            "or mend the checkpoint"
-        )
-
-
-def _require_grad(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Let gradients reach the first block although every weight is frozen."""
-    if not torch.is_grad_enabled():
-        return None
-    if args:
-        return (_leaf(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": _leaf(kwargs["hidden_states"])}
-
-
-def _leaf(hidden_BTH: Tensor) -> Tensor:
-    return hidden_BTH.detach().requires_grad_()
+        if missing := set(blocks) - {path for path, _ in found}:
+            raise GradpipeError(never_ran(min(missing, key=blocks.index)))
+        check_loss(loss, find_overflow)
+        if backward and loss.requires_grad:  # else the hooks name a layer that it leaves out
+            (loss * (num_samples * scale)).backward()

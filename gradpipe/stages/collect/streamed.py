@@ -6,300 +6,211 @@ from the saved gradient of its output. Memory is one block, its accumulators and
 whatever the depth; weights are read twice in all, not twice a batch. The numbers are those of the
 `resident` schedule, bit for bit on a CPU: the same operations on the same values in the same order.
 
-The model's own forward is left in charge of everything between the blocks. In the capturing pass
-each block only records the arguments that the model calls it with; in the head's pass the last
-one hands out the saved hidden states, and the model's own head and loss give the first gradient.
-
-Shapes: N samples, B of a micro-batch, T tokens, H hidden.
+The model's own forward is left in charge of everything between the blocks. In the recording pass
+each block only notes how the model calls it (`BlockCalls`); in the head's pass the last one hands
+out what it gave before, and the model's own head and loss give the first gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradpipe.errors import GradpipeError
-from gradpipe.stages.collect.activations import ActivationFile
+from gradpipe.stages.collect.activations import Activations, TensorFile, remaining
+from gradpipe.stages.collect.block_calls import BlockCalls
 from gradpipe.stages.collect.block_weights import WeightLoader
-from gradpipe.stages.collect.hooks import LayerHooks, first_overflow
-from gradpipe.stages.collect.resident import check_loss, loss_scale
+from gradpipe.stages.collect.hooks import LayerHooks, check_loss, first_overflow, loss_scale, runs
+from gradpipe.stages.collect.schedule import Part, check_shared, zeroed
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.layers import Layer, Skeleton
+from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.statistics import needs_backward
 
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """How the model calls a block, less the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _AllCaptured(Exception):  # noqa: N818 (it reports success: the rest of the pass is not needed)
-    pass
+_OUTSIDE = Part.of_block(None)
 
 
 class Streamed:
-    """One run of the schedule over `samples`, in micro-batches of `batch_size`."""
+    """One run over `samples`, in micro-batches of `batch_size`: see `Schedule`."""
+
+    is_cumulative = False
+    unit = "block-samples"
 
     def __init__(
         self,
         skeleton: Skeleton,
+        statistics: tuple[str, ...],
         samples: Batch,
         batch_size: int,
-        scratch: Path,
         device: torch.device,
+        scratch: Path,
     ) -> None:
         """`scratch` may hold what an earlier, killed run left."""
         self._model = skeleton.model
         self._blocks = skeleton.blocks
         self._layers = skeleton.layers
-        self._loader = WeightLoader(skeleton.model, skeleton.checkpoint, device)
-        self._samples = samples
-        self._starts = range(0, len(samples), batch_size)
-        self._batch_size = batch_size
-        self._scratch = scratch
+        self._statistics = statistics
+        self._backward = needs_backward(statistics)
+        self._scale = loss_scale(skeleton.model)
+        self._batches = samples.split(batch_size)
+        self._sizes = tuple(map(len, self._batches))
         self._device = device
-        self._calls: dict[int, list[_Call]] = {}  # size of the micro-batch -> call of each block
-        self._tuple_tail: tuple[Any, ...] | None = None  # what a block returns beside hidden states
+        self._loader = WeightLoader(skeleton, device)
+        self._calls = BlockCalls(skeleton.model, skeleton.blocks, self._block_weights, device)
+        self._files = Activations(scratch, self._sizes, skeleton.blocks.count)
+        self.restorable: tuple[LayerAccumulator, ...] = ()
+        self.num_steps = 2 * len(samples) * skeleton.blocks.count
+        check_shared(skeleton)
 
     def run(
-        self,
-        statistics: tuple[str, ...],
-        done: frozenset[int | None],
-        advance: Callable[[int], None],
-    ) -> Iterator[tuple[int | None, list[LayerAccumulator]]]:
-        """Yield each block's index and finished accumulators, last block first.
+        self, done: frozenset[Part], advance: Callable[[int], None]
+    ) -> Iterator[tuple[Part, list[LayerAccumulator]]]:
+        """Give out the layers outside the blocks, then each block, last first.
 
-        Layers outside the blocks come first, under None. What is in `done` is not computed again,
-        and a block may be added to the store's record as soon as it has been yielded. `advance`
-        hears of each micro-batch; it may raise to stop.
+        Layers that run before the blocks, if there are any, make those outside come last.
         """
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        self._capture(done)
-        backward = needs_backward(statistics)
-        self._forward(advance)
-        depth = self._blocks.count
-        if backward or any(x.spec.block is None for x in self._layers):
-            outside = [x for x in self._layers if x.spec.block is None and None not in done]
-            sums = self._zeros(outside, statistics)
-            if sums or (backward and not self._next_gradient_exists(depth)):
-                self._run_head(sums, backward=backward)
-            if None not in done:
-                yield None, list(sums.values())
-        for index in reversed(range(depth)):
-            if index in done and (not backward or self._next_gradient_exists(index)):
-                continue
-            inside = [x for x in self._layers if x.spec.block == index and index not in done]
-            sums = self._zeros(inside, statistics)
-            self._run_block(index, sums, advance, backward=backward)
-            if index not in done:
-                yield index, list(sums.values())
-            self._inputs(index + 1).delete()
-            self._gradient(index + 1).delete()
-
-    def _zeros(
-        self, layers: list[Layer], statistics: tuple[str, ...]
-    ) -> dict[str, LayerAccumulator]:
-        """An accumulator for each layer, under the path of its module."""
-        return {x.path: LayerAccumulator(x.spec, statistics, self._device) for x in layers}
-
-    def _next_gradient_exists(self, index: int) -> bool:
-        """True if this block's work, or that of one before it, has left its gradient."""
-        return any(self._gradient(i).exists() for i in range(index + 1))
-
-    def _inputs(self, index: int) -> ActivationFile:
-        return self._file(f"inputs-{index:04d}")
-
-    def _gradient(self, index: int) -> ActivationFile:
-        """Gradient of the loss with respect to the inputs of block `index`."""
-        return self._file(f"gradient-{index:04d}")
-
-    def _file(self, name: str) -> ActivationFile:
-        return ActivationFile(self._scratch / name, self._shape_NTH, self._dtype)
-
-    def _micro_batches(self) -> Iterator[tuple[int, Batch]]:
-        for start in self._starts:
-            yield start, self._samples[start : start + self._batch_size].to(self._device)
-
-    # Capturing: embeddings, masks, positions.
-
-    def _capture(self, done: frozenset[int | None]) -> None:
-        """Record block 0's inputs, and the arguments of every block."""
-        resumed = False
-        with self._loader.loaded("", excluded=self._blocks.path + "."):
-            for start, batch in self._micro_batches():
-                if resumed and len(batch) in self._calls:
-                    continue
-                hidden_BTH = self._capture_batch(batch)
-                if start == 0:
-                    self._shape_NTH = (len(self._samples), *hidden_BTH.shape[1:])
-                    self._dtype = hidden_BTH.dtype
-                    if self._has_begun_backward() and not self._can_go_on(done):
-                        self._clear()
-                    resumed = self._inputs(0).exists() or self._has_begun_backward()
-                if not resumed:
-                    self._inputs(0).write(start, hidden_BTH)
-        if not resumed:
-            self._inputs(0).publish()
-
-    def _has_begun_backward(self) -> bool:
-        return self._next_gradient_exists(self._blocks.count)
-
-    def _can_go_on(self, done: frozenset[int | None]) -> bool:
-        """True if all files are there that the backward pass still needs."""
-        depth = self._blocks.count
-        reached = next(i for i in range(depth + 1) if self._gradient(i).exists())
-        todo = [i for i in range(depth) if i < reached or i not in done]
-        return (
-            all(self._inputs(i).exists() for i in todo)
-            and all(self._gradient(i + 1).exists() for i in todo if i >= reached)
-            and (None in done or self._inputs(depth).exists())
-        )
-
-    def _clear(self) -> None:
-        """Start the scratch folder anew."""
-        for path in self._scratch.iterdir():
-            path.unlink()
-
-    @torch.no_grad()
-    def _capture_batch(self, batch: Batch) -> Tensor:
-        """One pass up to the last block, blocks recording; returns the first one's input."""
-        if self._tuple_tail is None:
-            self._probe(batch)
-        inputs: list[Tensor] = []
-        calls: list[_Call] = []
-
-        def record(index: int, hidden_BTH: Tensor, call: _Call) -> Any:
-            inputs.append(hidden_BTH)
-            calls.append(call)
-            if index == self._blocks.count - 1:
-                raise _AllCaptured
-            return self._returned(hidden_BTH)
-
-        with self._replaced(record), suppress(_AllCaptured):
-            batch.forward(self._model)
-        self._remember(len(batch), calls)
-        return inputs[0]
-
-    def _probe(self, batch: Batch) -> None:
-        """Run the first block once, to see whether blocks return a tensor or a tuple."""
-
-        def record(_: int, hidden_BTH: Tensor, call: _Call) -> Any:
-            block = self._block(0)
-            del block.forward
-            with self._loader.loaded(self._blocks.paths[0] + "."):
-                output = block(hidden_BTH, *call.args, **call.kwargs)
-            self._tuple_tail = tuple(output[1:]) if isinstance(output, tuple) else ()
-            self._is_tuple = isinstance(output, tuple)
-            raise _AllCaptured
-
-        with self._replaced(record), suppress(_AllCaptured):
-            batch.forward(self._model)
-
-    def _returned(self, hidden_BTH: Tensor) -> Any:
-        """`hidden_BTH` as a block would return it."""
-        return (hidden_BTH, *(self._tuple_tail or ())) if self._is_tuple else hidden_BTH
-
-    def _remember(self, size: int, calls: list[_Call]) -> None:
-        """Keep one call per block and batch size: arguments must not depend on the data."""
-        known = self._calls.setdefault(size, calls)
-        for index, (a, b) in enumerate(zip(known, calls, strict=True)):
-            if not _equal((a.args, a.kwargs), (b.args, b.kwargs)):
-                raise GradpipeError(
-                    f"block {index} of this model takes arguments that depend on the data: "
-                    "use --schedule resident"
-                )
-
-    @contextmanager
-    def _replaced(self, handle: Callable[[int, Tensor, _Call], Any]) -> Iterator[None]:
-        """Blocks call `handle` in place of their own forward."""
-        for index in range(self._blocks.count):
-            self._block(index).forward = _stub(index, handle)
-        try:
-            yield
-        finally:
-            self._restore_blocks()
-
-    def _restore_blocks(self) -> None:
-        for index in range(self._blocks.count):
-            self._block(index).__dict__.pop("forward", None)
-
-    def _block(self, index: int) -> Any:
-        return self._model.get_submodule(self._blocks.paths[index])
-
-    # Forward: inputs of every block.
-
-    @torch.no_grad()
-    def _forward(self, advance: Callable[[int], None]) -> None:
-        if self._has_begun_backward():
+        wanted = {Part.of_block(layer.spec.block) for layer in self._layers} - done
+        if not wanted:
             return
-        for index in range(self._blocks.count):
-            if self._inputs(index + 1).exists():
-                continue
-            output = self._inputs(index + 1)
-            with self._loader.loaded(self._blocks.paths[index] + "."):
-                for start, batch in self._micro_batches():
-                    x_BTH = self._inputs(index).read(start, len(batch)).to(self._device)
-                    output.write(start, self._call_block(index, x_BTH))
-                    advance(len(batch))
-            output.publish()
+        self._record()
+        before, fed = self._before_blocks() if _OUTSIDE in wanted else (set(), {})
+        kept = self._files.kept()
+        blocks = {part.index for part in wanted - {_OUTSIDE}} | (fed.keys() - kept.outside)
+        todo = remaining(
+            self._blocks.count,
+            kept,
+            frozenset(blocks),
+            head=_OUTSIDE in wanted,
+            backward=self._backward,
+        )
+        for index in todo.forward:
+            self._forward(index, advance)
+        outside = self._zeroed(_OUTSIDE, wanted)
+        if todo.head:
+            self._run_head({p: x for p, x in outside.items() if p not in before}, before)
+        if _OUTSIDE in wanted and not before:
+            yield _OUTSIDE, list(outside.values())
+            outside.clear()
+        for index in todo.backward:
+            part = Part.of_block(index)
+            sums = self._zeroed(part, wanted)
+            self._run_block(index, sums, fed.get(index, []), advance)
+            if part in wanted:
+                yield part, list(sums.values())
+            self._files.gradient(index + 1).delete()
+            if not (before and index + 1 == self._blocks.count):  # the head may have to run again
+                self._files.inputs(index + 1).delete()
+        if before:
+            self._run_before({p: x for p, x in outside.items() if p in before}, fed)
+            yield _OUTSIDE, list(outside.values())
 
-    def _call_block(self, index: int, x_BTH: Tensor) -> Tensor:
-        call = self._calls[len(x_BTH)][index]
-        output = self._block(index)(x_BTH, *call.args, **call.kwargs)
-        hidden: Tensor = output[0] if self._is_tuple else output
-        return hidden
+    def _zeroed(self, part: Part, wanted: set[Part]) -> dict[str, LayerAccumulator]:
+        """Accumulators of the layers of a part, none if it is not wanted."""
+        layers = [x for x in self._layers if Part.of_block(x.spec.block) == part and part in wanted]
+        return zeroed(layers, self._statistics, self._device)
 
-    # Backward: the head, then block by block.
+    def _block_weights(self, index: int) -> AbstractContextManager[None]:
+        return self._loader.loaded(self._blocks.paths[index] + ".")
 
-    def _run_head(
-        self,
-        sums: Mapping[str, LayerAccumulator],
-        *,
-        backward: bool,
-    ) -> None:
+    def _other_weights(self) -> AbstractContextManager[None]:
+        return self._loader.loaded("", excluded=self._blocks.path + ".")
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        return (batch.to(self._device) for batch in self._batches)
+
+    # What blocks are called with.
+
+    def _record(self) -> None:
+        """Learn how the model calls its blocks; keep the arguments that depend on the samples."""
+        arguments = self._files.arguments
+        is_new = not arguments.exists()
+        with self._other_weights():
+            for batch in self._micro_batches():
+                if is_new or not self._calls.knows(len(batch)):
+                    different = self._calls.record(batch)
+                    if is_new:
+                        arguments.write(different)
+        if is_new:
+            arguments.publish()
+
+    def _before_blocks(self) -> tuple[set[str], dict[int, list[str]]]:
+        """Layers that run before the blocks, and, by block, the arguments that come from them.
+
+        None where there is no backward pass: their inputs are seen in the head's pass too.
+        """
+        paths = [layer.path for layer in self._layers if layer.spec.block is None]
+        fed: dict[int, list[str]] = {}
+        if not self._backward or not paths:
+            return set(), fed
+        with self._other_weights(), runs(self._model, paths, in_graph=True) as found:
+            for name in self._calls.outside(self._batches[0].to(self._device)):
+                fed.setdefault(int(name.partition(":")[0]), []).append(name)
+        return {path for path, _ in found}, fed
+
+    def _given(self, index: int, number: int, source: TensorFile) -> dict[str, Tensor]:
+        """What block `index` is called with for a micro-batch, but for what is always the same."""
+        names = self._calls.arguments(index, self._sizes[number])
+        found = source.read(number) if index else {}
+        found |= self._files.arguments.read(number, names)
+        return self._to_device(found)
+
+    def _to_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+
+    # Forward: what every block gives.
+
+    @torch.no_grad()
+    def _forward(self, index: int, advance: Callable[[int], None]) -> None:
+        source, target = self._files.inputs(index), self._files.inputs(index + 1)
+        names = self._calls.carried(index + 1)
+        with self._block_weights(index):
+            for number, size in enumerate(self._sizes):
+                found = self._given(index, number, source)
+                found |= self._calls.run(index, size, found)
+                target.write({name: found[name] for name in names})
+                advance(size)
+        target.publish()
+
+    # Backward: the head, then block by block, then what runs before the blocks.
+
+    def _run_head(self, sums: dict[str, LayerAccumulator], before: set[str]) -> None:
         depth = self._blocks.count
-        scale = loss_scale(self._model)
-        with self._loader.loaded("", excluded=self._blocks.path + "."):
-            for start, batch in self._micro_batches():
-                leaf_BTH = self._inputs(depth).read(start, len(batch)).to(self._device)
-                leaf_BTH.requires_grad_(backward)
-
-                def hand_out(index: int, hidden: Tensor, _: _Call, leaf: Tensor = leaf_BTH) -> Any:
-                    return self._returned(leaf if index == depth - 1 else hidden)
-
+        source, target = self._files.inputs(depth), self._files.gradient(depth)
+        with self._other_weights():
+            for number, batch in enumerate(self._micro_batches()):
+                given = _leaves(self._to_device(source.read(number)), requires_grad=self._backward)
+                is_first = number == 0
                 with (
-                    self._replaced(hand_out),
-                    LayerHooks(self._model, sums, len(batch), scale),
-                    torch.set_grad_enabled(backward),
+                    self._calls.answered(len(batch), given) as others,
+                    LayerHooks(self._model, sums, len(batch), self._scale),
+                    runs(self._model, before, in_graph=is_first) as found,
+                    torch.set_grad_enabled(self._backward or is_first),
                 ):
                     loss = batch.forward(self._model).loss
-                    check_loss(loss, partial(self._blame, start))
-                    if backward:
-                        (loss * (len(batch) * scale)).backward()
-                        self._gradient(depth).write(start, _grad_of(leaf_BTH))
-        if backward:
-            self._gradient(depth).publish()
+                    if is_first:
+                        _check_independent(loss, [*others, *(output for _, output in found)])
+                    check_loss(loss, partial(self._blame, number))
+                    if self._backward:
+                        if loss.requires_grad:
+                            (loss * (len(batch) * self._scale)).backward()
+                        target.write(_gradients(given))
+        if self._backward:
+            target.publish()
 
-    def _blame(self, start: int) -> str | None:
+    def _blame(self, number: int) -> str | None:
         """The first layer whose output for a micro-batch is not finite, by its saved inputs."""
-        self._restore_blocks()
-        for index in range(self._blocks.count):
+        self._calls.restore()
+        for index, path in enumerate(self._blocks.paths):
             inside = {x.path: x.spec.name for x in self._layers if x.spec.block == index}
-            count = min(self._batch_size, len(self._samples) - start)
-            x_BTH = self._inputs(index).read(start, count).to(self._device)
-            with self._loader.loaded(self._blocks.paths[index] + "."):
-                name = first_overflow(self._model, inside, partial(self._call_block, index, x_BTH))
+            given = self._given(index, number, self._files.inputs(index))
+            run = partial(self._calls.run, index, self._sizes[number], given)
+            with self._loader.loaded(path + "."):
+                name = first_overflow(self._model, inside, run)
             if name is not None:
                 return name
         return None
@@ -307,56 +218,95 @@ class Streamed:
     def _run_block(
         self,
         index: int,
-        sums: Mapping[str, LayerAccumulator],
+        sums: dict[str, LayerAccumulator],
+        fed: list[str],
         advance: Callable[[int], None],
-        *,
-        backward: bool,
     ) -> None:
-        scale = loss_scale(self._model)
-        with self._loader.loaded(self._blocks.paths[index] + "."):
-            for start, batch in self._micro_batches():
-                x_BTH = self._inputs(index).read(start, len(batch)).to(self._device)
-                x_BTH.requires_grad_(backward)
+        files = self._files
+        source, above = files.inputs(index), files.gradient(index + 1)
+        below, outside = files.gradient(index), files.outside(index)
+        with self._block_weights(index):
+            for number, size in enumerate(self._sizes):
+                fixed = {name: self._calls.constant(size, name) for name in fed}
+                given = fixed | self._given(index, number, source)
+                given |= _leaves(
+                    {x: given[x] for x in (*self._calls.carried(index), *fed)},
+                    requires_grad=self._backward,
+                )
                 with (
-                    LayerHooks(self._model, sums, len(batch), scale),
-                    torch.set_grad_enabled(backward),
+                    LayerHooks(self._model, sums, size, self._scale),
+                    torch.set_grad_enabled(self._backward),
                 ):
-                    output_BTH = self._call_block(index, x_BTH)
-                    if backward:
-                        dy_BTH = self._gradient(index + 1).read(start, len(batch))
-                        output_BTH.backward(dy_BTH.to(self._device))
-                        self._gradient(index).write(start, _grad_of(x_BTH))
-                advance(len(batch))
-        if backward:
-            self._gradient(index).publish()
+                    answer = self._calls.run(index, size, given)
+                    if self._backward:
+                        gradients = self._differentiate(index, answer, given, above.read(number))
+                        below.write({x: gradients[x] for x in gradients if x not in fed})
+                        if fed:
+                            outside.write({x: gradients[x] for x in gradients if x in fed})
+                advance(size)
+        if self._backward:
+            below.publish()
+            if fed:
+                outside.publish()
+
+    def _differentiate(
+        self,
+        index: int,
+        answer: dict[str, Tensor],
+        given: dict[str, Tensor],
+        after: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Gradients of what a block is given, from those `after` it of what it gives.
+
+        What passes the block by has the gradient that it has after it, and the block's own.
+        """
+        after = self._to_device(after)
+        roots = [name for name in answer if name in after and answer[name].requires_grad]
+        if roots:
+            torch.autograd.backward([answer[x] for x in roots], [after[x] for x in roots])
+        elif index:
+            raise GradpipeError(
+                f"no gradient passes block {self._blocks.paths[index]}: give --statistics act_l2"
+            )
+        passing = {name: after[name] for name in after if name not in answer}
+        own = _gradients(given)
+        both = {name: passing[name] + own[name] for name in passing if name in own}
+        return passing | own | both
+
+    def _run_before(self, sums: dict[str, LayerAccumulator], fed: dict[int, list[str]]) -> None:
+        """The layers that run before the blocks, from the gradients of the blocks' arguments."""
+        files = [self._files.outside(block) for block in fed]
+        with self._other_weights():
+            for number, batch in enumerate(self._micro_batches()):
+                gradients: dict[str, Tensor] = {}
+                for file in files:
+                    gradients |= self._to_device(file.read(number))
+                with LayerHooks(self._model, sums, len(batch), self._scale):
+                    tensors = self._calls.outside(batch)
+                    names = [name for name in tensors if name in gradients]
+                    torch.autograd.backward(
+                        [tensors[x] for x in names], [gradients[x] for x in names]
+                    )
 
 
-def _stub(index: int, handle: Callable[[int, Tensor, _Call], Any]) -> Callable[..., Any]:
-    """A block's forward that only says what it was called with."""
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if args:
-            return handle(index, args[0], _Call(args[1:], kwargs))
-        rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        return handle(index, kwargs["hidden_states"], _Call((), rest))
-
-    return forward
+def _leaves(tensors: dict[str, Tensor], *, requires_grad: bool) -> dict[str, Tensor]:
+    """The tensors as leaves, which collect gradients if they can have any."""
+    return {
+        name: tensor.detach().requires_grad_(requires_grad and tensor.is_floating_point())
+        for name, tensor in tensors.items()
+    }
 
 
-def _grad_of(leaf: Tensor) -> Tensor:
-    if leaf.grad is None:
-        raise GradpipeError("no gradient reaches this model's blocks: is its loss a constant?")
-    return leaf.grad
+def _gradients(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.grad for name, x in tensors.items() if x.grad is not None}
 
 
-def _equal(a: Any, b: Any) -> bool:
-    """Whether two calls are the same, tensors by value."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(_equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
-    if isinstance(a, nn.Module) or callable(a):
-        return a is b
-    return type(a) is type(b) and (a is b or bool(a == b))
+def _check_independent(loss: Tensor, others: list[Tensor]) -> None:
+    """Raises GradpipeError if a loss is computed from what it should only depend on by blocks."""
+    tracked = [tensor for tensor in others if tensor.requires_grad]
+    if tracked and loss.requires_grad:
+        found = torch.autograd.grad(loss, tracked, retain_graph=True, allow_unused=True)
+        if any(gradient is not None for gradient in found):
+            raise GradpipeError(
+                "this model's head reads more than its last block gives: use --schedule resident"
+            )

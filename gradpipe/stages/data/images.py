@@ -23,10 +23,9 @@ from gradpipe.errors import InputError, one_line
 from gradpipe.options import refuse_given
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.data.config import PRESETS, DataConfig, Use
+from gradpipe.stages.data.samples import Samples
 from gradpipe.stages.data.text import load_rows
-from gradpipe.stages.model.shared_inputs import image_shape
-from gradpipe.store.folder import Calibration
-from gradpipe.store.schema import SampleSpec
+from gradpipe.stages.model.trial import image_shape
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 
@@ -56,7 +55,7 @@ class Processor:
         if not any((checkpoint.folder / name).is_file() for name in _PROCESSOR_FILES):
             raise InputError(
                 f"{checkpoint.name} has no preprocessor_config.json, which says how images become "
-                "pixels: fetch it again, or copy it from the model that this one was made of"
+                "pixels: copy it from the model that this one was made of"
             )
         try:
             self._processor: Any = AutoImageProcessor.from_pretrained(
@@ -108,12 +107,17 @@ def load_images(data: DataConfig, use: Use, checkpoint: Checkpoint, model: Any) 
 
 
 def draw_images(
-    images: Images, processor: Processor, num_samples: int, num_tokens: int, seed: int
-) -> tuple[SampleSpec, Calibration]:
+    images: Images,
+    processor: Processor,
+    num_samples: int,
+    num_tokens: int,
+    seed: int,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Samples:
     """`num_samples` different images, drawn with `random.Random(seed)`.
 
-    `num_tokens` is what the blocks see of an image.
-    Raises InputError if there are fewer.
+    `num_tokens` is what the blocks see of an image; `advance` hears of images decoded. Raises
+    InputError if there are fewer, or one is broken.
     """
     count = len(images.labels)
     if count < num_samples:
@@ -122,25 +126,23 @@ def draw_images(
             "ask for fewer"
         )
     drawn = random.Random(seed).sample(range(count), num_samples)
-    pixels = [processor.pixels(images, index) for index in drawn]
-    calibration = Calibration(
-        arrays={
+    pixels = []
+    for index in drawn:
+        pixels.append(processor.pixels(images, index))
+        advance(1)
+    return Samples.of(
+        {
             "pixel_values": np.stack([x.reshape(-1) for x in pixels]),
             "labels": np.array([images.labels[index] for index in drawn], dtype=np.int64),
             "sources": np.array([(index, 0) for index in drawn], dtype=np.int64),
-        }
-    )
-    spec = SampleSpec(
+        },
         dataset=images.name,
         revision=images.revision,
         sampling="images",
         seed=seed,
-        num_samples=num_samples,
         seq_len=num_tokens,
-        digest=calibration.digest,
         image_shape=pixels[0].shape,
     )
-    return spec, calibration
 
 
 @dataclass(frozen=True, slots=True)

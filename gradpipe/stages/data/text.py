@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,10 @@ import huggingface_hub
 import pyarrow.parquet
 
 from gradpipe.errors import InputError, one_line
-from gradpipe.options import refuse_given
+from gradpipe.options import is_given, refuse_given
+from gradpipe.stages.data.chat import CHAT_COLUMNS, ChatTemplate
 from gradpipe.stages.data.config import _SPLITS, FILE_KINDS, PRESETS, DataConfig, Use, split_name
+from gradpipe.stages.data.documents import Column, Documents, PlainText, Reader
 from gradpipe.stages.data.stdlib import DOCUMENT_SEPARATOR, stdlib_documents
 
 _C4 = ("allenai/c4", "607bd4c8450a42878aa9ddc051a65a055450ef87")
@@ -40,10 +41,14 @@ class Text:
     separator: str  # between documents when they are joined
     joined: bool  # draw windows from the joined text, not from single documents
     max_windows: int | None = None
+    is_chat: bool = False  # conversations, with special tokens of the template's
 
 
-def load_text(data: DataConfig, use: Use) -> Text:
-    """The text behind `data`; InputError if there is none, or it has no such column."""
+def load_text(data: DataConfig, use: Use, tokenizer: Any) -> Text:
+    """The text behind `data`, of conversations by the tokenizer's chat template.
+
+    Raises InputError if there is none, if it has no such column, or if a row of it is odd.
+    """
     if data.name == "stdlib":
         split: Literal["train", "heldout"] = "train" if use == "calibration" else "heldout"
         documents = [text for _, text in stdlib_documents(split)]
@@ -53,9 +58,8 @@ def load_text(data: DataConfig, use: Use) -> Text:
     if data.name == "wikitext2":
         return _load_wikitext2(use)
     if Path(data.name).exists():
-        documents = _local_documents(data)
-        return Text(documents=documents, revision=None, separator="\n\n", joined=False)
-    return _load_hub(data, use)
+        return _load_local(data, tokenizer)
+    return _load_hub(data, use, tokenizer)
 
 
 def _load_c4(use: Use) -> Text:
@@ -95,13 +99,11 @@ def _load_file(hub_id: str, file: str, revision: str) -> Any:
         raise _unknown_dataset(hub_id, error) from error
 
 
-def _load_hub(data: DataConfig, use: Use) -> Text:
-    """The text column of any dataset of the Hub."""
+def _load_hub(data: DataConfig, use: Use, tokenizer: Any) -> Text:
+    """One column of any dataset of the Hub; its rows are looked at when they are drawn."""
     rows, revision = load_rows(data, use)
-    if data.text_column not in rows.column_names:
-        raise _no_column(data.name, data.text_column, rows.column_names)
-    documents = rows[data.text_column]
-    return Text(documents=documents, revision=revision, separator="\n\n", joined=False)
+    name = _choose_column(data.name, data, rows.column_names)
+    return _text(data.name, [_column(data.name, name, rows[name], tokenizer)], revision)
 
 
 def load_rows(data: DataConfig, use: Use) -> tuple[Any, str]:
@@ -140,8 +142,8 @@ def _unknown_dataset(name: str, error: Exception) -> InputError:
     )
 
 
-def _local_documents(data: DataConfig) -> list[str]:
-    """The documents of one file, or of every file of a known kind below a folder, in name order."""
+def _load_local(data: DataConfig, tokenizer: Any) -> Text:
+    """The text of one file, or of every file of a known kind below a folder, in name order."""
     path = Path(data.name)
     below = [] if path.is_file() else [p for p in path.rglob("*") if _kind(p) and p.is_file()]
     files = sorted(below) or [path]
@@ -149,72 +151,100 @@ def _local_documents(data: DataConfig) -> list[str]:
         raise InputError(f"dataset {path}: expected a file or folder of {', '.join(FILE_KINDS)}")
     if all(_kind(p) == "text" for p in files):
         refuse_given(data, ("text_column",), f"dataset {path} has no table")
-    return [document for file in files for document in _file_documents(file, data.text_column)]
+    columns = [_read_file(file, data, tokenizer) for file in files]
+    return _text(data.name, [column for column in columns if column.values], None)
+
+
+def _text(name: str, columns: Sequence[Column], revision: str | None) -> Text:
+    """Columns as one text; InputError if some hold conversations and others plain text."""
+    by_kind = {column.reader.is_chat: column.name for column in columns}
+    if len(by_kind) > 1:
+        raise InputError(
+            f"dataset {name} holds conversations ({by_kind[True]}) and text ({by_kind[False]}): "
+            "expected one kind: put them into folders of their own, and give one"
+        )
+    is_chat = True in by_kind
+    return Text(
+        documents=Documents(columns),
+        revision=revision,
+        separator="" if is_chat else "\n\n",  # a template ends what it makes
+        joined=False,
+        is_chat=is_chat,
+    )
 
 
 def _kind(path: Path) -> str | None:
     return next((kind for end, kind in FILE_KINDS.items() if path.name.endswith(end)), None)
 
 
-def _file_documents(path: Path, column: str) -> list[str]:
-    """A text file is one document; a table has one in each row."""
+def _read_file(path: Path, data: DataConfig, tokenizer: Any) -> Column:
+    """A text file is one document; a table has one in each row. All rows are looked at."""
     kind = _kind(path)
     try:
         if kind == "text":
-            return [path.read_text(encoding="utf-8-sig")]
-        values = _json_values(path, column) if kind == "json" else _parquet_values(path, column)
+            text = path.read_text(encoding="utf-8-sig")
+            return Column(name=str(path), column="", values=[text], reader=PlainText())
+        name, values = (_json_values if kind == "json" else _parquet_values)(path, data)
     except InputError:
         raise
     except Exception as error:  # pyarrow, json and gzip raise from many families
         raise InputError(f"dataset {path}: cannot read it as {kind}: {one_line(error)}") from error
-    for number, value in enumerate(values, 1):
-        if oddity := _oddity(value):
-            raise InputError(
-                f"dataset {path}: row {number} holds {oddity} under {column!r}, expected text: "
-                "mend it, or choose with --text-column"
-            )
-    return values
+    column = _column(str(path), name, values, tokenizer)
+    column.check()
+    return column
 
 
-def _oddity(value: object) -> str | None:
-    """What keeps a value from being text, None if it is."""
-    if not isinstance(value, str):
-        return type(value).__name__
-    return "half a surrogate pair" if re.search("[\ud800-\udfff]", value) else None
+def _column(name: str, column: str, values: Sequence[Any], tokenizer: Any) -> Column:
+    """A table's column, which holds conversations by its name or by its first value."""
+    is_chat = column in CHAT_COLUMNS or (len(values) > 0 and isinstance(values[0], list))
+    reader: Reader = ChatTemplate(tokenizer, name) if is_chat else PlainText()
+    return Column(name=name, column=column, values=values, reader=reader)
 
 
-def _json_values(path: Path, column: str) -> list[Any]:
-    """One value from each line of a .jsonl file; blank lines are none."""
-    data = path.read_bytes()
-    text = (gzip.decompress(data) if path.name.endswith(".gz") else data).decode("utf-8-sig")
-    return [
-        _json_value(path, number, line, column)
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
+def _choose_column(name: str, data: DataConfig, columns: Sequence[str]) -> str:
+    """The column that is asked for; unasked `text`, or else one that holds conversations."""
+    asked = data.text_column
+    choices = (asked,) if is_given(data, "text_column") else (asked, *CHAT_COLUMNS)
+    found = next((column for column in choices if column in columns), None)
+    if found is None:
+        raise _no_column(name, asked, columns)
+    return found
 
 
-def _json_value(path: Path, number: int, line: str, column: str) -> Any:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from error
-    if not isinstance(row, dict) or column not in row:
-        raise _no_column(str(path), column, [*row] if isinstance(row, dict) else [])
-    return row[column]
-
-
-def _parquet_values(path: Path, column: str) -> list[Any]:
-    with pyarrow.parquet.ParquetFile(path) as file:
-        names = file.schema_arrow.names
-        if column not in names:
-            raise _no_column(str(path), column, names)
-        values: list[Any] = file.read(columns=[column]).column(column).to_pylist()
-    return values
-
-
-def _no_column(name: str, column: str, columns: Sequence[str]) -> InputError:
+def _no_column(name: str, asked: str, columns: Sequence[str]) -> InputError:
     return InputError(
-        f"dataset {name} has no text column {column!r}; it has {', '.join(columns) or 'none'}: "
+        f"dataset {name} has no text column {asked!r}; it has {', '.join(columns) or 'none'}: "
         "choose with --text-column"
     )
+
+
+def _json_values(path: Path, data: DataConfig) -> tuple[str, list[Any]]:
+    """The column, and its value in each line of a .jsonl file; blank lines are none."""
+    content = path.read_bytes()
+    is_packed = path.name.endswith(".gz")
+    text = (gzip.decompress(content) if is_packed else content).decode("utf-8-sig")
+    lines = ((number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip())
+    column, values = "", list[Any]()
+    for number, line in lines:
+        row = _json_row(number, line)
+        column = column or _choose_column(str(path), data, [*row])  # by the first row
+        if column not in row:
+            raise _no_column(str(path), column, [*row])
+        values.append(row[column])
+    return column, values
+
+
+def _json_row(number: int, line: str) -> dict[str, Any]:
+    """The object in a line; without columns if it is another value."""
+    try:
+        row: Any = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+    return row if isinstance(row, dict) else {}
+
+
+def _parquet_values(path: Path, data: DataConfig) -> tuple[str, list[Any]]:
+    with pyarrow.parquet.ParquetFile(path) as file:
+        column = _choose_column(str(path), data, file.schema_arrow.names)
+        values: list[Any] = file.read(columns=[column]).column(column).to_pylist()
+    return column, values

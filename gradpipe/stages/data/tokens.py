@@ -11,9 +11,8 @@ import numpy.typing as npt
 from gradpipe.errors import InputError, one_line
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.data.config import TOKENS
+from gradpipe.stages.data.samples import Samples
 from gradpipe.stages.model.load import sequence_length
-from gradpipe.store.folder import Calibration
-from gradpipe.store.schema import SampleSpec
 
 
 def is_tokens(name: str) -> bool:
@@ -53,7 +52,7 @@ def token_windows(name: str, seq_len: int, most: int | None) -> npt.NDArray[np.i
     return ids[:most].astype(np.int64)
 
 
-def token_samples(name: str, num_samples: int, seq_len: int) -> tuple[SampleSpec, Calibration]:
+def token_samples(name: str, num_samples: int, seq_len: int) -> Samples:
     """Calibration samples from a file; InputError if it has fewer."""
     windows = token_windows(name, seq_len, num_samples)
     if len(windows) < num_samples:
@@ -62,22 +61,15 @@ def token_samples(name: str, num_samples: int, seq_len: int) -> tuple[SampleSpec
             f"--num-samples is {num_samples}: ask for fewer"
         )
     starts = np.arange(num_samples, dtype=np.int64) * seq_len
-    calibration = Calibration(
-        arrays={
+    return Samples.of(
+        {
             "input_ids": windows.astype(np.int32),
             "sources": np.stack([np.full(num_samples, -1, dtype=np.int64), starts], axis=1),
-        }
-    )
-    spec = SampleSpec(
+        },
         dataset=name,
-        revision=None,
         sampling="tokens",
-        seed=0,
-        num_samples=num_samples,
         seq_len=seq_len,
-        digest=calibration.digest,
     )
-    return spec, calibration
 
 
 def _load(name: str) -> npt.NDArray[np.integer[Any]]:

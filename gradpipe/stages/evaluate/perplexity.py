@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from gradpipe.errors import GradpipeError
+from gradpipe.stages.model.batch import Batch
 
 
 @torch.no_grad()
@@ -27,16 +28,16 @@ def perplexity(
 
     Infinite where it is beyond a float. Raises GradpipeError for a loss that is not finite.
     """
-    total = 0.0
-    for start in range(0, len(windows), batch_size):
-        ids_BT = torch.from_numpy(windows[start : start + batch_size]).to(model.device)
-        loss = float(model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss)
+    total, done = 0.0, 0
+    for batch in Batch.of_tokens(torch.from_numpy(windows)).split(batch_size):
+        loss = float(batch.to(model.device).forward(model).loss)
         if not math.isfinite(loss):
             raise GradpipeError(
-                f"the model's loss is {loss} on window {start + 1} of {len(windows)}: try --dtype "
+                f"the model's loss is {loss} on window {done + 1} of {len(windows)}: try --dtype "
                 "bfloat16 or float32, or mend the checkpoint"
             )
-        total += loss * len(ids_BT)
-        advance(len(ids_BT))
+        total += loss * len(batch)
+        done += len(batch)
+        advance(len(batch))
     mean = total / len(windows)
     return math.exp(mean) if mean < 700 else math.inf

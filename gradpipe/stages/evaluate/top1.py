@@ -10,6 +10,7 @@ import torch
 
 from gradpipe.errors import GradpipeError
 from gradpipe.stages.data.images import Images, Processor
+from gradpipe.stages.model.batch import Batch
 
 
 @torch.no_grad()
@@ -28,9 +29,9 @@ def top1(
     for start in range(0, len(images.labels), batch_size):
         ids = range(start, min(start + batch_size, len(images.labels)))
         pixels = np.stack([processor.pixels(images, i) for i in ids])
-        pixels_BCHW = torch.from_numpy(pixels).to(model.device, model.dtype)
+        batch = Batch(inputs={"pixel_values": torch.from_numpy(pixels)})  # not all take labels
         labels_B = torch.tensor([images.labels[i] for i in ids], device=model.device)
-        logits_BC = model(pixel_values=pixels_BCHW).logits
+        logits_BC = batch.to(model.device).forward(model).logits
         if bool(logits_BC.isnan().any()):
             raise GradpipeError(
                 f"the model's logits are NaN on image {start + 1} of {len(images.labels)}: try "

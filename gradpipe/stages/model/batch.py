@@ -18,9 +18,9 @@ from gradpipe.store.schema import SampleSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Samples, and their labels."""
+    """Samples, and their labels where a loss is wanted."""
 
-    inputs: dict[str, Tensor]  # argument of the model -> (samples, …); `labels` is among them
+    inputs: dict[str, Tensor]  # argument of the model -> (samples, …); with `labels` for a loss
     use_cache: bool | None = None  # as given to the model; None: it takes no such argument
 
     @classmethod
@@ -34,7 +34,7 @@ class Batch:
         return cls(inputs={"pixel_values": pixels_BCHW, "labels": labels_B})
 
     def __len__(self) -> int:
-        return len(self.inputs["labels"])
+        return len(next(iter(self.inputs.values())))
 
     def __getitem__(self, part: slice) -> Self:
         return replace(self, inputs={name: x[part] for name, x in self.inputs.items()})

@@ -24,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradpipe.stages.model.layers import Blocks, Layer
+from gradpipe.stages.model.blocks import Blocks
+from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.stand_in import Call, StandIn
 from gradpipe.store.schema import CouplingSpec
 

@@ -1,12 +1,13 @@
-"""A model taken apart: its blocks, and the prunable layers in them.
+"""The prunable layers of a model, and what of its blocks is left dense, with the reason.
 
-No table of architectures: the blocks are the module list that holds most of the model's
-parameters, and a layer is a linear map inside one. `--blocks` names the list by hand.
+A layer is a linear map in the blocks, or one outside that is asked for, whose matrix is a tensor of
+the checkpoint. Routers stay dense: a few thousand weights decide where every token goes.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,9 +16,16 @@ from transformers.pytorch_utils import Conv1D
 
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.model.tensor_names import weight_keys
+from gradpipe.stages.model.blocks import Blocks, owners
+from gradpipe.stages.model.conversion import Sources
+from gradpipe.stages.model.experts import RoutedLinear
+from gradpipe.stages.model.trial import Trial
 from gradpipe.store.objects import digest
-from gradpipe.store.schema import CouplingSpec, LayerSpec
+from gradpipe.store.schema import LayerSpec
+
+_ROUTER = re.compile(r"router|(^|\.)(gate|gating|wg|\w*expert_gate)(\.|$)")  # beside experts
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,111 +37,180 @@ class Layer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Blocks:
-    """The repeated blocks of a model, in order: where they are, whichever instance of it."""
+class LeftOut:
+    """A matrix of the blocks, or a stack of them, that is no layer."""
 
-    path: str  # of their list: `model.layers`
-    count: int
-
-    @property
-    def paths(self) -> tuple[str, ...]:
-        """The path of each block's module, such as `model.layers.0`."""
-        return tuple(f"{self.path}.{index}" for index in range(self.count))
+    name: str  # of the parameter in the model
+    num_weights: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Skeleton:
-    """A checkpoint's model without its weights, taken apart."""
+class Selection:
+    """What the user asks for beside the linear maps of the blocks: regexes."""
 
-    checkpoint: Checkpoint
-    model: Any  # on the meta device, its buffers real
-    blocks: Blocks
-    layers: tuple[Layer, ...]
-    couplings: tuple[CouplingSpec, ...] = ()  # as far as they were asked for
-
-
-def find_blocks(model: nn.Module, path: str | None = None) -> Blocks:
-    """The repeated blocks: those at `path`, else the largest list of modules of one class.
-
-    Raises InputError that says what was looked for.
-    """
-    lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and _is_block_list(module)
-    }
-    if path is not None:
-        if path not in lists:
-            raise InputError(
-                f"--blocks {path}: expected the path of a list of blocks with linear layers; "
-                f"this model has {', '.join(lists) or 'none'}"
-            )
-        return Blocks(path=path, count=len(lists[path]))
-    if not lists:
-        raise InputError(
-            f"no blocks found in {type(model).__name__}: looked for an nn.ModuleList whose "
-            "modules share one class and hold linear layers; name its path with --blocks PATH"
-        )
-    largest = max(lists, key=lambda name: _num_parameters(lists[name]))
-    return Blocks(path=largest, count=len(lists[largest]))
+    include: tuple[str, ...] = ()  # linear layers outside the blocks to collect too
+    exclude: tuple[str, ...] = ()  # linear layers to leave dense
 
 
 def find_layers(
     model: nn.Module,
+    linears: dict[str, nn.Module],
     blocks: Blocks,
-    checkpoint: Checkpoint,
-    include: tuple[str, ...] = (),
-    *,
-    with_digests: bool = True,
-) -> tuple[Layer, ...]:
-    """Every linear map in the blocks, and those outside whose name matches an `include` regex.
+    sources: Sources,
+    trial: Trial,
+    asked: Selection,
+) -> tuple[tuple[Layer, ...], tuple[LeftOut, ...]]:
+    """Every linear map in the blocks, and those outside that are asked for; what is left out.
 
-    Each is tied to its tensor in the checkpoint. Raises InputError for one that has none, and for
-    a regex without a match. Digests need the weights to be read.
+    Raises InputError for a regex without a match, and for weights that are no floats.
     """
     prefix = blocks.path + "."
-    keys = weight_keys(model, checkpoint)
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    outside = {name: keys[f"{name}.weight"] for name in linears if not name.startswith(prefix)}
-    included = {name for pattern in include for name in _matches(pattern, outside, checkpoint)}
+    keys = {name: _key(name, module, sources) for name, module in linears.items()}
+    reasons = _reasons(model, linears, keys, sources, trial)
+    outside = [x for x in linears if not x.startswith(prefix) and x not in reasons]
+    wanted = [x for x in linears if x.startswith(prefix)]
+    for pattern in asked.include:
+        wanted += _matches("include", pattern, outside, keys, sources)
+    for pattern in asked.exclude:
+        for name in _matches("exclude", pattern, wanted, keys, sources):
+            reasons[name] = f"left out by --exclude {pattern}"
     layers = []
     for name, module in linears.items():
-        inside = name.startswith(prefix)
-        if inside or name in included:
-            block = int(name.removeprefix(prefix).split(".")[0]) if inside else None
+        key = keys[name]
+        if name in wanted and name not in reasons and key is not None:
             transposed = isinstance(module, Conv1D)
-            spec = checkpoint.layer_spec(keys[f"{name}.weight"], block, transposed=transposed)
-            if with_digests:
-                data = checkpoint.read_bytes(spec.weight_key)
-                spec = replace(spec, digest=digest(data))
+            spec = sources.checkpoint.layer_spec(key, blocks.index(name), transposed=transposed)
             layers.append(Layer(path=name, spec=spec))
-    return tuple(layers)
+    return tuple(layers), _left_out(model, blocks, linears, reasons)
 
 
-def _matches(pattern: str, outside: dict[str, str], checkpoint: Checkpoint) -> list[str]:
-    """The modules meant by an `include` regex, by their own name or their tensor's."""
-    found = [
-        name
-        for name, key in outside.items()
-        if re.search(pattern, name) or re.search(pattern, key.removesuffix(".weight"))
+def measured(layers: tuple[Layer, ...], checkpoint: Checkpoint) -> tuple[Layer, ...]:
+    """The layers with the digests of their weights, all of which are read."""
+    return tuple(
+        replace(x, spec=replace(x.spec, digest=digest(checkpoint.read_bytes(x.spec.weight_key))))
+        for x in layers
+    )
+
+
+def dense_lines(left_out: tuple[LeftOut, ...]) -> list[str]:
+    """What stays dense, in a line for each reason."""
+    by_reason: dict[str, list[LeftOut]] = {}
+    for item in left_out:
+        by_reason.setdefault(item.reason, []).append(item)
+    return [
+        f"stays dense: {items[0].name}"
+        + (f" and {len(items) - 1} more" if len(items) > 1 else "")
+        + f", {sum(x.num_weights for x in items):,} weights: {reason}"
+        for reason, items in by_reason.items()
     ]
+
+
+def _key(name: str, module: nn.Module, sources: Sources) -> str | None:
+    """The checkpoint's tensor that a linear map's matrix is; None if it is made from others."""
+    return module.key if isinstance(module, RoutedLinear) else sources.key(f"{name}.weight")
+
+
+def _reasons(
+    model: nn.Module,
+    linears: dict[str, nn.Module],
+    keys: dict[str, str | None],
+    sources: Sources,
+    trial: Trial,
+) -> dict[str, str]:
+    """Why linear maps are no layers, for those that are none."""
+    mixtures, is_known = _mixtures(model), trial.error is None
+    names = Counter(source.keys[0] for source in sources.by_name.values() if source.rule is None)
+    reasons = {}
+    for path, module in linears.items():
+        key, times = keys[path], trial.times.get(path, 0)
+        if key is None:
+            reasons[path] = "made from other tensors of the checkpoint"
+        elif _is_router(path, module, mixtures):
+            reasons[path] = "a router or gate of experts"
+        elif names[key] > 1:
+            reasons[path] = "its tensor is used by several modules"
+        elif times > 1:
+            reasons[path] = f"called {times} times by a pass over a sample"
+        elif is_known and not times:
+            reasons[path] = "not called by a pass over a sample"
+        elif is_known and _weight_name(path, module) not in trial.reached:
+            reasons[path] = "no gradient comes to it: what it gives is only compared, or not used"
+    return reasons
+
+
+def _weight_name(path: str, module: nn.Module) -> str:
+    """The parameter that a linear map's matrix is, or is a part of."""
+    if isinstance(module, RoutedLinear):
+        return f"{path.rpartition('.each.')[0]}.{module.parameter}"
+    return f"{path}.weight"
+
+
+def _mixtures(model: nn.Module) -> set[str]:
+    """Paths of what holds experts, however deep."""
+    experts = [
+        name
+        for name, parameter in model.named_parameters()
+        if ".experts." in f".{name}"
+        or (parameter.ndim == 3 and not isinstance(_owner(model, name), _CONVOLUTIONS))
+    ]
+    return {owner for name in experts for owner in owners(name)}
+
+
+def _owner(model: nn.Module, parameter: str) -> nn.Module:
+    return model.get_submodule(parameter.rpartition(".")[0])
+
+
+def _is_router(name: str, module: Any, mixtures: set[str]) -> bool:
+    """True for a linear map beside experts that bears a router's name, or has one output."""
+    if isinstance(module, RoutedLinear):
+        return False
+    beside = [owner for owner in owners(name) if owner in mixtures]
+    is_gate = bool(_ROUTER.search(name)) or module.weight.shape[0] == 1
+    return bool(beside) and is_gate
+
+
+def _matches(
+    option: str,
+    pattern: str,
+    names: list[str],
+    keys: dict[str, str | None],
+    sources: Sources,
+) -> list[str]:
+    """The modules meant by a regex, by their own name or their tensor's."""
+    tensors = {name: (keys[name] or name).removesuffix(".weight") for name in names}
+    found = [x for x in names if re.search(pattern, x) or re.search(pattern, tensors[x])]
     if not found:
+        where = "that a sample runs through, outside the blocks" if option == "include" else ""
         raise InputError(
-            f"--include {pattern}: matches no linear layer outside the blocks; "
-            f"{checkpoint.name} has {', '.join(outside) or 'none'}"
+            f"--{option} {pattern}: matches no linear layer {where}".rstrip()
+            + f"; {sources.checkpoint.name} has {', '.join(names) or 'none'}"
         )
     return found
 
 
-def is_linear(module: nn.Module) -> bool:
-    """True for the modules whose `weight` is one matrix applied to the last dimension."""
-    return isinstance(module, nn.Linear | Conv1D)
+def _left_out(
+    model: nn.Module, blocks: Blocks, linears: dict[str, nn.Module], reasons: dict[str, str]
+) -> tuple[LeftOut, ...]:
+    """The parameters of the blocks, of two dimensions or more, that are no layer's."""
+    layers = {_weight_name(x, module) for x, module in linears.items() if x not in reasons}
+    found = []
+    for name, parameter in model.get_submodule(blocks.path).named_parameters(blocks.path):
+        if parameter.ndim >= 2 and name not in layers:
+            owner = name.rpartition(".")[0]
+            reason = reasons.get(owner) or _kind(name, parameter.ndim, _owner(model, name))
+            found.append(LeftOut(name=name, num_weights=parameter.numel(), reason=reason))
+    return tuple(found)
 
 
-def _is_block_list(modules: nn.ModuleList) -> bool:
-    kinds = {type(module) for module in modules}
-    return len(kinds) == 1 and any(is_linear(m) for m in modules[0].modules())
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _kind(name: str, ndim: int, owner: nn.Module) -> str:
+    """What a parameter is that is no linear map's."""
+    if isinstance(owner, _CONVOLUTIONS):
+        return "a convolution"
+    if isinstance(owner, nn.Embedding):
+        return "an embedding"
+    if isinstance(owner, nn.Linear):
+        return f"{type(owner).__name__} computes something else than a product with its weight"
+    if ndim == 3 or ".experts." in name:
+        return "several experts in one tensor"
+    return f"a parameter of {type(owner).__name__}"

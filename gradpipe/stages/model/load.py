@@ -11,13 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import AutoConfig, AutoTokenizer
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
 from gradpipe.errors import GradpipeError, InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo
 from gradpipe.stages.device import is_out_of_memory
+from gradpipe.stages.model.buffers import fill_buffers
+from gradpipe.stages.model.conversion import Sources, find_sources, missing_weights
 from gradpipe.stages.model.experts import split_experts
 from gradpipe.stages.model.tasks import auto_class, noun
 
@@ -55,16 +58,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The checkpoint's tokenizer; InputError if it has none, which transformers might make up."""
     if not any(any(checkpoint.folder.glob(pattern)) for pattern in _TOKENIZER_FILES):
         raise InputError(
-            f"{checkpoint.name} has no tokenizer, such as tokenizer.json: fetch it again, or copy "
-            "it from the model that this one was made of"
+            f"{checkpoint.name} has no tokenizer, such as tokenizer.json: copy it from the model "
+            "that this one was made of"
         )
     try:
         with _silence():
             return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise from many families, in Python and in Rust
         raise InputError(
-            f"{checkpoint.name}: cannot load its tokenizer ({_first_line(error)}): fetch its files "
-            "again, such as tokenizer.json"
+            f"{checkpoint.name}: cannot load its tokenizer ({_first_line(error)}): install what it "
+            "needs, or mend its files, such as tokenizer.json"
         ) from error
 
 
@@ -101,29 +104,33 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """The model on the meta device, in eval mode, frozen, its buffers real.
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Sources]:
+    """The model on the meta device, in eval mode, frozen, its buffers real; what it is made from.
 
-    It costs no memory and reads no weights. Buffers that no checkpoint holds (rotary frequencies,
-    embedding scales) are computed as `from_pretrained` computes them. Remote code is never run.
-    InputError if the checkpoint's weights are quantized.
+    It costs no memory and reads no weights. Remote code is never run. InputError if the
+    checkpoint's weights are quantized, or are not the model's.
     """
     _check_unquantized(checkpoint)
     config = _read_config(checkpoint)
     with _loading(checkpoint):
         with torch.device("meta"):
             model: Any = auto_class(checkpoint).from_config(config, dtype=dtype)
-        split_experts(model, checkpoint)
-        owners = set()
-        for name, buffer in model.named_non_persistent_buffers():
-            owner, _, leaf = name.rpartition(".")
-            real = torch.empty_like(buffer, device="cpu")
-            model.get_submodule(owner).register_buffer(leaf, real, persistent=False)
-            owners.add(owner)
-        for owner in sorted(owners):
-            model._init_weights(model.get_submodule(owner))  # noqa: SLF001 (from_pretrained's way)
         model.tie_weights()
-    return _frozen(model)
+        _keep_wide(model, dtype)
+    sources = find_sources(model, checkpoint)
+    fill_buffers(model, checkpoint, frozenset(sources.by_name))
+    split_experts(model, sources)
+    return _frozen(model), sources
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Give what transformers keeps in float32 whatever is asked for that type."""
+    plan = model._get_dtype_plan(dtype)  # noqa: SLF001 (from_pretrained's way)
+    if plan:
+        pattern = build_glob_alternation(list(plan))[0]
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            if pattern.search(name) and tensor.is_floating_point():
+                tensor.data = tensor.data.to(torch.float32)
 
 
 def _check_unquantized(checkpoint: Checkpoint) -> None:
@@ -134,6 +141,17 @@ def _check_unquantized(checkpoint: Checkpoint) -> None:
         raise InputError(
             f"{checkpoint.name} is quantized ({method or 'quantization_config'} in its "
             "config.json), expected float weights: give the model before it was quantized"
+        )
+
+
+def _check_method(checkpoint: Checkpoint, quantization: Any) -> None:
+    """Raises InputError for a quantization that transformers would pass by, and read the codes."""
+    with _loading(checkpoint):  # it raises if no method is named
+        is_known = AutoHfQuantizer.supports_quant_method(quantization)
+    if not is_known:
+        raise InputError(
+            f"{checkpoint.name}: transformers does not know the quantization_config in its "
+            "config.json: give the model before it was quantized"
         )
 
 
@@ -164,7 +182,12 @@ def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model with its weights, in eval mode, frozen. No remote code is run."""
+    """The model with its weights, in eval mode, frozen. No remote code is run.
+
+    InputError if transformers cannot load it, or would not decode what is quantized.
+    """
+    if quantization := checkpoint.config.get("quantization_config"):
+        _check_method(checkpoint, quantization)
     with _loading(checkpoint):
         loaded: Any = auto_class(checkpoint).from_pretrained(
             checkpoint.folder,
@@ -175,7 +198,10 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
             ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     model, report = loaded
-    _check_whole(checkpoint, report)
+    if not quantization:
+        find_sources(model, checkpoint)  # the verdict of the other schedule
+    if missing := report["missing_keys"]:
+        raise missing_weights(checkpoint, type(model).__name__, missing)
     return _frozen(model.to(device))
 
 
@@ -201,20 +227,6 @@ def _loading(checkpoint: Checkpoint) -> Iterator[None]:
             f"{checkpoint.name}: transformers cannot load it as {noun(checkpoint)}: "
             f"{_first_line(error)}"
         ) from error
-
-
-def _check_whole(checkpoint: Checkpoint, report: dict[str, Any]) -> None:
-    """Refuse what transformers would make up: it draws missing weights at random."""
-    for key, found, expected in sorted(report["mismatched_keys"]):
-        raise InputError(
-            f"{checkpoint.name}: tensor {key} is {tuple(found)}, by its config.json "
-            f"{tuple(expected)}: weights and config.json are of different models"
-        )
-    if missing := sorted(report["missing_keys"]):
-        raise InputError(
-            f"{checkpoint.name} lacks {len(missing)} tensors that its config.json asks for, "
-            f"first {missing[0]}: fetch it again"
-        )
 
 
 @contextmanager

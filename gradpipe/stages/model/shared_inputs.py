@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from gradpipe.errors import InputError
-from gradpipe.stages.model.layers import Blocks, Layer
+from gradpipe.stages.model.blocks import Blocks
+from gradpipe.stages.model.layers import Layer
+from gradpipe.stages.model.trial import image_shape
 
 _TOKENS = 4
-
-_IMAGE_SIZE = 224  # of models that take any
 
 
 def share_inputs(model: Any, layers: Sequence[Layer]) -> tuple[Layer, ...]:
@@ -54,14 +54,6 @@ def _first_readers(model: Any, layers: Sequence[Layer]) -> dict[str, str]:
         if len(best) == len(layers):
             break
     return best
-
-
-def image_shape(model: Any) -> tuple[int, int, int]:
-    """(channels, height, width) of the images that a model takes, by its config."""
-    config = getattr(model.config, "vision_config", model.config)
-    size = getattr(config, "image_size", _IMAGE_SIZE)
-    height, width = (size, size) if isinstance(size, int) else size
-    return getattr(config, "num_channels", 3), height, width
 
 
 def image_tokens(model: Any, blocks: Blocks) -> int:

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.pytorch_utils import Conv1D
 
-from gradpipe.stages.model.experts import RoutedLinear, fused_weights
-from gradpipe.stages.model.layers import is_linear
-from gradpipe.stages.model.shared_inputs import image_shape
+from gradpipe.stages.model.experts import fused_weights, is_split
+from gradpipe.stages.model.linear import linear_maps
+from gradpipe.stages.model.trial import image_shape
 
 _LARGE = 2**22  # values of a parameter; larger ones get one row's memory
 
@@ -50,11 +51,12 @@ class StandIn:
         self.shifts: Mapping[str, Tensor] = {}  # path of a linear map -> what to add, (N, O)
         self.inputs: dict[str, Tensor] = {}  # path -> what it has read last, in order
         self.model: Any = _copied(model, like).double()
+        self._maps = linear_maps(self.model)
         self._stub_maps()
         self._stub_fused_experts()
         self._fill_in()
         for module in self.model.modules():
-            if isinstance(module, nn.ModuleList):  # one that is called is a mixture's experts
+            if is_split(module):
                 module.register_forward_pre_hook(_to_every_expert)
 
     def calls(self, paths: Iterable[str]) -> dict[str, Call]:
@@ -86,8 +88,7 @@ class StandIn:
         return {"input_ids": ids_N1, "use_cache": False}
 
     def _stub_maps(self) -> None:
-        maps = [(path, module) for path, module in self.model.named_modules() if is_linear(module)]
-        for number, (path, module) in enumerate(maps):
+        for number, (path, module) in enumerate(self._maps.items()):
             module.forward = partial(self._map, path, number, _num_outputs(module))
 
     def _map(self, path: str, number: int, width: int, x: Tensor, *_: Any) -> Tensor:
@@ -113,8 +114,9 @@ class StandIn:
         """
         generator = torch.Generator().manual_seed(0)
         known: dict[tuple[bool, torch.Size], Tensor] = {}
+        maps = set(self._maps.values())
         for module in self.model.modules():
-            is_map = isinstance(module, nn.Embedding) or is_linear(module)
+            is_map = isinstance(module, nn.Embedding) or module in maps
             tensors = [
                 *module.named_parameters(recurse=False),
                 *module.named_buffers(recurse=False),
@@ -156,14 +158,14 @@ def _once(path: str, forward: Callable[..., Any], found: dict[str, Call]) -> Cal
 
 
 def _num_outputs(module: Any) -> int:
-    return int(module.weight.shape[0 if isinstance(module, nn.Linear) else 1])
+    return int(module.weight.shape[1 if isinstance(module, Conv1D) else 0])
 
 
 def _to_every_expert(experts: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Show each expert all tokens: routes of another model's code are left alone."""
-    if len(args) != 3 or not any(isinstance(m, RoutedLinear) for m in experts.modules()):
+    if len(args) != 3:
         return args
-    every_TE = torch.arange(len(experts)).expand(len(args[0]), -1)
+    every_TE = torch.arange(len(experts.each)).expand(len(args[0]), -1)
     return args[0], every_TE, torch.ones(every_TE.shape, dtype=torch.float64)
 
 

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
@@ -17,20 +17,57 @@ _AUTO_CLASSES: dict[str, Any] = {
     IMAGE_CLASSIFICATION: AutoModelForImageClassification,
 }
 
+# transformers' lists of classes for something else, and what such a model is
+_OTHERS = {
+    "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES": "an encoder-decoder",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES": "an encoder-decoder",
+    "MODEL_FOR_MASKED_LM_MAPPING_NAMES": "a masked language model",
+    "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES": "a classifier or reward model",
+    "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES": "a classifier of tokens",
+    "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES": "a finder of answers",
+}
+
+_GENERATES = ("causallm", "lmhead", "conditionalgeneration")  # in names that transformers lacks
+
 _NOUNS = {CAUSAL_LM: "a causal language model", IMAGE_CLASSIFICATION: "an image classifier"}
 
 
 def find_task(checkpoint: Checkpoint, asked: str | None = None) -> str:
-    """The task that the architecture is for; InputError if another one is asked for."""
+    """The task that the architecture is for.
+
+    Raises InputError if another one is asked for, and for an architecture that is for neither.
+    """
     found = CAUSAL_LM
-    if checkpoint.architecture in _image_architectures():
+    if checkpoint.architecture in _classes("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES"):
         found = IMAGE_CLASSIFICATION
     if asked not in {None, found}:
         raise InputError(
             f"--task {asked}: {checkpoint.name} is a {checkpoint.architecture}, "
             f"not {_NOUNS[str(asked)]}: give another model, or leave out --task"
         )
+    if found == CAUSAL_LM and (kind := _other_kind(checkpoint)):
+        raise InputError(
+            f"{checkpoint.name} is a {checkpoint.architecture}, {kind}: expected a causal language "
+            "model or an image classifier"
+        )
     return found
+
+
+def _other_kind(checkpoint: Checkpoint) -> str | None:
+    """What an architecture is that is no causal language model; None if it may be one."""
+    architecture = checkpoint.architecture
+    texts = _classes("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+    texts |= _classes("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+    texts |= _classes("MODEL_MAPPING_NAMES")
+    if architecture not in texts and checkpoint.config.get("is_encoder_decoder"):
+        return "an encoder-decoder"
+    if architecture == "unknown" or architecture in texts:
+        return None
+    for mapping, kind in _OTHERS.items():
+        if architecture in _classes(mapping):
+            return kind
+    is_named_so = any(x in architecture.lower() for x in _GENERATES)
+    return None if is_named_so else "which has no language model's head by its name"
 
 
 def check_loss_of_labels(model: Any) -> None:
@@ -55,6 +92,7 @@ def noun(checkpoint: Checkpoint) -> str:
     return _NOUNS[find_task(checkpoint)]
 
 
-def _image_architectures() -> set[str]:
-    names = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values()
+def _classes(mapping: str) -> set[str]:
+    """The classes in one of transformers' lists."""
+    names = getattr(modeling_auto, mapping).values()
     return {name for entry in names for name in ((entry,) if isinstance(entry, str) else entry)}

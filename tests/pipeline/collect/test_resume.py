@@ -13,19 +13,17 @@ from typing import Any
 import pytest
 
 from gradpipe import CollectConfig, GradpipeError, InputError, Interrupted, StoreError, collect
-from gradpipe.pipeline.collect import worker
 from gradpipe.stages.collect import estimate as planning
-from gradpipe.stages.collect.resident import resident_batch
-from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.store.shard import Shard
 from gradpipe.store.snapshots import Snapshots
 from gradpipe.store.writer import StoreWriter
 from tests.support.cases import collecting
 from tests.support.forked import Processes
 from tests.support.models import tiny_model, tiny_tokenizer
+from tests.support.phases import PHASES
 
 SCHEDULES = ("resident", "streamed")
-STEPS = {"resident": (worker, "resident_batch"), "streamed": (Streamed, "_run_block")}
+STEPS = {"resident": PHASES["accumulating"], "streamed": PHASES["streaming backward"]}
 
 
 class Crash(Exception):  # noqa: N818 (what happens, on purpose)
@@ -94,14 +92,15 @@ def test_snapshots_come_every_so_many_samples_and_replace_one_another(
     """A snapshot is a new folder, written once; the one before goes when it is committed."""
     run = config(inputs, tmp_path / "store", checkpoint_every=3)
     seen: list[str] = []
-    save = worker._save  # noqa: SLF001
+    owner, name = PHASES["snapshotting"]
+    save = getattr(owner, name)
 
     def watched(*arguments: Any) -> None:
         save(*arguments)
         folder = run.store / "partial" / "0-of-1"
         seen.extend(sorted(path.name for path in folder.iterdir()))
 
-    monkeypatch.setattr(worker, "_save", watched)
+    monkeypatch.setattr(owner, name, watched)
     collect(run)
     assert seen == ["samples-00000004", "samples-00000004.json"]  # batches of 2: due after 4
 
@@ -140,7 +139,7 @@ def test_a_damaged_block_is_collected_again(
     """Streamed blocks are held against their records before they count as done."""
     run = config(inputs, tmp_path / "store", schedule="streamed")
     interrupt(monkeypatch, run, 1, STEPS["streamed"])
-    assert snapshots(run.store) == ["block-0001", "outside"]
+    assert snapshots(run.store) == ["block-0001"]
     path = run.store / "layers" / "model.layers.1.mlp.up_proj" / "act_l2" / "values" / "c" / "0"
     if damage == "record":
         path = run.store / "partial" / "0-of-1" / "block-0001.json"
@@ -151,7 +150,7 @@ def test_a_damaged_block_is_collected_again(
     assert collect(run).digest == digest
 
 
-@pytest.mark.parametrize("lost", ["all", "inputs-0000", "gradient-0001"])
+@pytest.mark.parametrize("lost", ["all", "inputs-0001", "gradient-0001", "arguments"])
 def test_lost_scratch_costs_time_and_nothing_else(
     inputs: Path,
     tmp_path: Path,
@@ -209,7 +208,7 @@ def test_a_store_whose_samples_are_damaged_says_how_to_start_anew(
     run = config(inputs, tmp_path / "store")
     interrupt(monkeypatch, run, 1, STEPS["resident"])
     (run.store / damage).write_bytes(b'{"zarr_format": 3, "node_type": "group"}')
-    with pytest.raises(StoreError, match="--overwrite"):
+    with pytest.raises(StoreError, match="overwrite it, to start anew"):
         collect(run)
     assert collect(replace(run, overwrite=True)).digest == digest
 
@@ -267,14 +266,15 @@ def test_a_run_that_overwrites_goes_on_without_the_option(
 ) -> None:
     """`--overwrite` again would start anew, so the advice is to leave it out."""
     run = config(inputs, tmp_path / "store", checkpoint_every=2)
-    step = resident_batch
+    owner, name = STEPS["resident"]
+    step = getattr(owner, name)
 
     def signalled(*arguments: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         step(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(worker, "resident_batch", signalled)
+        patched.setattr(owner, name, signalled)
         with pytest.raises(Interrupted, match="run the same command again, without --overwrite"):
             collect(replace(run, overwrite=True))
     assert snapshots(run.store)
@@ -287,14 +287,15 @@ def test_a_block_that_vanishes_is_not_left_out(
     """A streamed store is never declared complete without a layer; run again, it has it."""
     run = config(inputs, tmp_path / "store", schedule="streamed")
     interrupt(monkeypatch, run, 1, STEPS["streamed"])
-    stream = worker._stream  # noqa: SLF001
+    owner, name = PHASES["finishing from blocks"]
+    finish = getattr(owner, name)
 
     def vanishing(*arguments: Any) -> None:
-        stream(*arguments)
         (run.store / "partial" / "0-of-1" / "block-0001.json").unlink()
+        finish(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(worker, "_stream", vanishing)
+        patched.setattr(owner, name, vanishing)
         with pytest.raises(GradpipeError, match=r"layers\.1\..* has vanished"):
             collect(run)
     assert collect(run).digest == digest

@@ -13,7 +13,6 @@ from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.layers import find_blocks, find_layers
 from gradpipe.stages.model.load import load_model
 from gradpipe.store.schema import LayerSpec
 from tests.support.cases import collecting
@@ -88,7 +87,7 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     sums = {"layers.0.0": accumulator}
     ids = torch.zeros((1, 3), dtype=torch.long)
     with pytest.raises(GradpipeError, match=r"runs twice.*by --blocks.*not supported"):
-        resident_batch(model, find_blocks(model), sums, Batch.of_tokens(ids))
+        resident_batch(model, sums, Batch.of_tokens(ids))
 
 
 def test_a_layer_that_never_ran_is_named() -> None:
@@ -117,19 +116,6 @@ def test_a_model_that_overflows_leaves_no_store(root: Path) -> None:
         collect(config(root))
     assert not (root / "store" / "commit.json").exists()
     assert not (root / "store" / "layers" / "model.layers.0.mlp.up_proj").exists()
-
-
-def test_blocks_are_found_or_named_by_hand(root: Path) -> None:
-    """The largest list of like modules is taken; any other path must be one that exists."""
-    checkpoint = Checkpoint.open(str(root / "model"))
-    model = load_model(checkpoint, torch.float32, torch.device("cpu"))
-    assert find_blocks(model).path == find_blocks(model, "model.layers").path == "model.layers"
-    with pytest.raises(InputError, match=r"this model has model\.layers"):
-        find_blocks(model, "model.blocks")
-    with pytest.raises(InputError, match=r"looked for an nn\.ModuleList"):
-        find_blocks(nn.Linear(2, 2))
-    layers = find_layers(model, find_blocks(model), checkpoint)
-    assert {layer.spec.block for layer in layers} == {0, 1}
 
 
 @pytest.mark.gpu

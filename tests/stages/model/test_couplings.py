@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from gradpipe import collect
 from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.model import skeleton as skeletons
+from gradpipe.stages.model.blocks import Blocks
+from gradpipe.stages.model.conversion import find_sources
 from gradpipe.stages.model.couplings import find_couplings
 from gradpipe.stages.model.experts import RoutedLinear, split_experts
-from gradpipe.stages.model.layers import Blocks, Layer, find_blocks, find_layers
-from gradpipe.stages.model.load import build_skeleton
+from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.shared_inputs import share_inputs
 from gradpipe.store.schema import CouplingSpec, LayerSpec
 from tests.support.cases import collecting
@@ -72,10 +74,7 @@ TRUTHS: dict[str, Truth] = {
         ("self_attention.query_key_value", "self_attention.dense", NEOX_HEADS),
         ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", ((0, 128),)),
     ),
-    "gpt2": (
-        ("attn.c_attn", "attn.c_proj", ((64, 32),)),
-        ("mlp.c_fc", "mlp.c_proj", ((0, 56),)),
-    ),
+    "gpt2": (("attn.c_attn", "attn.c_proj", ((64, 32),)), ("mlp.c_fc", "mlp.c_proj", ((0, 56),))),
     "gpt_neox": (
         ("attention.query_key_value", "attention.dense", NEOX_HEADS),
         ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", ((0, 56),)),
@@ -104,9 +103,8 @@ def save(family: str, folder: Path) -> Checkpoint:
 
 def take_apart(checkpoint: Checkpoint) -> tuple[Any, Blocks, tuple[Layer, ...]]:
     """The skeleton, its blocks, and its layers, which know whose input they read."""
-    model = build_skeleton(checkpoint, torch.float32)
-    blocks = find_blocks(model)
-    return model, blocks, share_inputs(model, find_layers(model, blocks, checkpoint))
+    found = skeletons.take_apart(checkpoint, torch.float32)
+    return found.model, found.blocks, share_inputs(found.model, found.layers)
 
 
 def by_path(
@@ -164,7 +162,7 @@ def real_model(family: str, checkpoint: Checkpoint) -> Any:
     """The family's tiny model with its weights, in float64, its experts one by one."""
     is_of_images = family in IMAGE_FAMILIES
     model = (tiny_classifier if is_of_images else tiny_model)(family).double()
-    split_experts(model, checkpoint)
+    split_experts(model, find_sources(model, checkpoint))
     return model
 
 
@@ -290,7 +288,8 @@ def toy_couplings(*blocks: nn.Module, without: str = "") -> tuple[CouplingSpec, 
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in without.split()
     ]
-    return find_couplings(model, Blocks(path="blocks", count=len(blocks)), layers)
+    paths = tuple(f"blocks.{index}" for index in range(len(blocks)))
+    return find_couplings(model, Blocks(path="blocks", paths=paths), layers)
 
 
 def runs_of(couplings: Sequence[CouplingSpec]) -> list[tuple[tuple[int, ...], ...]]:
