@@ -86,17 +86,17 @@ TRUTHS: dict[str, Truth] = {
     "mixtral": (
         LLAMA[0],
         *(
-            (f"mlp.experts.{e}.{name}", f"mlp.experts.{e}.w2", ((0, 56),))
+            (f"mlp.experts.each.{e}.first.{i}", f"mlp.experts.each.{e}.down.0", ((0, 56),))
             for e in range(4)
-            for name in ("w1", "w3")
+            for i in range(2)
         ),
     ),
     "qwen3_moe": (
         WIDE_HEADS,
         *(
-            (f"mlp.experts.{e}.{name}", f"mlp.experts.{e}.down_proj", ((0, 24),))
+            (f"mlp.experts.each.{e}.first.{i}", f"mlp.experts.each.{e}.down.0", ((0, 24),))
             for e in range(4)
-            for name in ("gate_proj", "up_proj")
+            for i in range(2)
         ),
     ),
     "vit": IMAGES,
