@@ -68,10 +68,14 @@ def find_layers(
     prefix = blocks.path + "."
     keys = {name: _key(name, module, sources) for name, module in linears.items()}
     reasons = _reasons(model, linears, keys, sources, trial)
-    outside = [x for x in linears if not x.startswith(prefix) and x not in reasons]
+    outside = [x for x in linears if not x.startswith(prefix)]
     wanted = [x for x in linears if x.startswith(prefix)]
     for pattern in asked.include:
-        wanted += _matches("include", pattern, outside, keys, sources)
+        included = _matches("include", pattern, outside, keys, sources)
+        if all(name in reasons for name in included):
+            first = included[0]
+            raise InputError(f"--include {pattern}: {first} is no layer: {reasons[first]}")
+        wanted += included
     for pattern in asked.exclude:
         for name in _matches("exclude", pattern, wanted, keys, sources):
             reasons[name] = f"left out by --exclude {pattern}"
@@ -181,10 +185,10 @@ def _matches(
     tensors = {name: (keys[name] or name).removesuffix(".weight") for name in names}
     found = [x for x in names if re.search(pattern, x) or re.search(pattern, tensors[x])]
     if not found:
-        where = "that a sample runs through, outside the blocks" if option == "include" else ""
+        where = "outside the blocks" if option == "include" else "that is collected"
         raise InputError(
-            f"--{option} {pattern}: matches no linear layer {where}".rstrip()
-            + f"; {sources.checkpoint.name} has {', '.join(names) or 'none'}"
+            f"--{option} {pattern}: matches no linear layer {where}; {sources.checkpoint.name} "
+            f"has {', '.join(names) or 'none'}"
         )
     return found
 

@@ -195,7 +195,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
+            ignore_mismatched_sizes=not quantization,  # they are refused below, by name
         )
     model, report = loaded
     if not quantization:

@@ -41,10 +41,10 @@ def by_head(*starts: int, width: int) -> tuple[tuple[int, int], ...]:
     return tuple((start, width) for start in starts)
 
 
-def of_experts(gate: str, up: str, down: str, width: int) -> Truth:
-    """Those of four experts."""
-    places = [f"mlp.experts.{index}." for index in range(4)]
-    return [(x + name, x + down, ((0, width),)) for x in places for name in (gate, up)]
+def of_experts(width: int) -> Truth:
+    """Those of four experts: gate to down, up to down."""
+    experts = [f"mlp.experts.each.{index}" for index in range(4)]
+    return [(f"{x}.first.{i}", f"{x}.down.0", ((0, width),)) for x in experts for i in range(2)]
 
 
 LLAMA: Truth = (
@@ -87,8 +87,8 @@ TRUTHS: dict[str, Truth] = {
         ),
         ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", ((0, 56),)),
     ),
-    "mixtral": (LLAMA[0], *of_experts("w1", "w3", "w2", 56)),
-    "qwen3_moe": (WIDE_HEADS, *of_experts("gate_proj", "up_proj", "down_proj", 24)),
+    "mixtral": (LLAMA[0], *of_experts(56)),
+    "qwen3_moe": (WIDE_HEADS, *of_experts(24)),
     "vit": IMAGES,
     "deit": IMAGES,
 }

@@ -1,0 +1,153 @@
+"""A model loaded part by part, as `from_pretrained` loads it at once; and what neither can load."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from gradpipe.errors import InputError
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.collect.block_weights import WeightLoader
+from gradpipe.stages.model.buffers import fill_buffers
+from gradpipe.stages.model.load import load_model
+from gradpipe.stages.model.skeleton import take_apart
+from tests.support.architectures import save_architecture
+from tests.support.models import save_tiny
+
+CPU = torch.device("cpu")
+
+TYPES = {  # what is special about them -> their type and class
+    "named by the class of the file": ("gemma3", None),
+    "experts merged, one class of block in two": ("jamba", None),
+    "experts without a gate": ("nemotron_h", None),
+    "one tensor in the file, several in the model": ("hrm_text", None),
+    "several tensors in the file, one in the model": ("olmo_hybrid", None),
+    "the text part of an image-text model": ("qwen3_5", "Qwen3_5ForConditionalGeneration"),
+    "fused experts": ("llama4_text", None),
+    "buffers scaled by their owner's owner": ("falcon_h1", None),
+    "buffers of the config": ("gemma3n_text", None),
+    "weights shared by blocks": ("zamba2", None),
+}
+
+
+def tensors(model: Any) -> dict[str, Tensor]:
+    """All parameters and buffers of a model, by name."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+
+
+@pytest.mark.parametrize("special", TYPES)
+def test_part_by_part_is_from_pretrained(special: str, tmp_path: Path) -> None:
+    """Every weight and every buffer, block by block, to the bit."""
+    model_type, kind = TYPES[special]
+    folder = save_architecture(model_type, tmp_path / "model", kind=kind)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    whole, report = loaded
+    assert not report["missing_keys"]
+    expected = tensors(whole)
+    skeleton = take_apart(Checkpoint.open(str(folder)), torch.float32)
+    loader = WeightLoader(skeleton, CPU)
+    found: dict[str, Tensor] = {}
+    outside = skeleton.blocks.path + "."
+    with loader.loaded("", excluded=outside):
+        found |= {k: v for k, v in tensors(skeleton.model).items() if not k.startswith(outside)}
+    for path in skeleton.blocks.paths:
+        with loader.loaded(path + "."):
+            inside = tensors(skeleton.model).items()
+            found |= {k: v for k, v in inside if k.startswith(path + ".")}
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+
+
+def test_what_stays_in_float32_does_so_in_both_schedules(tmp_path: Path) -> None:
+    """Transformers keeps some weights wide whatever type is asked for."""
+    folder = save_architecture("hy_v3", tmp_path / "model")
+    checkpoint = Checkpoint.open(str(folder))
+    resident = load_model(checkpoint, torch.bfloat16, CPU).state_dict()
+    skeleton = take_apart(checkpoint, torch.bfloat16).model.state_dict()
+    assert {k: v.dtype for k, v in skeleton.items()} == {k: v.dtype for k, v in resident.items()}
+    assert {v.dtype for v in resident.values()} == {torch.bfloat16, torch.float32}
+
+
+def both_refuse(folder: Path, match: str) -> None:
+    """The whole model and the skeleton give the same line."""
+    checkpoint = Checkpoint.open(str(folder))
+    with pytest.raises(InputError, match=match) as resident:
+        load_model(checkpoint, torch.float32, CPU)
+    with pytest.raises(InputError, match=match) as streamed:
+        take_apart(checkpoint, torch.float32)
+    assert str(resident.value) == str(streamed.value)
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    """Put `change` of its tensors in place of a checkpoint's."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def test_a_tensor_that_no_rule_names_is_not_taken_for_one_that_is_missing(tmp_path: Path) -> None:
+    """Were it of the same shape, and the only one left."""
+    folder = save_tiny("llama", tmp_path / "model")
+    rewrite(folder, lambda x: {"stranger" if k == "lm_head.weight" else k: x[k] for k in x})
+    both_refuse(folder, r"hold nothing for 1 of the tensors of LlamaForCausalLM, first lm_head")
+
+
+def test_a_wrapper_s_names_are_told(tmp_path: Path) -> None:
+    """Both schedules know that PEFT's prefix is no other model's."""
+    folder = save_tiny("llama", tmp_path / "model")
+    rewrite(folder, lambda x: {f"base_model.model.{k}": v for k, v in x.items()})
+    both_refuse(folder, r"named base_model\.model\.…, as PEFT wraps a model")
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    """With both shapes."""
+    folder = save_tiny("llama", tmp_path / "model")
+    key = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda x: x | {key: x[key][:48].clone()})
+    both_refuse(folder, r"up_proj\.weight is \(48, 32\), by its config\.json \(56, 32\)")
+
+
+def test_codes_are_no_weights(tmp_path: Path) -> None:
+    """Integers where floats belong are refused, by whoever loads them."""
+    folder = save_tiny("llama", tmp_path / "model")
+    key = "model.layers.1.mlp.up_proj.weight"
+    rewrite(folder, lambda x: x | {key: (x[key] * 10).to(torch.int8)})
+    both_refuse(folder, r"up_proj\.weight is of type I8, expected F16, BF16, F32 or F64")
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
+    """Transformers would add it to the weights if peft were installed."""
+    folder = save_tiny("llama", tmp_path / "model")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(InputError, match=r"adapter_config\.json.*merge it into them, or move it"):
+        Checkpoint.open(str(folder))
+
+
+class _Forgetful(PreTrainedModel):
+    """Has two buffers that no checkpoint holds, and fills in one."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__(config)
+        self.part = nn.Module()
+        for name in ("filled", "forgotten"):
+            self.part.register_buffer(name, torch.arange(3.0), persistent=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    def _init_weights(self, module: Any) -> None:
+        if hasattr(module, "filled"):
+            module.filled.copy_(torch.arange(3.0))
+
+
+def test_a_buffer_that_nothing_fills_in_is_refused(tmp_path: Path) -> None:
+    """`from_pretrained` would leave it with what was in memory."""
+    with torch.device("meta"):
+        model: Any = _Forgetful(LlamaConfig())
+    checkpoint = Checkpoint.open(str(save_tiny("llama", tmp_path / "model")))
+    with pytest.raises(InputError, match=r"nothing fills in part\.forgotten"):
+        fill_buffers(model, checkpoint, frozenset())
+    assert model.part.filled.tolist() == [0, 1, 2]
