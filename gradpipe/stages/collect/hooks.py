@@ -57,7 +57,7 @@ class LayerHooks:
         self._scale = scale
         self._handles: list[RemovableHandle] = []
         self._inputs: dict[str, ref[Tensor]] = {}  # of each layer that has run in this pass
-        self._waiting: set[str] = set()  # layers whose output's gradient has not come yet
+        self._waiting: dict[str, None] = {}  # layers whose output's gradient has not come yet
 
     def __enter__(self) -> Self:
         """Attach the hooks."""
@@ -76,7 +76,7 @@ class LayerHooks:
         self.remove()
         if kind is None and self._waiting:
             raise GradpipeError(
-                f"layer {min(self._waiting)} gets no gradient: the model's loss does not depend "
+                f"layer {[*self._waiting][-1]} gets no gradient: the model's loss does not depend "
                 "on its output: give --statistics act_l2, or name blocks without it by --blocks"
             )
 
@@ -104,7 +104,7 @@ class LayerHooks:
         if not accumulator.needs_gradients:
             return None
         if output.numel():  # not an expert that no token went to
-            self._waiting.add(name)
+            self._waiting[name] = None
         if not torch.is_grad_enabled():
             return None
         tracked = _in_graph(output)
@@ -118,7 +118,7 @@ class LayerHooks:
         by_sample: _BySample,
         gradient: Tensor,
     ) -> None:
-        self._waiting.discard(accumulator.spec.name)
+        self._waiting.pop(accumulator.spec.name, None)
         accumulator.add_gradients(xs_TI, by_sample(gradient), self._scale)
 
     def _check_input(self, spec: LayerSpec, tensor: Tensor) -> None:

@@ -17,7 +17,7 @@ from gradpipe.stages.collect.hooks import (
     never_ran,
     runs,
 )
-from gradpipe.stages.collect.schedule import Part, check_shared, zeroed
+from gradpipe.stages.collect.schedule import Part, zeroed
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.experts import split_experts
@@ -40,7 +40,6 @@ class Resident:
         device: torch.device,
     ) -> None:
         """The sums are zero; the model is loaded when it is first needed."""
-        check_shared(skeleton)
         self._skeleton = skeleton
         self._samples = samples
         self._batch_size = batch_size

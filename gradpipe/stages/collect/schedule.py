@@ -13,10 +13,11 @@ from typing import Protocol, Self
 
 import torch
 
-from gradpipe.errors import GradpipeError
+from gradpipe.errors import InputError
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.skeleton import Skeleton
+from gradpipe.store.statistics import needs_backward
 
 _SAMPLES, _BLOCK, _OUTSIDE = "samples", "block", "outside"
 
@@ -87,15 +88,28 @@ def zeroed(
     return {x.path: LayerAccumulator(x.spec, statistics, device) for x in layers}
 
 
-def check_shared(skeleton: Skeleton) -> None:
-    """Raises GradpipeError for a layer whose module is part of several blocks."""
+def check_whole_gradients(skeleton: Skeleton, statistics: tuple[str, ...]) -> None:
+    """Raises InputError for a layer whose gradient is not one product of its own.
+
+    Its module is part of several blocks, or its tensor is used elsewhere too, as a tied head's.
+    """
     model, found = skeleton.model, set[str]()
     for path in skeleton.blocks.paths:
         modules = set(model.get_submodule(path).modules())
         inside = {x.path for x in skeleton.layers if model.get_submodule(x.path) in modules}
         if inside & found:
-            raise GradpipeError(runs_twice(min(inside & found)))
+            raise InputError(runs_twice(min(inside & found)))
         found |= inside
+    users: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
+    for layer in skeleton.layers if needs_backward(statistics) else ():
+        others = set(users[id(model.get_parameter(f"{layer.path}.weight"))]) - {layer.path}
+        if others:
+            raise InputError(
+                f"layer {layer.path} shares its weights with {min(others)}: its part of their "
+                "gradient is not the whole: leave out --include, or give --statistics act_l2"
+            )
 
 
 def runs_twice(layer: str) -> str:

@@ -26,7 +26,7 @@ from gradpipe.stages.collect.activations import Activations, TensorFile, remaini
 from gradpipe.stages.collect.block_calls import BlockCalls
 from gradpipe.stages.collect.block_weights import WeightLoader
 from gradpipe.stages.collect.hooks import LayerHooks, check_loss, first_overflow, loss_scale, runs
-from gradpipe.stages.collect.schedule import Part, check_shared, zeroed
+from gradpipe.stages.collect.schedule import Part, zeroed
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.skeleton import Skeleton
@@ -65,7 +65,6 @@ class Streamed:
         self._files = Activations(scratch, self._sizes, skeleton.blocks.count)
         self.restorable: tuple[LayerAccumulator, ...] = ()
         self.num_steps = 2 * len(samples) * skeleton.blocks.count
-        check_shared(skeleton)
 
     def run(
         self, done: frozenset[Part], advance: Callable[[int], None]
