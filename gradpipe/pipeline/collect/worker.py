@@ -79,6 +79,7 @@ def _run(
 ) -> None:
     """Have the schedule do what is not done yet, and save each part that it gives out."""
     tokens = job.place.spec.samples.seq_len if schedule.is_cumulative else 0
+    zeros: list[str] = []
     bar = progress_bar(console, "collecting", schedule.num_steps, schedule.unit, tokens)
     with bar as advance:
 
@@ -88,7 +89,16 @@ def _run(
                 raise Interrupted("stopped; every finished block is saved")
 
         for part, sums in schedule.run(progress.restore(), step):
+            if not part.is_cumulative or part.index == len(job.place.samples):
+                zeros += [x.spec.name for x in sums if x.has_zero_gradients]
             progress.save(part, sums)
+    if zeros:
+        console.print(
+            f"gradients of {len(zeros)} layers are all zero, as {zeros[0]}'s are: on these samples "
+            "the loss does not depend on their weights",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _schedule(job: Job) -> Schedule:

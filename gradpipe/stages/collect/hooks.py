@@ -77,7 +77,7 @@ class LayerHooks:
         if kind is None and self._waiting:
             raise GradpipeError(
                 f"layer {[*self._waiting][-1]} gets no gradient: the model's loss does not depend "
-                "on its output: give --statistics act_l2, or name blocks without it by --blocks"
+                "on its output: leave it out by --exclude, or give --statistics act_l2"
             )
 
     def remove(self) -> None:

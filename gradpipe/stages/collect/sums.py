@@ -57,6 +57,13 @@ class LayerAccumulator:
         return bool(self._of[OUTPUT_GRADIENTS] or self._of[WEIGHT_GRADIENTS])
 
     @property
+    def has_zero_gradients(self) -> bool:
+        """True if it has seen tokens, and all that it sums of gradients is zero."""
+        names = [x.name for of in (OUTPUT_GRADIENTS, WEIGHT_GRADIENTS) for x in self._of[of]]
+        sums = (self.sums[name] for name in names)
+        return bool(names) and self.num_tokens > 0 and not any(bool(x.any()) for x in sums)
+
+    @property
     def needs_outputs(self) -> bool:
         """True if any statistic is of the layer's outputs."""
         return bool(self._of[OUTPUTS])
