@@ -19,7 +19,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from gradpipe import CollectConfig, DataConfig, GradientStore, GradpipeError, InputError, collect
 from gradpipe.stages.collect.block_calls import BlockCalls
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.layers import Blocks
+from gradpipe.stages.model.blocks import Blocks
 from tests.support.models import tiny_tokenizer
 from tests.support.texts import write_text
 from tests.support.vision import write_images
@@ -204,7 +204,7 @@ class _Model(nn.Module):
 
 def calls_of(model: nn.Module) -> BlockCalls:
     """Nothing known yet."""
-    blocks = Blocks(path="layers", count=2)
+    blocks = Blocks(path="layers", paths=("layers.0", "layers.1"))
     return BlockCalls(model, blocks, lambda _: nullcontext(), torch.device("cpu"))
 
 
