@@ -104,7 +104,8 @@ def check_whole_gradients(skeleton: Skeleton, statistics: tuple[str, ...]) -> No
     for name, parameter in model.named_parameters(remove_duplicate=False):
         users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
     for layer in skeleton.layers if needs_backward(statistics) else ():
-        others = set(users[id(model.get_parameter(f"{layer.path}.weight"))]) - {layer.path}
+        weight = model.get_submodule(layer.path).weight  # of a routed expert, a part of a parameter
+        others = set(users.get(id(weight), ())) - {layer.path}
         if others:
             raise InputError(
                 f"layer {layer.path} shares its weights with {min(others)}: its part of their "
