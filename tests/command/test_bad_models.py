@@ -200,9 +200,12 @@ def test_a_config_that_cannot_be_used_is_refused_in_a_plan_too(
         (_configure(hidden_size="wide"), ("cannot read its config.json", "'hidden_size'", "wide")),
         (_configure(model_type="t5"), ("as a causal language model", "T5Config")),
         (_configure(hidden_size=64), ("(96, 32), by its config.json (96, 64)",)),
-        (_configure(num_hidden_layers=3), ("lacks 9 tensors", "model.layers.2.", "fetch it")),
-        (_drop("model.norm.weight"), ("lacks 1 tensors", "model.norm.weight", "fetch it")),
-        (_drop(KEY), ("lacks 1 tensors", KEY, "fetch it")),
+        (
+            _configure(num_hidden_layers=3),
+            ("nothing for 9 of the tensors", "first model.layers.2.", "not all of them"),
+        ),
+        (_drop("model.norm.weight"), ("nothing for 1 of the tensors", "first model.norm.weight")),
+        (_drop(KEY), ("nothing for 1 of the tensors", f"first {KEY}")),
         (_shrink_the_vocabulary, ("the text holds token", "has 40", "belongs to another model")),
     ],
 )

@@ -28,7 +28,7 @@ from transformers.core_model_loading import (
 
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.checkpoint.tensors import TYPES, TensorInfo
+from gradpipe.stages.checkpoint.tensors import TYPES, TensorInfo, check_type
 
 _WRAPPERS = {"base_model.model.": "PEFT", "_orig_mod.": "torch.compile", "module.": "DataParallel"}
 
@@ -153,11 +153,8 @@ def _made_on_meta(
                 f"{checkpoint.name}: tensor {source.keys[0]} is {infos[0].shape}, by its "
                 f"config.json {expected}: weights and config.json are of different models"
             )
-        if name in stored and stored[name].is_floating_point() and not tensor.is_floating_point():
-            raise InputError(
-                f"{checkpoint.name}: tensor {source.keys[0]} is of type {infos[0].dtype}, expected "
-                "F16, BF16, F32 or F64 weights: give the model before it was quantized"
-            )
+        if name in stored and stored[name].is_floating_point():
+            check_type(source.keys[0].removesuffix(".weight"), infos[0])
     return tuple(made)
 
 
