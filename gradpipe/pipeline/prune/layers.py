@@ -111,11 +111,9 @@ def place_of(
     Raises InputError if they are not there, or not in a shape and type that can be pruned.
     """
     another = f"store {store.url} is of another model ({store.spec.model.name}): "
-    info = checkpoint.tensors.get(layer.weight_key)
-    if info is None:
+    if layer.weight_key not in checkpoint.tensors:
         raise InputError(f"{another}{config.model} has no {layer.weight_key}")
-    if layer.part is not None:
-        info = info.part(*layer.part)
+    info = checkpoint.place(layer)
     shape = matrix_shape(info, transposed=layer.transposed)
     if shape != layer.shape:
         raise InputError(

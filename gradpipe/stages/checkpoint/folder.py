@@ -117,21 +117,35 @@ class Checkpoint:
             if path.is_file() and not path.name.endswith((*_NOT_COPIED, *unread)):
                 yield path.relative_to(self.folder)
 
-    def layer_spec(self, key: str, block: int | None, *, transposed: bool = False) -> LayerSpec:
-        """What a store says of the layer behind a tensor, less the digest of its bytes.
+    def layer_spec(
+        self,
+        key: str,
+        block: int | None,
+        *,
+        transposed: bool = False,
+        part: tuple[int, int] | None = None,
+    ) -> LayerSpec:
+        """What a store says of the layer behind a tensor or a part, less the digest of its bytes.
 
         Raises InputError for one whose values are no floats.
         """
-        name = key.removesuffix(".weight")
-        check_type(name, self.tensors[key])
+        info = self.tensors[key] if part is None else self.tensors[key].part(*part)
+        name = key.removesuffix(".weight") + ("" if part is None else f".{part[0]}")
+        check_type(name, info)
         return LayerSpec(
             name=name,
             weight_key=key,
-            shape=matrix_shape(self.tensors[key], transposed=transposed),
+            shape=matrix_shape(info, transposed=transposed),
             block=block,
             transposed=transposed,
             digest="",
+            part=part,
         )
+
+    def place(self, layer: LayerSpec) -> TensorInfo:
+        """Where a layer's weights lie; InputError if its tensor has no such part."""
+        info = self.tensors[layer.weight_key]
+        return info if layer.part is None else info.part(*layer.part)
 
     @property
     def num_bytes(self) -> int:

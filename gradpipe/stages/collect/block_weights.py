@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, as_tensor, tensor_bytes
+from gradpipe.stages.model.experts import RoutedLinear
 from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
@@ -66,10 +67,12 @@ class WeightLoader:
         self._set(name, made[target])
 
     def _read(self, key: str, dtype: torch.dtype) -> Tensor:
-        data = self._checkpoint.read_bytes(key)
+        data, whole = self._checkpoint.read_bytes(key), self._checkpoint.tensors[key]
         for layer in self._layers.get(key, ()):
-            check_digest(layer, data, self._checkpoint)
-        return as_tensor(data, self._checkpoint.tensors[key]).to(self._device, dtype)
+            place = self._checkpoint.place(layer)
+            own = memoryview(data)[place.start - whole.start : place.stop - whole.start]
+            check_digest(layer, own, self._checkpoint)
+        return as_tensor(data, whole).to(self._device, dtype)
 
     def _get(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -101,11 +104,12 @@ def check_loaded(model: nn.Module, skeleton: Skeleton) -> None:
     checkpoint = skeleton.checkpoint
     for layer in skeleton.layers:
         module: Any = model.get_submodule(layer.path)
-        weight = module.weight.detach()
-        info = checkpoint.tensors[layer.spec.weight_key]
-        is_as_stored = weight.dtype == FLOAT_TYPES.get(info.dtype) and weight.shape == info.shape
+        weight, place = module.weight.detach(), checkpoint.place(layer.spec)
+        if isinstance(module, RoutedLinear) and layer.spec.transposed:
+            weight = weight.T
+        is_as_stored = weight.dtype == FLOAT_TYPES.get(place.dtype) and weight.shape == place.shape
         data = tensor_bytes(weight.cpu().contiguous()) if is_as_stored else None
-        check_digest(layer.spec, data or checkpoint.read_bytes(info.key), checkpoint)
+        check_digest(layer.spec, data or checkpoint.read_place(place), checkpoint)
 
 
 def check_digest(

@@ -20,6 +20,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -66,6 +67,18 @@ class Source:
             [key for x, key in pairs if x == pattern] for pattern in self.rule.source_patterns
         ]
         return list(zip(*columns, strict=True))
+
+    def swaps(self, stored: tuple[int, ...], wanted: tuple[int, ...]) -> bool | None:
+        """Of one tensor of three dimensions, whether the last two swap; None if more is done.
+
+        `stored` is its shape in the checkpoint, `wanted` in the model.
+        """
+        match self.rule and self.rule.operations:
+            case None:
+                return False
+            case [Transpose(dim0=1, dim1=2, check_dims=is_checked)]:
+                return not (is_checked and stored == wanted)
+        return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

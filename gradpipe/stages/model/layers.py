@@ -18,7 +18,7 @@ from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.blocks import Blocks, owners
 from gradpipe.stages.model.conversion import Sources
-from gradpipe.stages.model.experts import RoutedLinear
+from gradpipe.stages.model.experts import InCheckpoint, RoutedLinear
 from gradpipe.stages.model.trial import Trial
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
@@ -83,17 +83,21 @@ def find_layers(
     for name, module in linears.items():
         key = keys[name]
         if name in wanted and name not in reasons and key is not None:
-            transposed = isinstance(module, Conv1D)
-            spec = sources.checkpoint.layer_spec(key, blocks.index(name), transposed=transposed)
+            place = InCheckpoint(key=key, transposed=isinstance(module, Conv1D))
+            if isinstance(module, RoutedLinear):
+                place = module.place
+            spec = sources.checkpoint.layer_spec(
+                key, blocks.index(name), transposed=place.transposed, part=place.part
+            )
             layers.append(Layer(path=name, spec=spec))
     return tuple(layers), _left_out(model, blocks, linears, reasons)
 
 
 def measured(layers: tuple[Layer, ...], checkpoint: Checkpoint) -> tuple[Layer, ...]:
     """The layers with the digests of their weights, all of which are read."""
+    digests = (digest(checkpoint.read_place(checkpoint.place(x.spec))) for x in layers)
     return tuple(
-        replace(x, spec=replace(x.spec, digest=digest(checkpoint.read_bytes(x.spec.weight_key))))
-        for x in layers
+        replace(x, spec=replace(x.spec, digest=own)) for x, own in zip(layers, digests, strict=True)
     )
 
 
@@ -112,7 +116,7 @@ def dense_lines(left_out: tuple[LeftOut, ...]) -> list[str]:
 
 def _key(name: str, module: nn.Module, sources: Sources) -> str | None:
     """The checkpoint's tensor that a linear map's matrix is; None if it is made from others."""
-    return module.key if isinstance(module, RoutedLinear) else sources.key(f"{name}.weight")
+    return module.place.key if isinstance(module, RoutedLinear) else sources.key(f"{name}.weight")
 
 
 def _reasons(
@@ -146,7 +150,7 @@ def _reasons(
 def _weight_name(path: str, module: nn.Module) -> str:
     """The parameter that a linear map's matrix is, or is a part of."""
     if isinstance(module, RoutedLinear):
-        return f"{path.rpartition('.each.')[0]}.{module.parameter}"
+        return module.stack.path
     return f"{path}.weight"
 
 
@@ -215,6 +219,8 @@ def _kind(name: str, ndim: int, owner: nn.Module) -> str:
         return "an embedding"
     if isinstance(owner, nn.Linear):
         return f"{type(owner).__name__} computes something else than a product with its weight"
+    if name.endswith("bias"):
+        return "a bias"
     if ndim == 3 or ".experts." in name:
         return "several experts in one tensor"
     return f"a parameter of {type(owner).__name__}"
