@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -167,14 +168,24 @@ def test_a_router_s_balancing_loss_is_left_out(schedule: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("schedule", ["resident", "streamed"])
-def test_experts_fused_in_the_checkpoint_stay_dense(schedule: str, tmp_path: Path) -> None:
-    """One line says so; attention is collected as ever."""
+def test_experts_fused_in_the_checkpoint_have_the_same_sums(schedule: str, tmp_path: Path) -> None:
+    """In one tensor as one by one; only the rows of gate and up then are one layer's."""
     MIXTRAL.make(tmp_path)
-    settings, folder = MIXTRAL.collecting(tmp_path, schedule=schedule), tmp_path / "model"
+    settings = MIXTRAL.collecting(tmp_path, schedule=schedule, statistics=("grad_l1",))
+    plain, folder = collect(settings), Path(settings.model)
     for path in folder.glob("*.safetensors*"):
         path.unlink()
     save_file(tiny_model("mixtral").state_dict(), folder / "model.safetensors")
-    said = io.StringIO()
-    store = collect(settings, Console(file=said, width=200))
-    assert "gate_up_proj and 3 more, 43,008 weights: several experts in one" in said.getvalue()
-    assert len(store.spec.layers) == 2 * 4
+    fused = collect(replace(settings, store=tmp_path / "fused"))
+    for layer in plain.spec.layers:
+        rows, name = slice(None), layer.name
+        if found := re.fullmatch(r"(.*)block_sparse_moe\.experts\.(\d)\.(w[123])", name):
+            owner, number, matrix = found.groups()
+            height = layer.shape[0]
+            rows = {"w1": slice(height), "w2": slice(None), "w3": slice(height, None)}[matrix]
+            stack = "down_proj" if matrix == "w2" else "gate_up_proj"
+            name = f"{owner}mlp.experts.{stack}.{number}"
+        own = fused.spec.layer(name)
+        assert own is not None, name
+        got, expected = fused.read_norms(own, "grad_l1")[rows], plain.read_norms(layer, "grad_l1")
+        torch.testing.assert_close(torch.from_numpy(got), torch.from_numpy(expected))

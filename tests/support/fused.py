@@ -6,11 +6,14 @@ that transformers' own code computes with them. Nothing of gradpipe is used.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 from torch.overrides import TorchFunctionMode
@@ -18,6 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from tests.support.models import VOCAB_SIZE, tiny_tokenizer
+
+NUM_EXPERTS = 4
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -75,6 +80,8 @@ FUSED: Mapping[str, dict[str, Any]] = {
     },
 }
 
+_SAVED_ONE_BY_ONE = ("qwen3_5_moe_text",)  # by transformers; their authors have them in one tensor
+
 
 def fused_model(model_type: str) -> PreTrainedModel:
     """A model in eval mode, its weights random."""
@@ -86,34 +93,80 @@ def fused_model(model_type: str) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.ndim >= 2:
             parameter.data = 0.25 * torch.randn(parameter.shape, generator=generator)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def save_fused(model_type: str, folder: Path) -> Path:
-    """Write the model and a tokenizer as a Hugging Face folder."""
-    fused_model(model_type).save_pretrained(folder)
+    """Write the model and a tokenizer as a Hugging Face folder, experts in one tensor."""
+    model = fused_model(model_type)
+    model.save_pretrained(folder)
+    if model_type in _SAVED_ONE_BY_ONE:
+        save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
-def gradient_sums(folder: Path, input_ids: Tensor) -> dict[str, Tensor]:
-    """Σ over samples of |∂loss/∂W|, by the checkpoint's tensors, each in its shape there."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    sums: dict[str, Tensor] = {}
-    for sample in input_ids.long():
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """By the checkpoint's tensors: sums over samples."""
+
+    grad_l1: dict[str, Tensor]  # of |gradient|, in the tensor's shape
+    moments: dict[str, Tensor]  # of x xᵀ over what each of E matrices is multiplied with, (E, I, I)
+
+
+def expected_sums(folder: Path, input_ids: Tensor) -> Expected:
+    """Both sums, one sample at a time."""
+    model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation="eager")
+    model = copy.deepcopy(model.eval())  # no two parameters in the same memory
+    products = _Products(model)
+    sums = {name: torch.zeros_like(x) for name, x in model.named_parameters()}
+    for sample_T in input_ids.long():
         model.zero_grad()
-        logits = model(input_ids=sample[None], use_cache=False).logits[0]
-        cross_entropy(logits[:-1], sample[1:]).backward()
-        none = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in _named(model)}
-        for key, gradient in revert_weight_conversion(model, none).items():
-            sums[key] = sums.get(key, torch.zeros_like(gradient)) + gradient.abs()
-    return sums
+        with products:
+            logits_TV = model(input_ids=sample_T[None], use_cache=False).logits[0]
+        cross_entropy(logits_TV[:-1], sample_T[1:]).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                sums[name] += parameter.grad.abs()
+    keys = {id(x): key for key, x in revert_weight_conversion(model, dict(sums)).items()}
+    found = {name: keys.get(id(x), name) for name, x in sums.items()}
+    return Expected(
+        {found[name]: x for name, x in sums.items()},
+        {found[name]: x for name, x in products.moments.items()},
+    )
 
 
-def input_moments(folder: Path, input_ids: Tensor) -> dict[tuple[int, int], Tensor]:
-    """Σ x xᵀ over what each expert's matrices were multiplied with, by (place in memory)."""
-    ...
+class _Products(TorchFunctionMode):
+    """Sums the inputs of every product with a slice of a parameter of several experts."""
 
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self._stacks = {
+            name: parameter
+            for name, parameter in model.named_parameters()
+            if parameter.ndim == 3 or ".experts.mlp." in name
+        }
+        self.moments: dict[str, Tensor] = {}
 
-def _named(model: Any) -> list[tuple[str, Any]]:
-    return list(model.named_parameters())
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        del types
+        if func in (linear, torch.bmm, Tensor.matmul, torch.matmul, Tensor.__matmul__):
+            self._note(*args[:2])
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, x: Tensor, matrix: Tensor) -> None:
+        for name, stack in self._stacks.items():
+            size = stack.numel() // NUM_EXPERTS
+            place = (matrix.data_ptr() - stack.data_ptr()) // stack.element_size()
+            if 0 <= place < stack.numel():
+                width = x.shape[-1]
+                sums = self.moments.setdefault(name, torch.zeros(NUM_EXPERTS, width, width))
+                for number, rows in enumerate(x.detach() if x.ndim == 3 else x.detach()[None]):
+                    sums[place // size + number] += rows.T @ rows

@@ -23,6 +23,8 @@ from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
 
+_LINE_BYTES = 64
+
 
 class WeightLoader:
     """Fills parts of a skeleton from its checkpoint, and empties them."""
@@ -72,7 +74,8 @@ class WeightLoader:
             place = self._checkpoint.place(layer)
             own = memoryview(data)[place.start - whole.start : place.stop - whole.start]
             check_digest(layer, own, self._checkpoint)
-        return as_tensor(data, whole).to(self._device, dtype)
+        tensor = as_tensor(data, whole).to(self._device, dtype)
+        return aligned(tensor) if len(self._layers.get(key, ())) > 1 else tensor
 
     def _get(self, name: str) -> Tensor:
         owner, _, leaf = name.rpartition(".")
@@ -97,6 +100,14 @@ class WeightLoader:
             if inside(name) and not buffer.is_meta and buffer.device != self._device:
                 owner, _, leaf = name.rpartition(".")
                 self._model.get_submodule(owner)._buffers[leaf] = buffer.to(self._device)  # noqa: SLF001
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, in memory of its own where it starts off the lines of the CPU's caches.
+
+    There the last bits of a product with few rows, such as an expert's, depend on the place.
+    """
+    return tensor if tensor.data_ptr() % _LINE_BYTES == 0 else tensor.clone()
 
 
 def check_loaded(model: nn.Module, skeleton: Skeleton) -> None:

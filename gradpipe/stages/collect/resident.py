@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gradpipe.errors import GradpipeError
-from gradpipe.stages.collect.block_weights import check_loaded
+from gradpipe.stages.collect.block_weights import aligned, check_loaded
 from gradpipe.stages.collect.hooks import (
     LayerHooks,
     check_loss,
@@ -20,7 +20,7 @@ from gradpipe.stages.collect.hooks import (
 from gradpipe.stages.collect.schedule import Part, zeroed
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
-from gradpipe.stages.model.experts import split_experts
+from gradpipe.stages.model.experts import is_split, split_experts
 from gradpipe.stages.model.load import load_model
 from gradpipe.stages.model.skeleton import Skeleton
 
@@ -67,6 +67,9 @@ class Resident:
         checkpoint = self._skeleton.checkpoint
         model = load_model(checkpoint, self._skeleton.model.dtype, self._device)
         split_experts(model, self._skeleton.sources)
+        for experts in filter(is_split, model.modules()):
+            for parameter in experts.parameters():
+                parameter.data = aligned(parameter.data)
         check_loaded(model, self._skeleton)
         return model
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from types import MethodType
@@ -69,6 +69,9 @@ class InCheckpoint:
     key: str
     part: tuple[int, int] | None = None  # (index, count): of a tensor that has several experts
     transposed: bool = False  # (I, O) on disk
+
+
+_Places = list[tuple[InCheckpoint, ...]]  # of each expert, what lies row below row
 
 
 class RoutedLinear(nn.Module):
@@ -158,7 +161,8 @@ def _fused(module: Any, path: str, router: Any) -> _Fused | None:
         stack = _stack(module, "weight", path, count, transposed=False)
         return _Fused(first=(stack,), down=(), forward=expert_calls.in_order)
     first = next((x for x in _FIRST if names.keys() - set(_DOWN) == set(x)), ())
-    forward = {1: expert_calls.zeroed, 3: expert_calls.routed}.get(num_arguments)
+    calls: dict[int, Callable[..., Tensor]] = {1: expert_calls.zeroed, 3: expert_calls.routed}
+    forward = calls.get(num_arguments)
     if not first or len(names) != len(first) + 1 or forward is None:
         return None
     (down,) = names.keys() - set(first)
@@ -192,7 +196,7 @@ def _stack(module: Any, name: str, path: str, count: int, *, transposed: bool) -
     )
 
 
-def _places(stack: Stack, sources: Sources) -> list[tuple[InCheckpoint, ...]]:
+def _places(stack: Stack, sources: Sources) -> _Places:
     """Of each expert, what lies row below row; none where the checkpoint has it otherwise."""
     source = sources.by_name[stack.path]
     if one_by_one := source.places():
@@ -207,9 +211,7 @@ def _places(stack: Stack, sources: Sources) -> list[tuple[InCheckpoint, ...]]:
     return [(InCheckpoint(key=info.key, part=part, transposed=flip),) for part in parts]
 
 
-def _split(
-    module: Any, fused: _Fused, router: Any, places: dict[str, list[tuple[InCheckpoint, ...]]]
-) -> None:
+def _split(module: Any, fused: _Fused, router: Any, places: Mapping[str, _Places]) -> None:
     """Give fused experts a module for each matrix, and a forward that calls them."""
 
     def matrices(stacks: tuple[Stack, ...], expert: int) -> list[RoutedLinear]:
@@ -239,14 +241,16 @@ def _computes_the_same(module: Any, fused: _Fused) -> bool:
     if hasattr(module, "is_concatenated"):
         return True
     try:
-        small, router = _small(module, fused), nn.Module()
+        small: Any = _small(module, fused)
+        router: Any = nn.Module()
         alike = _fused(small, "", router)
         if alike is None:
             return False
         arguments, router.routes = _random_arguments(alike)
         expected = small(*arguments)
-        nowhere = [(InCheckpoint(key=""),)] * alike.first[0].count
-        _split(small, alike, router, {x.path: nowhere for x in (*alike.first, *alike.down)})
+        nowhere: _Places = [(InCheckpoint(key=""),)] * alike.first[0].count
+        stacks = (*alike.first, *alike.down)
+        _split(small, alike, router, dict.fromkeys((x.path for x in stacks), nowhere))
         found = small(*arguments).reshape(expected.shape)
         return torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
     except Exception:  # noqa: BLE001 (it may want other arguments)
