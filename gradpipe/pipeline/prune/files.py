@@ -116,6 +116,7 @@ def _replace(
             item.weight.to(plan.device),
             LayerStatistics.decode(item.encoded, chosen.statistics, plan.device),
             chosen,
+            allocated.of_layer(item.name),
             transposed=plan.layers[item.name].transposed,
         )
         tensors = map(layer.to, allocated.of_layer(item.name))

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import repeat
+from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +30,7 @@ from gradpipe.store.codec import (
 )
 from gradpipe.store.statistics import STATISTICS
 
-_CHUNK_VALUES = 1 << 20
+_CHUNK_VALUES = 1 << 17  # decoded at a time: they stay in a core's own cache
 
 
 def decode_norms(encoded: Mapping[str, Encoded], statistic: str, device: torch.device) -> Tensor:
@@ -39,8 +42,7 @@ def decode_norms(encoded: Mapping[str, Encoded], statistic: str, device: torch.d
     if STATISTICS[statistic].is_symmetric:
         return _second_moment(item, device)
     if item.spec.encoding == "log":
-        base = None if item.spec.base is None else encoded[item.spec.base]
-        return _logarithms(item, base, device)
+        return Logarithms.of(encoded, statistic, device).whole()
     values = torch.from_numpy(item.parts["values"]).to(device)
     if item.spec.encoding == "float16":
         return values.float() * item.spec.scale
@@ -63,39 +65,71 @@ def _second_moment(item: Encoded, device: torch.device) -> Tensor:
     return matrix_NN
 
 
-def _logarithms(item: Encoded, base: Encoded | None, device: torch.device) -> Tensor:
-    """2^(level / 16), some rows at a time: levels take as much room as norms, and go at once."""
-    table = torch.from_numpy(level_table()).to(device)
-    num_rows = len(item.parts["codes"])
-    num_cols = len(item.parts["offsets"]) - num_rows - item.spec.num_escapes
-    norms_OI = torch.empty(num_rows, num_cols, device=device)
-    bases = repeat(None) if base is None else _levels(base, device)
-    start = 0
-    for levels_RI, base_RI in zip(_levels(item, device), bases, strict=base is not None):
-        if base_RI is not None:
-            levels_RI.add_(base_RI.masked_fill_(base_RI.abs() >= SPECIAL, 0))
-        places = levels_RI.sub_(LOWEST).clamp_(0, len(table) - 1).flatten()
-        norms_RI = norms_OI[start : start + len(levels_RI)]
-        norms_RI.copy_(table.index_select(0, places).view_as(norms_RI))
-        start += len(levels_RI)
-    return norms_OI
+@dataclass(frozen=True, slots=True)
+class Logarithms:
+    """Norms 2^(level / 16), (O, I), still as codes: decoded, they take eight times the room."""
+
+    item: Encoded
+    base: Encoded | None  # whose levels are added
+    device: torch.device
+
+    @classmethod
+    def of(cls, encoded: Mapping[str, Encoded], statistic: str, device: torch.device) -> Self:
+        """One of a layer's statistics."""
+        base = encoded[statistic].spec.base
+        return cls(encoded[statistic], None if base is None else encoded[base], device)
+
+    def whole(self) -> Tensor:
+        """All norms, float32 (O, I)."""
+        num_cols = 2 * self.item.parts["codes"].shape[1]  # or one less
+        return torch.cat(list(self.parts(max(1, _CHUNK_VALUES // num_cols))))
+
+    def parts(self, num_rows: int) -> Iterator[Tensor]:
+        """The norms of so many rows, float32 (R, I), and of the next; StoreError if damaged."""
+        table = torch.from_numpy(level_table()).to(self.device)
+        bases = repeat(None) if self.base is None else _levels(self.base, num_rows, self.device)
+        levels = _levels(self.item, num_rows, self.device)
+        for levels_RI, base_RI in zip(levels, bases, strict=self.base is not None):
+            if base_RI is not None:
+                levels_RI += _finite(base_RI)
+            places = levels_RI.sub_(LOWEST).clamp_(0, len(table) - 1).flatten()
+            yield table.index_select(0, places).view_as(levels_RI)
 
 
-def _levels(item: Encoded, device: torch.device) -> Iterator[Tensor]:
+def _levels(item: Encoded, num_rows: int, device: torch.device) -> Iterator[Tensor]:
     """Offsets + codes, int32 (R, I), from the first rows to the last."""
     packed = torch.from_numpy(item.parts["codes"]).to(device)
-    offsets = torch.from_numpy(item.parts["offsets"]).to(device)
+    offsets = torch.from_numpy(item.parts["offsets"]).to(device).int()
     rows, cols, escapes = split_offsets(offsets, len(packed), item.spec.num_escapes)
-    num_rows = max(1, _CHUNK_VALUES // len(cols))
+    escapes = escapes - ESCAPE  # what to add to the code itself
     used = 0
-    for some, row_R in zip(packed.split(num_rows), rows.int().split(num_rows), strict=True):
-        codes = torch.stack([some & 15, some >> 4], dim=-1).flatten(1)[:, : len(cols)]
-        escaped = codes == ESCAPE
-        first, used = used, used + int(escaped.count_nonzero())
+    for some, row_R in zip(packed.split(num_rows), rows.split(num_rows), strict=True):
+        codes = _codes(some, len(cols))
+        levels_RI = (codes + cols).add_(row_R[:, None])
+        places = _escaped(codes)
+        first, used = used, used + len(places)
         if used > len(escapes):
             break
-        levels_RI = codes.int().masked_scatter_(escaped, escapes[first:used].int())
-        levels_RI += row_R[:, None]
-        levels_RI += cols.int()
+        levels_RI.view(-1).index_add_(0, places, escapes[first:used])
         yield levels_RI
     check_escapes(used, item.spec)
+
+
+def _codes(packed: Tensor, num_cols: int) -> Tensor:
+    """Half bytes apart, uint8 (R, I): the lower half of a byte comes first."""
+    pairs = packed.to(torch.int16)
+    return ((pairs | pairs << 4) & 0x0F0F).view(torch.uint8)[:, :num_cols]
+
+
+def _escaped(codes: Tensor) -> Tensor:
+    """Where escapes stand, in row order; NumPy finds them sooner on a CPU."""
+    if codes.is_cuda:
+        return (codes == ESCAPE).flatten().nonzero().flatten()
+    return torch.from_numpy(np.flatnonzero(codes.numpy() == ESCAPE))
+
+
+def _finite(levels: Tensor) -> Tensor:
+    """Levels to code against, in place: 0 where the value is zero or infinite."""
+    if max(abs(int(x)) for x in levels.aminmax()) >= SPECIAL:
+        levels.masked_fill_(levels.abs() >= SPECIAL, 0)
+    return levels

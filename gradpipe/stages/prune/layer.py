@@ -5,34 +5,42 @@ Shapes: O out, I in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from gradpipe.errors import GradpipeError
 from gradpipe.stages.prune.curvature import Curvature
-from gradpipe.stages.prune.mask import budget_mask
+from gradpipe.stages.prune.mask import budget_masks
 from gradpipe.stages.prune.methods import ChosenMethod, Score, Update
-from gradpipe.stages.prune.score import LayerStatistics, is_finite, score_layer
+from gradpipe.stages.prune.score import LayerStatistics, is_finite, score_parts
 from gradpipe.stages.prune.solver import LayerProblem, Solver
 from gradpipe.stages.prune.target import Budget
 
 
 class Scored:
-    """The solver of a formula: the mask by score, and the update of what stays."""
+    """The solver of a formula: masks by score, and the update of what stays."""
 
     def __init__(self, problem: LayerProblem, score: Score, update: Update) -> None:
-        """Score the layer; the statistics are all in the score then."""
-        self._score_OI = score_layer(problem.name, problem.weight, problem.statistics, score)
-        self._group = problem.group
+        """Pick the masks of all budgets, some rows at a time where groups are of rows."""
+        group, budgets = problem.group, tuple(dict.fromkeys(problem.budgets))
+        scored = partial(score_parts, problem.name, problem.weight, problem.statistics, score)
+        if group.axis == 0:
+            parts = scored(multiple=group.size)
+        else:
+            parts = iter([torch.cat(list(scored()))])
+        masks = zip(*(budget_masks(part, budgets, group) for part in parts), strict=True)
+        self._masks = {x: torch.cat(some) for x, some in zip(budgets, masks, strict=True)}
         weight_OI = problem.weight
         self._updated = (lambda _: weight_OI) if update.make is None else update.make(problem)
 
     def to(self, budget: Budget) -> tuple[Tensor, Tensor]:
         """Weights and mask, (O, I)."""
-        mask_OI = budget_mask(self._score_OI, budget, self._group)
-        return self._updated(mask_OI), mask_OI
+        return self._updated(self._masks[budget]), self._masks[budget]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,10 +60,11 @@ class SolvedLayer:
         weight: Tensor,
         statistics: LayerStatistics,
         chosen: ChosenMethod,
+        budgets: Sequence[Budget],
         *,
         transposed: bool,
     ) -> Self:
-        """Do once what all budgets need; `weight` is as the checkpoint keeps it.
+        """Do once what these budgets need; `weight` is as the checkpoint keeps it.
 
         Uses up the second moments among the statistics. Raises GradpipeError if a weight or a
         score is not a number, or if a second moment is singular whatever the damping.
@@ -69,6 +78,7 @@ class SolvedLayer:
             statistics=statistics,
             damped=_curvature(name, statistics, chosen),
             group=chosen.group,
+            budgets=tuple(budgets),
         )
         return cls(
             name=name,
@@ -81,13 +91,19 @@ class SolvedLayer:
     def to(self, budget: Budget) -> Tensor:
         """The pruned weight on the CPU, as the checkpoint keeps it; GradpipeError if infinite."""
         updated_OI, mask_OI = self.solver.to(budget)
-        pruned_OI = updated_OI.to(self.weight.dtype).masked_fill(~mask_OI, 0.0)
-        if not is_finite(pruned_OI):
+        pruned_OI = _masked(updated_OI.to(self.weight.dtype), mask_OI)
+        if updated_OI is not self.weight and not is_finite(pruned_OI):
             raise GradpipeError(
                 f"layer {self.name}: an updated weight is beyond {self.weight.dtype}: choose "
                 "one that leaves weights as they are"
             )
         return (pruned_OI.T if self.transposed else pruned_OI).contiguous().cpu()
+
+
+def _masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
+    """Zeros outside the mask: bits times 0 or 1, as a CPU guesses half the branches of a mask."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight_OI.element_size()]
+    return (weight_OI.view(bits) * mask_OI).view(weight_OI.dtype)
 
 
 def _curvature(name: str, statistics: LayerStatistics, chosen: ChosenMethod) -> Curvature | None:

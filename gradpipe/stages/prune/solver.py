@@ -26,6 +26,7 @@ class LayerProblem:
     statistics: LayerStatistics  # what the method reads; not second moments, which are used up
     damped: Curvature | None  # those, damped; None for a method that minimises no curvature
     group: Group  # the weights to compare with each other
+    budgets: tuple[Budget, ...]  # what the solver is asked for, in this order
 
     @property
     def curvature(self) -> Curvature:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradpipe import InputError
 from gradpipe.stages.prune.formula import Expression, relative_importance
 from gradpipe.stages.prune.methods import METHODS, find_score
-from gradpipe.stages.prune.score import LayerStatistics, score_weights
+from gradpipe.stages.prune.score import LayerStatistics, score_layer
 
 METHODS_PAGE = Path(__file__).parents[3] / "docs" / "methods.md"
 WEIGHT = torch.tensor([[1.0, -2.0, 0.5], [3.0, 0.25, -1.0]])
@@ -69,7 +69,7 @@ def meant(text: str) -> Tensor:
 def test_a_formula_means_what_it_says(text: str) -> None:
     """It gives what Python's own arithmetic gives, and leaves the statistics as they were."""
     before = {name: value.clone() for name, value in NORMS.values.items()}
-    score = score_weights(WEIGHT, NORMS, find_score(text, "l2", 7.0))
+    score = score_layer("layer", WEIGHT, NORMS, find_score(text, "l2", 7.0))
     torch.testing.assert_close(score.double(), meant(text), rtol=1e-6, atol=1e-6)
     assert score.dtype is torch.float32
     assert all(torch.equal(NORMS.values[name], value) for name, value in before.items())
@@ -98,15 +98,15 @@ _G = {name: NORMS.values[f"grad_{name}"].double() for name in ("l1", "l2", "sum"
 )
 def test_the_metrics_of_gblm_are_formulas(text: str, expected: Tensor) -> None:
     """Products and sums of weight, activation and gradient, as they are listed in the docs."""
-    score = score_weights(WEIGHT, NORMS, find_score(text, "l1", 100.0)).double()
+    score = score_layer("layer", WEIGHT, NORMS, find_score(text, "l1", 100.0)).double()
     torch.testing.assert_close(score, expected, rtol=1e-6, atol=1e-6)
     assert f"`{text}`" in METHODS_PAGE.read_text()
 
 
 def test_the_sum_of_gradients_has_its_sign_in_a_formula_and_none_as_a_norm() -> None:
     """GS is ΣG, so that a Taylor term can be written; G of --grad-norm sum is |ΣG|."""
-    signed = score_weights(WEIGHT, NORMS, find_score("abs(W)*GS", "sum", 1.0))
-    size = score_weights(WEIGHT, NORMS, find_score("abs(W)*G", "sum", 1.0))
+    signed = score_layer("layer", WEIGHT, NORMS, find_score("abs(W)*GS", "sum", 1.0))
+    size = score_layer("layer", WEIGHT, NORMS, find_score("abs(W)*G", "sum", 1.0))
     assert torch.equal(signed, WEIGHT.abs() * NORMS.values["grad_sum"])
     assert torch.equal(size, signed.abs())
 
@@ -127,7 +127,7 @@ _FORMULAS = st.recursive(
 def test_any_formula_means_what_it_says(text: str) -> None:
     """Of whatever parts, the value is right."""
     whole = f"abs(W)+({text})"
-    score = score_weights(WEIGHT, NORMS, find_score(whole, "l2", 7.0))
+    score = score_layer("layer", WEIGHT, NORMS, find_score(whole, "l2", 7.0))
     torch.testing.assert_close(score.double(), meant(whole), rtol=1e-4, atol=1e-3)
 
 
@@ -196,7 +196,7 @@ def test_a_method_is_its_formula(name: str) -> None:
     formula = METHODS[name].formula
     assert formula is not None
     scores = [find_score(text, "l1", 100.0) for text in (name, formula)]
-    by_name, by_formula = (score_weights(WEIGHT, NORMS, score) for score in scores)
+    by_name, by_formula = (score_layer("layer", WEIGHT, NORMS, score) for score in scores)
     assert torch.equal(by_name, by_formula)
 
 

@@ -165,7 +165,7 @@ def pruned(
         group=group,
     )
     statistics = LayerStatistics(values=values, num_samples={})
-    layer = SolvedLayer.of("layer", weight, statistics, chosen, transposed=False)
+    layer = SolvedLayer.of("layer", weight, statistics, chosen, [budget], transposed=False)
     return layer.to(budget), [*layer.notes]
 
 
