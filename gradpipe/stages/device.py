@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,16 @@ def resolve_device(name: str) -> torch.device:
             f"--device {name}: no such device here: expected auto, cpu or cuda[:N]"
         ) from error
     return device
+
+
+def usable_threads() -> int:
+    """Cores for this process: torch's choice, by affinity and OMP_NUM_THREADS, and its cgroup's."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        limit = max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no such file, or no limit
+        return torch.get_num_threads()
+    return min(torch.get_num_threads(), limit)
 
 
 @contextmanager

@@ -123,6 +123,15 @@ class PruneConfig:
     include: Include = ()
     exclude: Include = ()
     device: Device = "auto"
+    workers: Annotated[
+        int | None,
+        Option(
+            help="Layers pruned side by side; memory grows with it.",
+            least=1,
+            default="one a core, at most 8; on a GPU 2",
+            is_recorded=False,
+        ),
+    ] = None
     shard: ShardOption = None
     allow_mismatch: Annotated[bool, Option(help="Prune weights that were not measured.")] = False
     overwrite: Overwrite = False

@@ -1,20 +1,20 @@
-"""The weights of stage two: a checkpoint's files, one weight at a time, to every target at once."""
+"""The weights of stage two: a checkpoint's files, layer by layer, to every target at once."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from gradpipe.errors import GradpipeError, InputError, one_line
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
+from gradpipe.pipeline.prune.workers import side_by_side
 from gradpipe.stages.checkpoint.rewrite import Rewriting, rewriting
 from gradpipe.stages.checkpoint.tensors import as_tensor
 from gradpipe.stages.device import memory_errors
@@ -24,8 +24,6 @@ from gradpipe.stages.prune.score import LayerStatistics, score_layer
 from gradpipe.stages.prune.target import Target
 from gradpipe.store.codec import Encoded
 from gradpipe.store.objects import digest
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,16 +68,22 @@ def write_file(
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
 
-    def load(name: str) -> _Loaded:
-        return _load(plan, name, plan.chosen_for(name).statistics)
+    names = plan.in_file(file)
+    places = [plan.places[name] for name in names]
 
-    with rewriting(plan.checkpoint.folder / file, outputs) as rewritten:
-        for item in _read_ahead(load, plan.in_file(file)):
-            if not item.matches:
-                _refuse_mismatch(plan, item.name)
-                written.mismatched.append(item.name)
-            digests, notes = _replace(allocated, item, rewritten)
-            written.add_layer(item.name, plan.targets, digests, notes)
+    def replace(name: str) -> tuple[list[str], tuple[str, ...], bool]:
+        item = _load(plan, name, plan.chosen_for(name).statistics)
+        if not item.matches:
+            _refuse_mismatch(plan, name)
+        return (*_replace(allocated, item, rewritten), item.matches)
+
+    source = plan.checkpoint.folder / file
+    with rewriting(source, outputs, places) as rewritten, side_by_side(plan.workers) as pool:
+        results = pool.map(replace, names)
+        rewritten.copy_rest()
+        for name, (digests, notes, matches) in zip(names, results, strict=True):
+            written.mismatched.extend([] if matches else [name])
+            written.add_layer(name, plan.targets, digests, notes)
             advance(1)
     return written
 
@@ -152,16 +156,3 @@ def _refuse_mismatch(plan: PrunePlan, name: str) -> None:
             f"layer {name}: its weights in {plan.checkpoint.name} are not those that "
             f"the store {plan.store.url} was collected from: collect again, or --allow-mismatch"
         )
-
-
-def _read_ahead(load: Callable[[str], T], names: Iterable[str]) -> Iterator[T]:
-    """What is loaded, in order; the next one is read while the caller works on this one."""
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        pending = None
-        for name in names:
-            following = pool.submit(load, name)
-            if pending is not None:
-                yield pending.result()
-            pending = following
-        if pending is not None:
-            yield pending.result()

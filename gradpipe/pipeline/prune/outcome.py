@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from gradpipe.options import recorded_command, recorded_options
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.files import Written
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
+from gradpipe.pipeline.prune.workers import side_by_side
 from gradpipe.pipeline.reports.checkpoint import write_report
 from gradpipe.pipeline.reports.results import LayerResult, PruneOrder, PruneReport, PruneResult
 from gradpipe.stages.checkpoint.folder import Checkpoint
@@ -79,7 +79,7 @@ def finish(
         report = PruneReport(
             order=order_of(config, plan, target),
             requested=float(target.budget.sparsity),
-            layers=tuple(_read_back(allocated, target, folder, written)),
+            layers=_read_back(allocated, target, folder, written),
             mismatched_layers=tuple(sorted(written.mismatched)),
             unseen_layers=tuple(sorted(plan.unseen)),
             notes=(*missed_target(allocated, target), *sorted(written.notes)),
@@ -93,20 +93,25 @@ def finish(
 
 def _read_back(
     allocated: AllocatedPlan, target: Target, folder: Path, written: Written
-) -> Iterator[LayerResult]:
+) -> tuple[LayerResult, ...]:
     """Count the zeros that are really in the written file, which has every tensor in its place."""
     plan, checkpoint = allocated.plan, Checkpoint.open(str(folder))
-    for name in sorted(plan.layers, key=lambda x: (plan.places[x].key, plan.places[x].start)):
-        data = checkpoint.read_place(plan.places[name])
+
+    def result(name: str) -> LayerResult:
+        place, budget = plan.places[name], allocated.budgets[target][name]
+        data = checkpoint.read_place(place)
         if digest(data) != written.digests[target.label][name]:
             raise GradpipeError(
                 f"layer {name} reads back from {folder} otherwise than it was written"
             )
-        budget = allocated.budgets[target][name]
-        yield LayerResult(
+        return LayerResult(
             name=name,
             requested=float(budget.sparsity),
             pattern=budget.pattern_name,
-            zeros=count_zeros(as_tensor(data, plan.places[name])),
+            zeros=count_zeros(as_tensor(data, place)),
             size=plan.layers[name].num_weights,
         )
+
+    names = sorted(plan.layers, key=lambda x: (plan.places[x].key, plan.places[x].start))
+    with side_by_side(plan.workers) as pool:
+        return tuple(pool.map(result, names))

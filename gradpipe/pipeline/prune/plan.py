@@ -13,6 +13,7 @@ import torch
 from gradpipe.errors import InputError
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.layers import check_statistics, check_widths, place_of, select_layers
+from gradpipe.pipeline.prune.workers import worker_count
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import TensorInfo
 from gradpipe.stages.device import resolve_device
@@ -53,6 +54,7 @@ class PrunePlan:
     allocation_score: Score | None  # what the allocation looks at, if at anything
     statistics: tuple[str, ...]  # read from the store
     device: torch.device
+    workers: int  # layers worked on at once
     allow_mismatch: bool  # prune weights that were not measured
 
     @classmethod
@@ -69,6 +71,7 @@ class PrunePlan:
         places = {x.name: place_of(config, checkpoint, store, x) for x in layers.values()}
         check_statistics(config, store, layers.values(), statistics)
         check_widths(layers.values(), targets)
+        device = resolve_device(config.device)
         is_read = bool(statistics)
         unseen = frozenset(x.name for x in layers.values() if is_read and store.is_unseen(x))
         seen = {name: layer for name, layer in layers.items() if name not in unseen} or layers
@@ -87,7 +90,8 @@ class PrunePlan:
             allocation=allocation,
             allocation_score=score,
             statistics=statistics,
-            device=resolve_device(config.device),
+            device=device,
+            workers=worker_count(config.workers, device),
             allow_mismatch=config.allow_mismatch,
         )
 

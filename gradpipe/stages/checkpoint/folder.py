@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from torch import Tensor
 
 from gradpipe.errors import InputError
@@ -152,13 +153,13 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(info.stop - info.start for info in self.tensors.values())
 
-    def read_bytes(self, key: str) -> bytearray:
+    def read_bytes(self, key: str) -> memoryview:
         """The raw bytes of one tensor."""
         return self.read_place(self.tensors[key])
 
-    def read_place(self, info: TensorInfo) -> bytearray:
+    def read_place(self, info: TensorInfo) -> memoryview:
         """The raw bytes of a tensor, or of a part of one."""
-        data = bytearray(info.stop - info.start)
+        data = np.empty(info.stop - info.start, dtype=np.uint8).data
         with (self.folder / info.file).open("rb") as file:
             file.seek(info.start)
             if file.readinto(data) != len(data):

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from torch import Tensor
 
@@ -14,58 +13,70 @@ from gradpipe.errors import GradpipeError
 from gradpipe.stages.checkpoint.tensors import TensorInfo, tensor_bytes
 from gradpipe.store.objects import digest
 
-_COPY_BYTES = 16 << 20
+_COPY_BYTES = 4 << 20
 
 
 @contextmanager
-def rewriting(source: Path, outputs: Sequence[Path]) -> Iterator[Rewriting]:
-    """A safetensors file being copied to each output; what is not replaced is the same bytes.
+def rewriting(
+    source: Path, outputs: Sequence[Path], places: Iterable[TensorInfo]
+) -> Iterator[Rewriting]:
+    """A safetensors file being copied to each output, but for these places, which are replaced.
 
-    On leaving, the rest is copied and the outputs are durable.
+    On leaving without an error, the outputs are durable.
     """
     with ExitStack() as stack:
-        reader = stack.enter_context(source.open("rb"))
-        writers = [stack.enter_context(path.open("wb")) for path in outputs]
-        yield Rewriting(reader, writers)
-        _copy(reader, writers, source.stat().st_size - reader.tell())
+        reader = stack.enter_context(source.open("rb", buffering=0)).fileno()
+        writers = [stack.enter_context(x.open("wb", buffering=0)).fileno() for x in outputs]
+        yield Rewriting(source, reader, writers, places)
         for writer in writers:
-            writer.flush()
-            os.fsync(writer.fileno())
+            os.fsync(writer)
 
 
 class Rewriting:
-    """A file that is copied up to where it was last replaced."""
+    """A file whose parts are written in any order, by any thread."""
 
-    def __init__(self, reader: BinaryIO, writers: Sequence[BinaryIO]) -> None:
+    def __init__(
+        self, source: Path, reader: int, writers: Sequence[int], places: Iterable[TensorInfo]
+    ) -> None:
         """Use `rewriting`."""
+        self._source = source
         self._reader = reader
         self._writers = writers
+        self._places = sorted(places, key=lambda place: place.start)
 
     def replace(self, place: TensorInfo, tensors: Iterable[Tensor]) -> list[str]:
         """Write one tensor to each output in a place; returns each one's digest, xxh3-128.
 
-        Places come in file order. Tensors are taken one by one, and none outlives its turn.
+        Tensors are taken one by one, and none outlives its turn.
         """
-        _copy(self._reader, self._writers, place.start - self._reader.tell())
-        digests = [
-            _write(writer, tensor) for writer, tensor in zip(self._writers, tensors, strict=True)
+        return [
+            _write(writer, tensor_bytes(tensor), place.start)
+            for writer, tensor in zip(self._writers, tensors, strict=True)
         ]
-        self._reader.seek(place.stop)
-        return digests
+
+    def copy_rest(self) -> None:
+        """Copy to every output the bytes that are in no place."""
+        size = os.fstat(self._reader).st_size
+        starts = [0, *(place.stop for place in self._places)]
+        stops = [*(place.start for place in self._places), size]
+        for start, stop in zip(starts, stops, strict=True):
+            for at in range(start, stop, _COPY_BYTES):
+                data = os.pread(self._reader, min(_COPY_BYTES, stop - at), at)
+                if len(data) != min(_COPY_BYTES, stop - at):
+                    raise GradpipeError(f"{self._source} became shorter while it was copied")
+                for writer in self._writers:
+                    _write_at(writer, memoryview(data), at)
 
 
-def _write(writer: BinaryIO, tensor: Tensor) -> str:
-    data = tensor_bytes(tensor)
-    writer.write(data)
-    return digest(data)
+def _write(writer: int, data: memoryview, start: int) -> str:
+    found = digest(data)  # first: the next read of the same bytes finds them in the cache
+    _write_at(writer, data, start)
+    return found
 
 
-def _copy(reader: BinaryIO, writers: Sequence[BinaryIO], num_bytes: int) -> None:
-    """Copy the next bytes to every writer."""
-    while num_bytes:
-        data = reader.read(min(num_bytes, _COPY_BYTES))
-        if not data:
-            raise GradpipeError(f"{reader.name} became shorter while it was copied")
-        for writer in writers:
-            writer.write(data)
-        num_bytes -= len(data)
+def _write_at(writer: int, data: memoryview, start: int) -> None:
+    """Write all, though the system may take less at a time."""
+    data = data.cast("B")
+    while data:
+        written = os.pwrite(writer, data, start)
+        data, start = data[written:], start + written

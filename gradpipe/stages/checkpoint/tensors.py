@@ -7,11 +7,14 @@ import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gradpipe.errors import InputError
+
+_COUNTED = 1 << 17  # values looked at together: they stay in a core's own cache
 
 FLOAT_TYPES = {
     "F64": torch.float64,
@@ -73,7 +76,7 @@ def check_type(layer: str, info: TensorInfo) -> None:
         )
 
 
-def as_tensor(data: bytearray, info: TensorInfo) -> Tensor:
+def as_tensor(data: bytearray | memoryview, info: TensorInfo) -> Tensor:
     """`data` seen as the tensor that `info` describes, without a copy."""
     return torch.frombuffer(data, dtype=TYPES[info.dtype]).view(info.shape)
 
@@ -120,5 +123,9 @@ def matrix_shape(info: TensorInfo, *, transposed: bool) -> tuple[int, ...]:
 
 
 def count_zeros(tensor: Tensor) -> int:
-    """How many of a float tensor's values are zero."""
-    return int((tensor == 0).count_nonzero())  # counting floats directly takes ten times as long
+    """How many of a float tensor's values are zero, of either sign."""
+    bits = np.frombuffer(tensor_bytes(tensor), dtype=f"u{tensor.element_size()}")
+    return tensor.numel() - sum(
+        int(np.count_nonzero(bits[start : start + _COUNTED] << 1))
+        for start in range(0, len(bits), _COUNTED)
+    )

@@ -91,7 +91,7 @@ class Logarithms:
         levels = _levels(self.item, num_rows, self.device)
         for levels_RI, base_RI in zip(levels, bases, strict=self.base is not None):
             if base_RI is not None:
-                levels_RI += _finite(base_RI)
+                levels_RI.add_(_finite(base_RI))
             places = levels_RI.sub_(LOWEST).clamp_(0, len(table) - 1).flatten()
             yield table.index_select(0, places).view_as(levels_RI)
 
