@@ -13,7 +13,7 @@ calibration samples, which every worker, resumption and shard then reads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -103,12 +103,15 @@ class GradientStore:
         statistic = self.spec.statistics[0]
         return self._statistic_spec(_key(layer, statistic)).num_tokens == 0
 
-    def verify(self) -> None:
-        """Read every object; raise StoreError naming the first that is not as it was written."""
+    def verify(self, each: Callable[..., Iterable[None]] = map) -> None:
+        """Read every object; raise StoreError naming the first that is not as it was written.
+
+        `each` may be a pool's `map`.
+        """
         self._nodes.check_copies()
-        for key in self._objects.record.objects:
-            if not key.endswith("/zarr.json"):  # these have just been read
-                self._objects.verify(key)
+        keys = self._objects.record.objects
+        for _ in each(self._objects.verify, [x for x in keys if not x.endswith("/zarr.json")]):
+            pass  # metadata has just been read
 
     def validate(self) -> None:
         """Verify, then decode everything; StoreError names the first that is not as it must be."""

@@ -20,6 +20,7 @@ from gradpipe.pipeline.prune.files import Written, write_file
 from gradpipe.pipeline.prune.outcome import finish, missed_target, order_of
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
 from gradpipe.pipeline.prune.staging import SharedStaging, Staging
+from gradpipe.pipeline.prune.workers import side_by_side
 from gradpipe.pipeline.reports.results import PruneResult
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.store.reader import GradientStore
@@ -63,7 +64,8 @@ def _check_out(config: PruneConfig, plan: PrunePlan) -> None:
 def _verify(plan: PrunePlan) -> None:
     """Verify a local store before a weight is written; a remote one is verified as it is read."""
     if plan.store.local_folder is not None:
-        plan.store.verify()
+        with side_by_side(plan.workers) as pool:
+            plan.store.verify(pool.map)
 
 
 def _say(allocated: AllocatedPlan, written: Written, console: Console) -> None:

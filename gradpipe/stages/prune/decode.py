@@ -30,7 +30,7 @@ from gradpipe.store.codec import (
 )
 from gradpipe.store.statistics import STATISTICS
 
-_CHUNK_VALUES = 1 << 17  # decoded at a time: they stay in a core's own cache
+_CHUNK_VALUES = 1 << 19  # decoded at a time: they stay in a CPU's cache
 
 
 def decode_norms(encoded: Mapping[str, Encoded], statistic: str, device: torch.device) -> Tensor:
@@ -88,20 +88,20 @@ class Logarithms:
         """The norms of so many rows, float32 (R, I), and of the next; StoreError if damaged."""
         table = torch.from_numpy(level_table()).to(self.device)
         bases = repeat(None) if self.base is None else _levels(self.base, num_rows, self.device)
-        levels = _levels(self.item, num_rows, self.device)
+        levels = _levels(self.item, num_rows, self.device, above=LOWEST)
         for levels_RI, base_RI in zip(levels, bases, strict=self.base is not None):
             if base_RI is not None:
                 levels_RI.add_(_finite(base_RI))
-            places = levels_RI.sub_(LOWEST).clamp_(0, len(table) - 1).flatten()
+            places = levels_RI.clamp_(0, len(table) - 1).flatten()
             yield table.index_select(0, places).view_as(levels_RI)
 
 
-def _levels(item: Encoded, num_rows: int, device: torch.device) -> Iterator[Tensor]:
-    """Offsets + codes, int32 (R, I), from the first rows to the last."""
+def _levels(item: Encoded, num_rows: int, device: torch.device, above: int = 0) -> Iterator[Tensor]:
+    """Offsets + codes, `above` some level, int32 (R, I), from the first rows to the last."""
     packed = torch.from_numpy(item.parts["codes"]).to(device)
     offsets = torch.from_numpy(item.parts["offsets"]).to(device).int()
     rows, cols, escapes = split_offsets(offsets, len(packed), item.spec.num_escapes)
-    escapes = escapes - ESCAPE  # what to add to the code itself
+    rows, escapes = rows - above, escapes - ESCAPE  # these are added to the code itself
     used = 0
     for some, row_R in zip(packed.split(num_rows), rows.split(num_rows), strict=True):
         codes = _codes(some, len(cols))
