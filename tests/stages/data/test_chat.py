@@ -93,19 +93,20 @@ Write = Callable[[Path, str, list[Any]], Path]
 @pytest.mark.parametrize(
     ("column", "rows", "asked"),
     [
-        ("messages", CHATS, "text"),
-        ("conversations", SHAREGPT, "text"),
-        ("conversations", CHATS, "text"),
-        ("messages", PARTS, "text"),
+        ("messages", CHATS, None),
+        ("conversations", SHAREGPT, None),
+        ("conversations", CHATS, None),
+        ("messages", PARTS, None),
         ("turns", SHAREGPT, "turns"),
     ],
     ids=["messages", "sharegpt", "messages-as-conversations", "parts", "by-name"],
 )
 def test_windows_are_of_what_the_template_makes(
-    tmp_path: Path, write: Write, name: str, column: str, rows: list[Any], asked: str
+    tmp_path: Path, write: Write, name: str, column: str, rows: list[Any], asked: str | None
 ) -> None:
     """In every file and form, found by its name where there is no text; with one <s> each."""
-    data = DataConfig(name=str(write(tmp_path / name, column, rows)), text_column=asked)
+    path = str(write(tmp_path / name, column, rows))
+    data = DataConfig(name=path, text_column=asked) if asked else DataConfig(name=path)
     text = load_text(data, "calibration", tokenizer())
     spec, calibration = draw_samples("chats", text, tokenizer(), 12, 20, 0)
     assert spec.sampling == "chat document"
@@ -142,6 +143,13 @@ def test_text_is_taken_before_messages(tmp_path: Path) -> None:
     assert (plain.is_chat, [*plain.documents]) == (False, ["the fox"])
     chat = load_text(DataConfig(name=str(path), text_column="messages"), "calibration", tokenizer())
     assert (chat.is_chat, chat.documents[0].count("assistant: ")) == (True, 1)
+
+
+def test_text_that_is_asked_for_is_not_something_else(tmp_path: Path) -> None:
+    """Conversations are looked for only where no column was named."""
+    path = write_json(tmp_path / "chats.jsonl", "messages", CHATS)
+    with pytest.raises(InputError, match="no text column 'text'; it has id, messages"):
+        load_text(DataConfig(name=str(path), text_column="text"), "calibration", tokenizer())
 
 
 def test_a_folder_s_conversations_are_all_its_files(tmp_path: Path) -> None:
