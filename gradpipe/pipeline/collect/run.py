@@ -20,7 +20,7 @@ from gradpipe.pipeline.progress import QUIET
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.estimate import Estimate, Workload, estimate
 from gradpipe.stages.collect.probe import probe
-from gradpipe.stages.collect.schedule import check_whole_gradients
+from gradpipe.stages.collect.schedule import check_shared
 from gradpipe.stages.data.tokens import window_length
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.model.couplings import find_couplings
@@ -138,7 +138,7 @@ def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_couplings: 
     dtype = resolve_dtype(config.dtype, checkpoint)
     asked = Selection(include=config.include, exclude=config.exclude)
     found = take_apart(checkpoint, dtype, config.blocks, asked)
-    check_whole_gradients(found, config.statistics)
+    check_shared(found)
     layers = share_inputs(found.model, found.layers)
     couplings = find_couplings(found.model, found.blocks, layers) if with_couplings else ()
     return replace(found, layers=layers, couplings=couplings)

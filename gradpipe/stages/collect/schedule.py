@@ -17,7 +17,6 @@ from gradpipe.errors import InputError
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.skeleton import Skeleton
-from gradpipe.store.statistics import needs_backward
 
 _SAMPLES, _BLOCK, _OUTSIDE = "samples", "block", "outside"
 
@@ -88,11 +87,8 @@ def zeroed(
     return {x.path: LayerAccumulator(x.spec, statistics, device) for x in layers}
 
 
-def check_whole_gradients(skeleton: Skeleton, statistics: tuple[str, ...]) -> None:
-    """Raises InputError for a layer whose gradient is not one product of its own.
-
-    Its module is part of several blocks, or its tensor is used elsewhere too, as a tied head's.
-    """
+def check_shared(skeleton: Skeleton) -> None:
+    """Raises InputError for a layer whose module is part of several blocks."""
     model, found = skeleton.model, set[str]()
     for path in skeleton.blocks.paths:
         modules = set(model.get_submodule(path).modules())
@@ -100,22 +96,11 @@ def check_whole_gradients(skeleton: Skeleton, statistics: tuple[str, ...]) -> No
         if inside & found:
             raise InputError(runs_twice(min(inside & found)))
         found |= inside
-    users: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        users.setdefault(id(parameter), []).append(name.rpartition(".")[0])
-    for layer in skeleton.layers if needs_backward(statistics) else ():
-        weight = model.get_submodule(layer.path).weight  # of a routed expert, a part of a parameter
-        others = set(users.get(id(weight), ())) - {layer.path}
-        if others:
-            raise InputError(
-                f"layer {layer.path} shares its weights with {min(others)}: its part of their "
-                "gradient is not the whole: leave out --include, or give --statistics act_l2"
-            )
 
 
 def runs_twice(layer: str) -> str:
-    """What to say of a layer whose gradient is no one product."""
+    """What to say of a layer whose gradient is not one product."""
     return (
-        f"layer {layer} runs twice in one pass (shared weights): name blocks without it by "
-        "--blocks, or leave out --include; a model that shares a block is not supported"
+        f"layer {layer} runs twice in one pass (shared weights): leave it out by --exclude, or "
+        "name blocks without it by --blocks; a model that shares a block is not supported"
     )
