@@ -29,7 +29,7 @@ from gradpipe.stages.model.load import resolve_dtype, sequence_length, with_expe
 from gradpipe.stages.model.shared_inputs import image_tokens, share_inputs
 from gradpipe.stages.model.skeleton import Skeleton, take_apart
 from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
-from gradpipe.store.folder import LOCK_NAME, is_complete
+from gradpipe.store.folder import LOCK_NAME, is_begun, is_complete
 from gradpipe.store.lock import locked
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
@@ -88,7 +88,7 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     skeleton = _skeleton(config, checkpoint, with_couplings=True)
     for line in dense_lines(skeleton.left_out):
         console.print(line, highlight=False, markup=False)
-    if find_task(checkpoint) == CAUSAL_LM:
+    if find_task(checkpoint) == CAUSAL_LM and (config.overwrite or not is_begun(config.store)):
         probe(skeleton, device)
     with ExitStack() as held:
         begun = begin(config, shard, skeleton, held, console)
