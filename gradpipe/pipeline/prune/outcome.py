@@ -9,6 +9,7 @@ from pathlib import Path
 from gradpipe.errors import GradpipeError
 from gradpipe.options import recorded_command, recorded_options
 from gradpipe.pipeline.prune.config import PruneConfig
+from gradpipe.pipeline.prune.coverage import Uncovered
 from gradpipe.pipeline.prune.files import Written
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
 from gradpipe.pipeline.prune.workers import side_by_side
@@ -71,18 +72,28 @@ def finish(
 ) -> tuple[PruneResult, ...]:
     """Copy what is not weights, read the weights back, and write the reports."""
     plan, results = allocated.plan, []
+    uncovered = Uncovered.of(plan)
     for target in plan.targets:
         folder = plan.folder(staging, target)
         for path in plan.checkpoint.companions():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(plan.checkpoint.folder / path, folder / path)
+        layers = _read_back(allocated, target, folder, written)
+        blocks, file = uncovered.shares(plan, layers)
         report = PruneReport(
             order=order_of(config, plan, target),
             requested=float(target.budget.sparsity),
-            layers=_read_back(allocated, target, folder, written),
+            layers=layers,
+            blocks=blocks,
+            file=file,
+            dense=uncovered.matrices,
             mismatched_layers=tuple(sorted(written.mismatched)),
             unseen_layers=tuple(sorted(plan.unseen)),
-            notes=(*missed_target(allocated, target), *sorted(written.notes)),
+            notes=(
+                *missed_target(allocated, target),
+                *sorted(written.notes),
+                *uncovered.lines(),
+            ),
         )
         write_report(folder, report)
         results.append(

@@ -7,7 +7,7 @@ that is not pruned is copied byte for byte. All targets share one load and one s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
@@ -17,7 +17,7 @@ from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.pipeline.prune.allocate import allocate
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.files import Written, write_file
-from gradpipe.pipeline.prune.outcome import finish, missed_target, order_of
+from gradpipe.pipeline.prune.outcome import finish, order_of
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
 from gradpipe.pipeline.prune.staging import SharedStaging, Staging
 from gradpipe.pipeline.prune.workers import side_by_side
@@ -50,7 +50,7 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
                 written.add(write_file(allocated, file, staging.folder, advance))
         results = finish(config, allocated, staging.folder, written)
         staging.publish()
-    _say(allocated, written, console)
+    _say(allocated, results, console)
     return results
 
 
@@ -68,11 +68,10 @@ def _verify(plan: PrunePlan) -> None:
             plan.store.verify(pool.map)
 
 
-def _say(allocated: AllocatedPlan, written: Written, console: Console) -> None:
+def _say(allocated: AllocatedPlan, results: Sequence[PruneResult], console: Console) -> None:
     """What the user should know of a run that went well."""
     plan = allocated.plan
-    missed = (note for target in plan.targets for note in missed_target(allocated, target))
-    for note in (*missed, *sorted(written.notes)):
+    for note in dict.fromkeys(note for result in results for note in result.report.notes):
         console.print(note, highlight=False)
     if plan.unseen:
         console.print(
@@ -130,7 +129,7 @@ def _publish_shards(
         staging.forget()
         raise GradpipeError(f"{error}: run all shards again") from error
     staging.publish()
-    _say(allocated, written, console)
+    _say(allocated, results, console)
     return results
 
 

@@ -31,6 +31,8 @@ tags: [pruned, sparse, gradpipe]
 | method | {order.method} |
 | pattern | {order.pattern} |
 | sparsity of the pruned layers | {report.achieved:.4f} |
+| of all weights of the blocks | {report.blocks.sparsity:.4f} |
+| of the whole checkpoint | {report.file.sparsity:.4f} |
 | statistics | {", ".join(order.statistics) or "none"} |
 | gradient store | `{order.store}` |
 

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Zeros:
+    """How many of some weights are zero."""
+
+    zeros: int
+    size: int
+
+    @classmethod
+    def sum(cls, parts: Iterable[Zeros]) -> Self:
+        """Of all the parts."""
+        pairs = [(x.zeros, x.size) for x in parts]
+        return cls(zeros=sum(x for x, _ in pairs), size=sum(x for _, x in pairs))
+
+    @property
+    def sparsity(self) -> float:
+        """The share of weights that are zero."""
+        return self.zeros / max(self.size, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +93,9 @@ class PruneReport:
     order: PruneOrder
     requested: float  # sparsity, over all pruned layers
     layers: tuple[LayerResult, ...]
+    blocks: Zeros  # of all weights of the blocks, pruned or not
+    file: Zeros  # of all weights of the checkpoint
+    dense: Mapping[str, int]  # matrices of the blocks -> weights of theirs that no layer covers
     mismatched_layers: tuple[str, ...]  # pruned though they are not those that were measured
     unseen_layers: tuple[str, ...]  # that no calibration token reached
     notes: tuple[str, ...]  # messages for the user
@@ -94,6 +117,9 @@ class PruneReport:
             "command": command,
             "requested_sparsity": self.requested,
             "achieved_sparsity": self.achieved,
+            "blocks_sparsity": self.blocks.sparsity,
+            "file_sparsity": self.file.sparsity,
+            "dense_weights": dict(self.dense),
             "layers": {layer.name: layer.to_json() for layer in self.layers},
         }
 

@@ -45,11 +45,16 @@ def _sample(samples: SampleSpec) -> str:
 
 
 def layer_table(result: PruneResult) -> Table:
-    """Sparsity asked for and found, of each layer and in total."""
+    """Sparsity asked for and found, of each layer and in total.
+
+    The total is of the pruned layers, then of all weights of the blocks, then of the checkpoint.
+    """
+    report = result.report
+    totals = (result.achieved, report.blocks.sparsity, report.file.sparsity)
     table = Table(title=_text(f"{result.folder}"), show_footer=True)
-    table.add_column("layer", "total")
+    table.add_column("layer", "total\nof all of the blocks\nof the whole file")
     table.add_column("requested", f"{result.requested:.4f}", justify="right")
-    table.add_column("achieved", f"{result.achieved:.4f}", justify="right")
+    table.add_column("achieved", "\n".join(f"{x:.4f}" for x in totals), justify="right")
     for layer in result.layers:
         table.add_row(_text(layer.name), f"{layer.requested:.4f}", f"{layer.achieved:.4f}")
     return table
