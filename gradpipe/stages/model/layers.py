@@ -200,12 +200,16 @@ def _matches(
 def _left_out(
     model: nn.Module, blocks: Blocks, linears: dict[str, nn.Module], reasons: dict[str, str]
 ) -> tuple[LeftOut, ...]:
-    """The parameters of the blocks, of two dimensions or more, that are no layer's."""
+    """The parameters of the blocks, of two dimensions or more, that are no layer's.
+
+    And of linear maps outside that could be none: a tower that reads images, where text is run.
+    """
     layers = {_weight_name(x, module) for x, module in linears.items() if x not in reasons}
     found = []
-    for name, parameter in model.get_submodule(blocks.path).named_parameters(blocks.path):
-        if parameter.ndim >= 2 and name not in layers:
-            owner = name.rpartition(".")[0]
+    for name, parameter in model.named_parameters():
+        owner = name.rpartition(".")[0]
+        is_meant = name.startswith(f"{blocks.path}.") or owner in reasons
+        if is_meant and parameter.ndim >= 2 and name not in layers:
             reason = reasons.get(owner) or _kind(name, parameter.ndim, _owner(model, name))
             found.append(LeftOut(name=name, num_weights=parameter.numel(), reason=reason))
     return tuple(found)

@@ -5,7 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForImageTextToText,
+)
 from transformers.models.auto import modeling_auto
 
 from gradpipe.errors import InputError
@@ -83,8 +87,16 @@ def check_loss_of_labels(model: Any) -> None:
 
 
 def auto_class(checkpoint: Checkpoint) -> Any:
-    """The class of transformers that loads the checkpoint."""
-    return _AUTO_CLASSES[find_task(checkpoint)]
+    """The class of transformers that loads the checkpoint.
+
+    A model of images and text, whose language model is what runs on text, often has one of its own.
+    """
+    task, kind = find_task(checkpoint), checkpoint.config.get("model_type")
+    is_of_text = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    takes_images = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if task == CAUSAL_LM and takes_images and not is_of_text:
+        return AutoModelForImageTextToText
+    return _AUTO_CLASSES[task]
 
 
 def noun(checkpoint: Checkpoint) -> str:
