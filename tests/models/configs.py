@@ -1,0 +1,443 @@
+"""A tiny config of every model type that transformers builds as a causal language model.
+
+What: of each type a config of about four blocks and hidden width 32, by the names of the fields
+that its class has; what one type needs beside them stands in `_CHANGES`. Why: the matrix runs all
+of them. Source: the lists of transformers' auto classes; the shapes are our own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from transformers import AutoConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 56,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "d_model": 32,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_layers": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "n_positions": 64,
+    "n_ctx": 64,
+    "ffn_dim": 56,
+    "n_inner": 56,
+    "d_ff": 56,
+    "encoder_layers": 2,
+    "decoder_layers": 3,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 56,
+    "decoder_ffn_dim": 56,
+    "num_layers": 4,
+    "num_heads": 4,
+    "head_dim": 8,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_intermediate_size": 24,
+    "sliding_window": 8,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "expert_ffn_hidden_size": 24,
+    "ffn_hidden_size": 56,
+    "shared_expert_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 24,
+    "ssm_state_size": 8,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 32,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "mamba_d_state": 8,
+    "state_size": 8,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+    "activation_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+_GEMMA_4: dict[str, Any] = {
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "layer_types": _ALTERNATING,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 320,
+    "num_kv_shared_layers": 2,
+}
+_VISION: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_TEXT: dict[str, Any] = {
+    k: _COMMON[k]
+    for k in (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "intermediate_size",
+        "max_position_embeddings",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+    )
+}
+_MAMBA: dict[str, Any] = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+    "mamba_d_state": 8,
+}
+_ABSENT: Any = object()  # not to be given
+_CHANGES: dict[str, dict[str, Any]] = {
+    "bamba": dict(**_MAMBA, attn_layer_indices=[1, 3]),
+    "granitemoehybrid": dict(
+        **_MAMBA, layer_types=["mamba", "attention"] * 2, shared_intermediate_size=24
+    ),
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_expand": 1,
+        "mamba_chunk_size": 8,
+    },
+    "nemotron_h": {
+        "hybrid_override_pattern": "M*ME",
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 8,
+        "n_groups": 1,
+        "chunk_size": 8,
+    },
+    "zamba2": {
+        "mamba_expand": 2,
+        "n_mamba_heads": 8,
+        "mamba_ngroups": 1,
+        "chunk_size": 8,
+        "num_hidden_layers": 6,
+        "hybrid_layer_ids": [2, 5],
+        "num_mem_blocks": 1,
+        "adapter_rank": 8,
+        "layers_block_type": ["mamba", "mamba", "hybrid"] * 2,
+        "head_dim": _ABSENT,
+    },
+    "zamba": {
+        "num_hidden_layers": 6,
+        "attn_layer_period": 3,
+        "attn_layer_offset": 2,
+        "attention_hidden_size": 64,
+        "attention_head_dim": 16,
+        "n_mamba_heads": 2,
+        "mamba_expand": 2,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+        "head_dim": _ABSENT,
+    },
+    "jamba": {
+        "mamba_expand": 2,
+        "mamba_dt_rank": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "use_mamba_kernels": False,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 8},
+    "blt": {
+        "patcher_config": dict(_TEXT),
+        "encoder_config": dict(_TEXT),
+        "decoder_config": dict(_TEXT),
+        "global_config": dict(_TEXT),
+    },
+    "dbrx": {
+        "d_model": 32,
+        "n_layers": 3,
+        "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        "ffn_config": {
+            "ffn_hidden_size": 56,
+            "moe_num_experts": 4,
+            "moe_top_k": 2,
+            "hidden_size": 32,
+        },
+    },
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4, "window_size": 8},
+    "gemma3n_text": {
+        "head_dim": 16,
+        "num_hidden_layers": 5,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 320,
+        "laurel_rank": 8,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [56] * 5,
+        "layer_types": [
+            "sliding_attention",
+            "full_attention",
+            "sliding_attention",
+            "sliding_attention",
+            "full_attention",
+        ],
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0, 0.0],
+    },
+    "gemma4_text": _GEMMA_4,
+    "gemma4_unified_text": _GEMMA_4,
+    "gemma4": {
+        "text_config": {**_TEXT, **_GEMMA_4, "sliding_window": 8},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "global_head_dim": 8,
+            "patch_size": 14,
+        },
+        "audio_config": None,
+        "image_token_id": 5,
+    },
+    "gemma4_unified": {"text_config": {**_TEXT, **_GEMMA_4, "sliding_window": 8}},
+    "gemma4_assistant": {
+        "text_config": {**_TEXT, **_GEMMA_4, "sliding_window": 8, "hidden_size_per_layer_input": 0}
+    },
+    "gemma4_unified_assistant": {
+        "text_config": {
+            **_TEXT,
+            **_GEMMA_4,
+            "sliding_window": 8,
+            "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 4,
+        }
+    },
+    "gemma3": {
+        "text_config": {**_TEXT, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+        "vision_config": _VISION,
+        "mm_tokens_per_image": 4,
+        "image_token_index": 5,
+        "boi_token_index": 6,
+        "eoi_token_index": 7,
+    },
+    "qwen3_5": {
+        "text_config": {
+            **_TEXT,
+            "head_dim": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 48,
+            "intermediate_size": 72,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "spatial_merge_size": 1,
+            "num_position_embeddings": 16,
+        },
+        "image_token_id": 5,
+        "video_token_id": 6,
+        "vision_start_token_id": 7,
+        "vision_end_token_id": 8,
+    },
+    "qwen3_5_moe": {
+        "text_config": {
+            **_TEXT,
+            "head_dim": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 48,
+            "intermediate_size": 72,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "spatial_merge_size": 1,
+            "num_position_embeddings": 16,
+        },
+        "image_token_id": 5,
+        "video_token_id": 6,
+        "vision_start_token_id": 7,
+        "vision_end_token_id": 8,
+    },
+    "llama4_text": {
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 56,
+        "interleave_moe_layer_step": 2,
+        "attention_chunk_size": 8,
+    },
+    "llama4": {
+        "text_config": {
+            **_TEXT,
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size_mlp": 56,
+            "interleave_moe_layer_step": 2,
+            "attention_chunk_size": 8,
+        },
+        "vision_config": dict(
+            _VISION, vision_output_dim=32, projector_input_dim=32, projector_output_dim=32
+        ),
+    },
+    "mllama": {
+        "text_config": {**_TEXT, "cross_attention_layers": [1, 3]},
+        "vision_config": {
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_hidden_layers": 2,
+            "attention_heads": 4,
+            "image_size": 28,
+            "patch_size": 14,
+            "num_global_layers": 1,
+            "vision_output_dim": 64,
+            "intermediate_layers_indices": [0],
+            "max_num_tiles": 2,
+            "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]],
+        },
+        "image_token_index": 5,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
+    "olmo_hybrid": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 4,
+    },
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_key_heads": 2,
+    },
+    "reformer": {
+        "is_decoder": True,
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "local"],
+        "hidden_size": 32,
+        "num_attention_heads": 4,
+        "local_attn_chunk_length": 8,
+        "feed_forward_size": 56,
+    },
+    "roc_bert": {"shape_vocab_size": 64, "pronunciation_vocab_size": 64, "is_decoder": True},
+    "cpmant": {
+        "dim_model": 32,
+        "num_attention_heads": 4,
+        "dim_head": 8,
+        "dim_ff": 56,
+        "prompt_types": 4,
+        "prompt_length": 4,
+        "segment_types": 4,
+        "num_hidden_layers": 3,
+    },
+    "dots1": {"layer_types": ["full_attention"] * 4, "first_k_dense_replace": 1},
+    "zaya": {"num_experts_per_tok": 1},
+    "openai-gpt": {"num_hidden_layers": _ABSENT},
+    "git": {"vision_config": _VISION},
+    "fuyu": {
+        "text_config": {**_TEXT, "model_type": "persimmon"},
+        "hidden_size": 32,
+        "intermediate_size": 56,
+        "num_hidden_layers": 3,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+    "phi4_multimodal": {
+        "vision_config": dict(_VISION, crop_size=28),
+        "audio_config": {
+            "hidden_size": 32,
+            "intermediate_size": 56,
+            "num_blocks": 1,
+            "num_attention_heads": 4,
+            "input_size": 8,
+            "ext_pw_out_channel": 32,
+        },
+    },
+    "recurrent_gemma": {
+        "lru_width": 32,
+        "attention_window_size": 8,
+        "block_types": ["recurrent", "attention"],
+    },
+    "bert": {"is_decoder": True},
+    "roberta": {"is_decoder": True},
+    "electra": {},
+    "camembert": {"is_decoder": True},
+    "xlm-roberta": {"is_decoder": True},
+    "qwen4_exp_text": {"num_hidden_layers": 4},
+    "rwkv": {"attention_hidden_size": 32, "context_length": 64},
+    "hyperclovax": {},
+    "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8},
+    "deepseek_v4": {},
+    "xlstm": {
+        "embedding_dim": 32,
+        "num_blocks": 3,
+        "num_heads": 4,
+        "qk_dim_factor": 0.5,
+        "v_dim_factor": 1.0,
+        "chunk_size": 8,
+    },
+}
+
+
+def tiny_config(model_type: str) -> Any:
+    """The type's tiny config: the common sizes under the names that it has, and its own."""
+    kind = CONFIG_MAPPING[model_type]
+    aliases = getattr(kind, "attribute_map", None) or {}
+    fields = {*inspect.signature(kind.__init__).parameters, *aliases}
+    fields |= set(getattr(kind, "__dataclass_fields__", {}))
+    changes = _CHANGES.get(model_type, {})
+    options = {name: value for name, value in _COMMON.items() if name in fields} | changes
+    options = {name: value for name, value in options.items() if value is not _ABSENT}
+    for alias, name in aliases.items():
+        if {alias, name} <= options.keys() and alias != name:
+            options.pop(alias if name in changes or alias not in changes else name)
+    if "kv_lora_rank" in options:  # latent attention: every head has keys of its own
+        options["num_key_value_heads"] = options["num_attention_heads"]
+    if "text_config" in options:
+        options = {name: value for name, value in options.items() if name in changes}
+    return AutoConfig.for_model(model_type, **options)
