@@ -85,7 +85,7 @@ def collect_grads(
         from gradpipe.pipeline.reports.tables import plan_table, store_table
 
     if dry_run:
-        _stdout().print(plan_table(collecting.plan(config)))
+        _stdout().print(plan_table(collecting.examine(config)))
         return
     collect = collecting.collect if config.shard is None else collecting.collect_shard
     result = collect(config, _stderr())
@@ -123,6 +123,26 @@ def evaluate(config: EvalConfig, json_file: Json = None) -> None:
 
     metrics = evaluating.measure(config, _stderr())
     output.show(dataclasses.asdict(metrics), metrics.summary)
+
+
+@command(app)
+def doctor(
+    model: Annotated[
+        str | None,
+        Option(help="Model directory, Hub id, or `embedded`; no weight is read.", is_argument=True),
+    ] = None,
+    json_file: Json = None,
+) -> None:
+    """Versions, devices, free memory and disk; of a model its blocks, layers, and what is dense."""
+    output = _Output(json_file)
+    if model is not None:
+        locate(model)
+    with loading():
+        from gradpipe.pipeline import doctor as diagnosing
+        from gradpipe.pipeline.reports.tables import health_table
+
+    health = diagnosing.diagnose(model)
+    output.show(dataclasses.asdict(health), health_table(health))
 
 
 @command(app)

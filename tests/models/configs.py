@@ -126,7 +126,75 @@ _MAMBA: dict[str, Any] = {
     "mamba_d_state": 8,
 }
 _ABSENT: Any = object()  # not to be given
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_QWEN_4: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 32,
+    "indexer_compress_ratio": 4,
+    "hc_lowrank": 8,
+    "ple_embed_dim": 8,
+    "ple_layer_ids": [1],
+    "ngram_vocab_size_base": 64,
+    "make_ngram_vocab_size_divisible_by": 8,
+    "heads_per_ngram": 2,
+    "split_ngram_parts": 2,
+}
 _CHANGES: dict[str, dict[str, Any]] = {
+    "cohere_compass_text": {
+        "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
+    },
+    "ctrl": {"dff": 56},
+    "emu3": {"text_config": _TEXT},
+    "got_ocr2": {
+        "text_config": {**_TEXT, "model_type": "qwen2"},
+        "vision_config": {
+            "hidden_size": 32,
+            "output_channels": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": 64,
+            "window_size": 2,
+            "mlp_dim": 56,
+            "global_attn_indexes": [1],
+        },
+    },
+    "moss_transcribe_diarize": {
+        "text_config": {**_TEXT, "model_type": "qwen3"},
+        "audio_config": {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "encoder_ffn_dim": 56,
+        },
+    },
+    "qwen4_exp": {
+        "text_config": {
+            **_TEXT,
+            **_QWEN_4,
+            "head_dim": 16,
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 24,
+        },
+        "vision_config": {
+            "depth": 3,
+            "hidden_size": 48,
+            "intermediate_size": 72,
+            "num_heads": 4,
+            "out_hidden_size": 32,
+            "patch_size": 14,
+            "spatial_merge_size": 1,
+            "num_position_embeddings": 16,
+        },
+    },
     "bamba": dict(**_MAMBA, attn_layer_indices=[1, 3]),
     "granitemoehybrid": dict(
         **_MAMBA, layer_types=["mamba", "attention"] * 2, shared_intermediate_size=24
@@ -181,6 +249,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 8},
     "blt": {
+        "encoder_hash_byte_group_vocab": 64,
         "patcher_config": dict(_TEXT),
         "encoder_config": dict(_TEXT),
         "decoder_config": dict(_TEXT),
@@ -243,6 +312,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
             **_GEMMA_4,
             "sliding_window": 8,
             "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
             "num_kv_shared_layers": 4,
         }
     },
@@ -405,14 +475,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "bert": {"is_decoder": True},
     "roberta": {"is_decoder": True},
-    "electra": {},
     "camembert": {"is_decoder": True},
     "xlm-roberta": {"is_decoder": True},
-    "qwen4_exp_text": {"num_hidden_layers": 4},
+    "qwen4_exp_text": _QWEN_4,
     "rwkv": {"attention_hidden_size": 32, "context_length": 64},
-    "hyperclovax": {},
     "minimax": {"layer_types": ["linear_attention", "full_attention"] * 2, "block_size": 8},
-    "deepseek_v4": {},
     "xlstm": {
         "embedding_dim": 32,
         "num_blocks": 3,

@@ -10,6 +10,7 @@ import inspect
 from typing import Any
 
 from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from tests.support.vision import CLASSES
@@ -55,7 +56,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "clip": {"vision_config": _VISION, "text_config": _TEXT, "projection_dim": 32},
     "convnext": {"num_stages": 2, "hidden_sizes": [16, 32], "depths": _STAGES, "patch_size": 4},
     "convnextv2": {"num_stages": 2, "hidden_sizes": [16, 32], "depths": _STAGES, "patch_size": 4},
-    "cvt": {"embed_dim": [16, 32, 32], "num_heads": [1, 2, 2], "depth": [1, 1, 2]},
+    "cvt": {"embed_dim": [16, 32, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]},
     "dinat": {"embed_dim": 16, "depths": _STAGES, "num_heads": [2, 4], "kernel_size": 3},
     "donut-swin": _SWIN,
     "efficientnet": {"hidden_dim": 64, "width_coefficient": 0.25, "depth_coefficient": 0.25},
@@ -67,7 +68,17 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "focal_windows": [3, 3],
         "patch_size": 4,
     },
+    "hgnet_v2": {
+        "embedding_size": 16,
+        "hidden_sizes": [16, 32, 32, 64],
+        "stem_channels": [3, 8, 16],
+        "stage_in_channels": [16, 16, 32, 32],
+        "stage_mid_channels": [8, 8, 16, 16],
+        "stage_out_channels": [16, 32, 32, 64],
+        "stage_numb_of_layers": [2, 2, 2, 2],
+    },
     "hiera": {
+        "patch_size": [7, 7],
         "embed_dim": 16,
         "image_size": [SIZE, SIZE],
         "depths": _STAGES,
@@ -127,7 +138,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "swiftformer": {"depths": [1, 1], "embed_dims": [16, 32], "downsamples": [True, True]},
     "swin": _SWIN,
     "swinv2": _SWIN,
-    "textnet": {"image_size": [SIZE, SIZE]},
+    "textnet": {"stem_out_channels": 16, "hidden_sizes": [16] * 5, "image_size": [SIZE, SIZE]},
     "timm_wrapper": {"architecture": "resnet10t", "num_classes": len(CLASSES)},
 }
 
@@ -142,4 +153,6 @@ def tiny_image_config(model_type: str) -> Any:
         "id2label": dict(enumerate(CLASSES)),
         "label2id": {x: i for i, x in enumerate(CLASSES)},
     }
+    found = modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES[model_type]
+    names["architectures"] = [found if isinstance(found, str) else found[0]]
     return AutoConfig.for_model(model_type, **{**options, **_CHANGES.get(model_type, {}), **names})

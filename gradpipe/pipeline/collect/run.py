@@ -17,6 +17,7 @@ from gradpipe.pipeline.collect.resume import Place
 from gradpipe.pipeline.collect.worker import Job, begun_schedule, run_part
 from gradpipe.pipeline.places import check_scratch, check_store
 from gradpipe.pipeline.progress import QUIET
+from gradpipe.pipeline.reports.results import ModelReport
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.estimate import Estimate, Workload, estimate
 from gradpipe.stages.collect.probe import probe
@@ -25,7 +26,12 @@ from gradpipe.stages.data.tokens import window_length
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.model.couplings import find_couplings
 from gradpipe.stages.model.layers import Selection, dense_lines
-from gradpipe.stages.model.load import resolve_dtype, sequence_length, with_expected_tensors
+from gradpipe.stages.model.load import (
+    dtype_name,
+    resolve_dtype,
+    sequence_length,
+    with_expected_tensors,
+)
 from gradpipe.stages.model.shared_inputs import image_tokens, share_inputs
 from gradpipe.stages.model.skeleton import Skeleton, take_apart
 from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
@@ -66,6 +72,14 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
 
 def plan(config: CollectConfig) -> Estimate:
     """What stage one would take, from `config.json` alone: no weight is read, none is fetched."""
+    return examine(config).estimate
+
+
+def examine(config: CollectConfig) -> ModelReport:
+    """What stage one would make of a model, and take: as `plan`.
+
+    Raises InputError for a model that cannot be collected, as far as its config tells.
+    """
     checkpoint = with_expected_tensors(Checkpoint.outline(config.model))
     device, shard = resolve_device(config.device), config.shard or Shard(0, 1)
     skeleton = _skeleton(config, checkpoint, with_couplings=False)
@@ -74,7 +88,18 @@ def plan(config: CollectConfig) -> Estimate:
         seq_len = image_tokens(skeleton.model, skeleton.blocks)
     else:
         seq_len = window_length(config.data.name, config.seq_len, checkpoint)
-    return _plan(config, shard, skeleton, _workload(config, shard, seq_len), device)
+    return ModelReport(
+        name=checkpoint.name,
+        architecture=checkpoint.architecture,
+        task=find_task(checkpoint),
+        dtype=dtype_name(skeleton.model.dtype),
+        blocks=skeleton.blocks.path,
+        num_blocks=skeleton.blocks.count,
+        num_layers=len(skeleton.layers),
+        num_layer_weights=sum(x.spec.num_weights for x in skeleton.layers),
+        dense=tuple(dense_lines(skeleton.left_out)),
+        estimate=_plan(config, shard, skeleton, _workload(config, shard, seq_len), device),
+    )
 
 
 def _run(config: CollectConfig, shard: Shard, console: Console) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from gradpipe.stages.collect.estimate import Estimate  # a store is shown without torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,3 +210,30 @@ class DemoResult:
     folder: Path
     dense: float  # perplexity of the unpruned model
     perplexities: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelReport:
+    """What a collection would make of a model, and what it would take."""
+
+    name: str
+    architecture: str
+    task: str
+    dtype: str
+    blocks: str  # the path of their list
+    num_blocks: int
+    num_layers: int
+    num_layer_weights: int
+    dense: tuple[str, ...]  # what of the blocks stays dense and why, a line for each reason
+    estimate: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Health:
+    """What a machine has, and what it would do with a model."""
+
+    versions: dict[str, str]
+    devices: dict[str, str]  # `cuda:0` -> what it is
+    free_memory: dict[str, int]  # bytes, of each device
+    free_disk: int  # bytes, in the current folder
+    model: ModelReport | None

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 from rich.table import Table
 from rich.text import Text
 
 from gradpipe.errors import printable
-from gradpipe.pipeline.reports.results import DemoResult, PruneResult
+from gradpipe.pipeline.reports.results import DemoResult, Health, ModelReport, PruneResult
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import SampleSpec
-
-if TYPE_CHECKING:
-    from gradpipe.stages.collect.estimate import Estimate  # a store is shown without torch
 
 
 def store_table(store: GradientStore) -> Table:
     """What a store holds, and of what."""
     spec, sizes = store.spec, store.sizes()
     num_weights = sum(layer.num_weights for layer in spec.layers)
-    table = Table(title=_text(f"gradient store {store.url}"), show_header=False)
     rows = {
         "model": f"{spec.model.name} ({spec.model.architecture}, {spec.model.dtype})",
         "samples": f"{spec.samples.num_samples} x {_sample(spec.samples)} of "
@@ -31,9 +27,7 @@ def store_table(store: GradientStore) -> Table:
         "size": f"{sum(sizes.values()):,} bytes",
         "digest": store.digest,
     }
-    for name, value in rows.items():
-        table.add_row(name, _text(value))
-    return table
+    return _rows(f"gradient store {store.url}", rows)
 
 
 def _sample(samples: SampleSpec) -> str:
@@ -60,10 +54,35 @@ def layer_table(result: PruneResult) -> Table:
     return table
 
 
-def plan_table(plan: Estimate) -> Table:
-    """What a collection would take."""
-    table = Table(title="collect-grads would take", show_header=False)
-    rows = {
+def plan_table(report: ModelReport) -> Table:
+    """What a collection would make of a model, and what it would take."""
+    return _rows("collect-grads would take", _model_rows(report))
+
+
+def health_table(health: Health) -> Table:
+    """What a machine has, and what it would do with a model."""
+    devices = {
+        name: f"{kind}, {_gib(health.free_memory[name])} free"
+        for name, kind in health.devices.items()
+    }
+    rows = health.versions | devices | {"disk": f"{_gib(health.free_disk)} free here"}
+    return _rows("pipe doctor", rows | ({} if health.model is None else _model_rows(health.model)))
+
+
+def _rows(title: str, rows: Mapping[str, str]) -> Table:
+    table = Table(title=_text(title), show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, _text(value))
+    return table
+
+
+def _model_rows(report: ModelReport) -> dict[str, str]:
+    plan = report.estimate
+    return {
+        "model": f"{report.name} ({report.architecture}, {report.task}, {report.dtype})",
+        "blocks": f"{report.num_blocks}, at {report.blocks}",
+        "layers": f"{report.num_layers}, {report.num_layer_weights:,} weights",
+        "stays dense": "\n".join(report.dense) or "no matrix of the blocks",
         "schedule": f"{plan.schedule} ({plan.reason})",
         "parameters": f"{plan.num_parameters:,}",
         "memory on the device": f"{_gib(plan.device_bytes)} of {_gib(plan.free_bytes)} free",
@@ -74,9 +93,6 @@ def plan_table(plan: Estimate) -> Table:
         "weights read": _gib(plan.read_bytes),
         "operations": f"{plan.flops:.2e}",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table
 
 
 def _text(words: str) -> Text:

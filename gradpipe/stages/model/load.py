@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from transformers import AutoConfig, AutoTokenizer
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
@@ -45,6 +47,7 @@ def sequence_length(asked: int | None, checkpoint: Checkpoint) -> int:
 
 def _read_config(checkpoint: Checkpoint) -> Any:
     """`config.json` as transformers understands it. Remote code is never run."""
+    _check_known(checkpoint)
     try:
         with _silence():
             return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -52,6 +55,18 @@ def _read_config(checkpoint: Checkpoint) -> Any:
         raise InputError(
             f"{checkpoint.name}: transformers cannot read its config.json: {_first_line(error)}"
         ) from error
+
+
+def _check_known(checkpoint: Checkpoint) -> None:
+    """Raises InputError for a model that transformers has no class for: it may bring code along."""
+    kind = checkpoint.config.get("model_type")
+    if isinstance(kind, str) and kind not in CONFIG_MAPPING:
+        own = ", and its own code (auto_map in its config.json) is never run"
+        raise InputError(
+            f"{checkpoint.name}: transformers {transformers.__version__} knows no model_type {kind}"
+            + (own if checkpoint.config.get("auto_map") else "")
+            + ": take a newer transformers, or convert the model to a class that it has"
+        )
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -114,7 +129,9 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Sou
     config = _read_config(checkpoint)
     with _loading(checkpoint):
         with torch.device("meta"):
-            model: Any = auto_class(checkpoint).from_config(config, dtype=dtype)
+            model: Any = auto_class(checkpoint).from_config(
+                config, dtype=dtype, trust_remote_code=False
+            )
         model.tie_weights()
         _keep_wide(model, dtype)
     sources = find_sources(model, checkpoint)
@@ -164,7 +181,7 @@ def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
     config = _read_config(outline)
     with _loading(outline):
         with torch.device("meta"):
-            model: Any = auto_class(outline).from_config(config)
+            model: Any = auto_class(outline).from_config(config, trust_remote_code=False)
         saved = revert_weight_conversion(model, model.state_dict())
     types = {dtype: name for name, dtype in FLOAT_TYPES.items()}
     tensors = {
