@@ -1,6 +1,7 @@
 """Stage two as a whole: bytes, laws, and what the output folder holds."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +74,17 @@ def test_include_and_exclude_choose_layers(workplace: Path, tmp_path: Path) -> N
 
 
 def test_a_tied_head_is_pruned_once_for_both_uses(tmp_path: Path) -> None:
-    """The head's tensor is the embedding's: collected with --include, pruned in one place."""
+    """Its gradient would be in part the embedding's, so it has none: pruned by magnitude, once."""
     save_tiny("gpt2", tmp_path / "model")
     write_text(tmp_path / "text.txt")
-    store = collect(collecting(tmp_path, num_samples=2, seq_len=8, include=("lm_head",)))
-    heads = [layer for layer in store.spec.layers if layer.block is None]
-    assert [head.weight_key for head in heads] == ["transformer.wte.weight"]
-    (result,) = prune(pruning(tmp_path, tmp_path / "out", include=("wte",), sparsities=(0.5,)))
+    run = collecting(tmp_path, num_samples=2, seq_len=8)
+    with pytest.raises(InputError, match="lm_head is no layer: its tensor is used by several"):
+        collect(replace(run, include=("lm_head",)))
+    collect(run)
+    wish = pruning(
+        tmp_path, tmp_path / "out", method="magnitude", include=("wte",), sparsities=(0.5,)
+    )
+    (result,) = prune(wish)
     model: Any = AutoModelForCausalLM.from_pretrained(result.folder)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert float((model.lm_head.weight == 0).float().mean()) == 0.5

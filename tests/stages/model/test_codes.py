@@ -29,7 +29,7 @@ def test_codes_that_the_config_does_not_name_are_refused(
     """With the tensor and its type."""
     model = shutil.copytree(workplace / "model", tmp_path / "model")
     edit_weights(model, lambda tensors: _quantize(tensors, dtype))
-    says = (f"tensor {KEY} is of type ", "before it was quantized")
+    says = (KEY.removesuffix(".weight") + " is of type ", "before it was quantized")
     refused(EVAL.replace("model", str(model), 1), says=says)
 
 

@@ -129,13 +129,11 @@ def test_maps_that_no_gradient_comes_to_stay_dense(tmp_path: Path) -> None:
 
 def test_what_is_left_out_and_what_is_a_layer_are_all(tmp_path: Path) -> None:
     """Every matrix of the blocks is one or the other."""
-    found = skeleton("dbrx", tmp_path)
+    found = skeleton("jamba", tmp_path)
     blocks = found.model.get_submodule(found.blocks.path)
     weights = sum(p.numel() for p in blocks.parameters() if p.ndim >= 2)
     layers = sum(x.spec.num_weights for x in found.layers)
     assert layers + sum(x.num_weights for x in found.left_out) == weights
-    name = "transformer.blocks.0.ffn.experts.mlp.w1"
-    assert reasons(found)[name] == "several experts in one tensor"
 
 
 def test_layers_are_left_out_as_asked(tmp_path: Path) -> None:

@@ -76,6 +76,11 @@ def mixed(root: Path, out: Path, allocation: str, pattern: str) -> tuple[dict[st
     return report, said.getvalue()
 
 
+def _without_routers(notes: list[str]) -> list[str]:
+    """Less the line that says which gates stay dense."""
+    return [note for note in notes if not note.startswith("stays dense")]
+
+
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4"])
 @pytest.mark.parametrize("allocation", ["owl", "dlp", "sensitivity"])
 def test_mixed_patterns_of_unequal_blocks_meet_the_target(
@@ -85,7 +90,7 @@ def test_mixed_patterns_of_unequal_blocks_meet_the_target(
     report, _ = mixed(uneven, tmp_path / "out", allocation, pattern)
     n, m = map(int, pattern.split(":"))
     assert report["requested_sparsity"] == report["achieved_sparsity"] == 1 - n / m
-    assert report["notes"] == []
+    assert _without_routers(report["notes"]) == []
     patterns = {name.split(".")[2]: x["pattern"] for name, x in report["layers"].items()}
     assert {x["pattern"] for x in report["layers"].values()} == set(patterns.values())
 
@@ -99,5 +104,5 @@ def test_a_target_that_cannot_be_met_is_said_and_recorded(uneven: Path, tmp_path
     assert report["requested_sparsity"] == 0.5
     assert report["achieved_sparsity"] == pytest.approx(0.5 + 1 / 88, abs=1e-12)
     note = "4:8 mixed by block prunes 51.14% of the weights, not 50.00%: "
-    assert report["notes"] == [note + "the blocks' sizes do not add up to it"]
+    assert _without_routers(report["notes"]) == [note + "the blocks' sizes do not add up to it"]
     assert report["notes"][0] in said.splitlines()
