@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # scripts/ and benchmarks/ are checked as soon as they hold a Python file.
 SOURCES := gradpipe tests $(sort $(patsubst %/,%,$(dir $(wildcard scripts/*.py benchmarks/*.py))))
 
-.PHONY: demo test lint clean
+.PHONY: demo test models lint clean
 
 demo: $(STAMP)
 	rm -rf demo-out
@@ -14,6 +14,10 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 tests
+
+# Every model type of transformers, on two cores; prints what is no longer as tests/models/verdicts.json says.
+models: $(STAMP)
+	TMPDIR=$${TMPDIR:-$$(test -d /dev/shm && echo /dev/shm || echo /tmp)} .venv/bin/python scripts/models.py
 
 lint: $(STAMP)
 	.venv/bin/ruff check .

@@ -146,7 +146,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE},
     },
+    "codegen": {"rotary_dim": 4},
     "ctrl": {"dff": 56},
+    "gptj": {"rotary_dim": 4},
     "emu3": {"text_config": _TEXT},
     "got_ocr2": {
         "text_config": {**_TEXT, "model_type": "qwen2"},

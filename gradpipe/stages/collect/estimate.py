@@ -224,7 +224,7 @@ def _text(file: Path) -> str:
 
 def _widths(model: Any, layers: Sequence[Layer]) -> tuple[int, int]:
     """Of the hidden states, and of the logits."""
-    embeddings = model.get_input_embeddings()
+    embeddings = None if model.main_input_name == "pixel_values" else model.get_input_embeddings()
     if isinstance(embeddings, nn.Embedding):
         return embeddings.embedding_dim, embeddings.num_embeddings
     return layers[0].spec.shape[1], model.config.num_labels

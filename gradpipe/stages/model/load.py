@@ -61,9 +61,10 @@ def _check_known(checkpoint: Checkpoint) -> None:
     """Raises InputError for a model that transformers has no class for: it may bring code along."""
     kind = checkpoint.config.get("model_type")
     if isinstance(kind, str) and kind not in CONFIG_MAPPING:
-        own = ", and its own code (auto_map in its config.json) is never run"
+        own = ", and its own code (auto_map) is never run"
         raise InputError(
-            f"{checkpoint.name}: transformers {transformers.__version__} knows no model_type {kind}"
+            f"{checkpoint.name}: transformers {transformers.__version__} cannot read its "
+            f"config.json: it has no model_type {kind}"
             + (own if checkpoint.config.get("auto_map") else "")
             + ": take a newer transformers, or convert the model to a class that it has"
         )
