@@ -45,8 +45,8 @@ NUM_TOKENS = {"vit": 17, "deit": 18}  # 16 patches, a class token, DeiT's distil
 
 def tiny_classifier(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """The family's tiny float32 model in eval mode; the same seed gives the same weights."""
-    options = {**_CONFIG, **changes}
-    config = AutoConfig.for_model(family, architectures=[_ARCHITECTURES[family]], **options)
+    options = {"architectures": [_ARCHITECTURES[family]], **_CONFIG, **changes}
+    config = AutoConfig.for_model(family, **options)
     model: PreTrainedModel = AutoModelForImageClassification.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

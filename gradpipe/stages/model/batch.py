@@ -6,11 +6,13 @@ is the mean of its samples' losses: `batch.forward(model).loss`.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from gradpipe.store.folder import Calibration
 from gradpipe.store.schema import SampleSpec
@@ -48,12 +50,21 @@ class Batch:
         return replace(self, inputs={name: x.to(device) for name, x in self.inputs.items()})
 
     def forward(self, model: Any) -> Any:
-        """What the model makes of the batch."""
+        """What the model makes of the batch, with a loss if there are labels.
+
+        A class that takes none, as distilled DeiT's with its two heads, is given the cross-entropy
+        of the logits that it gives when it classifies.
+        """
         options = {} if self.use_cache is None else {"use_cache": self.use_cache}
         inputs = {
             n: x.to(model.dtype) if x.is_floating_point() else x for n, x in self.inputs.items()
         }
-        return model(**inputs, **options)
+        takes_labels = "labels" in inspect.signature(model.forward).parameters
+        labels_B = None if takes_labels else inputs.pop("labels", None)
+        output = model(**inputs, **options)
+        if labels_B is not None:
+            output.loss = cross_entropy(output.logits, labels_B)
+        return output
 
 
 def calibration_batch(calibration: Calibration, spec: SampleSpec, share: range) -> Batch:

@@ -1,0 +1,155 @@
+"""Models of images and text: their language model is calibrated on text; the tower stays dense."""
+
+import copy
+import io
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as hf
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.nn.functional import cross_entropy
+from transformers.core_model_loading import revert_weight_conversion
+
+from gradpipe import (
+    CollectConfig,
+    DataConfig,
+    PruneConfig,
+    collect,
+    prune,
+)
+from tests.support.models import VOCAB_SIZE, tiny_tokenizer
+from tests.support.texts import write_text
+
+_TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 56,
+    "max_position_embeddings": 64,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
+_QWEN_TEXT = _TEXT | {
+    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+}
+_QWEN_IMAGES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "depth": 3,
+    "num_heads": 4,
+    "out_hidden_size": 32,
+    "patch_size": 14,
+}
+_TOKENS: dict[str, Any] = {"image_token_id": 90, "video_token_id": 91}
+_IMAGES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+MODELS: Mapping[str, Callable[[], Any]] = {
+    "qwen2_5_vl": lambda: hf.Qwen2_5_VLForConditionalGeneration(
+        hf.Qwen2_5_VLConfig(
+            text_config=_QWEN_TEXT,
+            vision_config=_QWEN_IMAGES | {"fullatt_block_indexes": [1]},
+            **_TOKENS,
+        )
+    ),
+    "qwen3_vl": lambda: hf.Qwen3VLForConditionalGeneration(
+        hf.Qwen3VLConfig(
+            text_config=_QWEN_TEXT,
+            vision_config=_QWEN_IMAGES | {"deepstack_visual_indexes": [0, 1]},
+            **_TOKENS,
+        )
+    ),
+    "llava": lambda: hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(
+            text_config={"model_type": "llama", **_TEXT},
+            vision_config={"model_type": "clip_vision_model", **_IMAGES},
+            image_token_index=90,
+        )
+    ),
+    "mistral3": lambda: hf.Mistral3ForConditionalGeneration(
+        hf.Mistral3Config(
+            text_config={"model_type": "mistral", **_TEXT},
+            vision_config={"model_type": "pixtral", **_IMAGES},
+            image_token_index=90,
+        )
+    ),
+}
+
+
+def save(kind: str, folder: Path) -> Any:
+    """A random model and its tokenizer; returns the model."""
+    with torch.random.fork_rng(devices=[]):
+        model = MODELS[kind]().eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:
+            parameter.data = 0.25 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return copy.deepcopy(model)
+
+
+def gradients(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Σ over samples of |gradient|, by the checkpoint's tensors."""
+    sums = {name: torch.zeros_like(x) for name, x in model.named_parameters()}
+    for sample_T in input_ids.long():
+        model.zero_grad()
+        logits_TV = model(input_ids=sample_T[None], use_cache=False).logits[0]
+        cross_entropy(logits_TV[:-1], sample_T[1:]).backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                sums[name] += parameter.grad.abs()
+    found: dict[str, torch.Tensor] = revert_weight_conversion(model, sums)
+    return found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_language_model_is_collected_and_pruned(kind: str, tmp_path: Path) -> None:
+    """Exact under both schedules; what reads images stays dense, aloud; transformers opens it."""
+    model = save(kind, tmp_path / "model")
+    said, stores = io.StringIO(), {}
+    for schedule in ("resident", "streamed"):
+        settings = CollectConfig(
+            model=str(tmp_path / "model"),
+            store=tmp_path / schedule,
+            data=DataConfig(name=str(write_text(tmp_path / "text.txt"))),
+            num_samples=3,
+            seq_len=16,
+            batch_size=2,
+            statistics=("grad_l1",),
+            encoding="float32",
+            schedule=schedule,
+        )
+        stores[schedule] = collect(settings, Console(file=said, width=200))
+    store = stores["resident"]
+    assert store.digest == stores["streamed"].digest
+    assert len(store.spec.layers) == 2 * 7
+    assert "stays dense: model.vis" in said.getvalue()
+    expected = gradients(model, torch.from_numpy(np.array(store.input_ids())))
+    for layer in store.spec.layers:
+        got = torch.from_numpy(np.array(store.read_norms(layer, "grad_l1")))
+        torch.testing.assert_close(got, expected[layer.weight_key], rtol=1e-4, atol=1e-5)
+    options: dict[str, Any] = {"out": tmp_path / "out", "method": "gblm"}
+    (result,) = prune(
+        PruneConfig(model=settings.model, store=str(tmp_path / "resident"), **options)
+    )
+    assert result.achieved == pytest.approx(0.5)
+    dense = load_file(tmp_path / "model" / "model.safetensors")
+    for key, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        if key not in {x.weight_key for x in store.spec.layers}:
+            assert torch.equal(tensor, dense[key]), key
+    opened: Any = type(model).from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not opened[1]["missing_keys"]
