@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
-
 Json = Annotated[Path | None, Option(flag="json", help="Write the result here; - for stdout.")]
-
 Store = Annotated[str, Option(help="Path or URL.", is_argument=True)]
 
 app = typer.Typer(

@@ -24,7 +24,6 @@ from typing import Annotated, Any, Self, TypeVar
 from gradpipe.errors import InputError
 
 T = TypeVar("T")
-
 _TOO_MANY = 2**31  # a store records counts below it
 
 

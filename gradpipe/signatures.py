@@ -20,7 +20,6 @@ import typer
 from gradpipe.options import OptionField, option_fields
 
 Place = tuple[str, ...]  # a function's parameter, its field, that one's field
-
 _METAVARS = {str: "TEXT", int: "INTEGER", float: "FLOAT", Path: "PATH"}  # what stands for values
 
 

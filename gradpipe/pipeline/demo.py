@@ -22,7 +22,6 @@ from gradpipe.store.folder import is_begun, is_complete
 from gradpipe.store.statistics import DEFAULT_STATISTICS, SECOND_MOMENTS
 
 SPARSITIES = (0.5, 0.6, 0.7)
-
 PATTERNS = ("2:4", "4:8")
 
 ROWS: tuple[tuple[str, dict[str, Any]], ...] = (  # name, options
@@ -40,9 +39,7 @@ ROWS: tuple[tuple[str, dict[str, Any]], ...] = (  # name, options
 )
 
 _SEQ_LEN = 256  # what the embedded model was trained at
-
 _MAX_WINDOWS = 64  # 16,384 tokens: enough to tell the methods apart
-
 _DATA = DataConfig(name="stdlib")
 
 _EVALUATION = EvalConfig(

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 
 Handler = Callable[[int, FrameType | None], None]
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -11,7 +11,6 @@ from gradpipe.errors import InputError
 from gradpipe.store.folder import is_complete, is_free
 
 _MAX_NAME_BYTES = 200  # of the 255 that file systems have: locks and staging folders add theirs
-
 REPORT = "pruning.json"  # what every pruned checkpoint holds
 
 

@@ -32,25 +32,15 @@ from gradpipe.errors import StoreError
 from gradpipe.store.objects import ObjectReader, ObjectWriter
 
 Array = npt.NDArray[Any]
-
 ATTRIBUTE = "gradpipe"  # everything that a group says of itself stands under this key
-
 DTYPES = ("uint8", "int16", "int32", "int64", "float16", "float32")
-
 _CHUNK_BYTES = 4 << 20  # 1-6 MB decode fastest and still allow partial reads
-
 _UNPROVEN_BYTES = 1 << 30  # what an array may decode to, however few bytes it is stored in;
-
 _MOST_COMPRESSED = 1000  # beyond that, at most so many times as many: statistics are noise
-
 _BYTES_A_CODE = 8  # a byte of codes becomes two float32 norms
-
 _ZSTD_MAGIC = 0xFD2FB528
-
 _NO_CHUNK = (1 << 64) - 1  # in a shard's index: never written
-
 _NODE_BYTES = 1 << 20  # of a group's or an array's metadata
-
 _ROOT_BYTES, _BYTES_AN_OBJECT = 1 << 28, 1 << 11  # of the root's: it has those of all others
 
 

@@ -35,21 +35,13 @@ from gradpipe.store.schema import LayerSpec, StatisticSpec
 from gradpipe.store.statistics import STATISTICS, Statistic, Sums
 
 Levels = npt.NDArray[np.int32]
-
 Levels16 = npt.NDArray[np.int16]
-
 Parts = dict[str, npt.NDArray[Any]]
-
 STEPS = 16  # levels of a factor of two
-
 ESCAPE = 15
-
 UNIT = 32767  # a correlation of 1
-
 SPECIAL = 1 << 14  # levels below −this stand for 0, above it for ∞
-
 _CHUNK_VALUES = 1 << 20
-
 LOWEST, HIGHEST = -126 * STEPS - 1, 128 * STEPS  # one beyond float32's normal numbers
 
 

@@ -16,11 +16,8 @@ from gradpipe.store.objects import COMMIT_KEY, CommitRecord, ObjectReader, diges
 from gradpipe.store.schema import StoreSpec
 
 LOCK_NAME = ".lock"
-
 PARTIAL = "partial"
-
 BEGUN_KEY = f"{PARTIAL}/calibration.json"
-
 _OWN = ("calibration", "layers", PARTIAL, COMMIT_KEY, "zarr.json")  # all that a store is made of
 
 

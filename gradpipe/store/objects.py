@@ -25,17 +25,11 @@ import xxhash
 from gradpipe.errors import GradpipeError, InputError, StoreError, one_line
 
 COMMIT_KEY = "commit.json"
-
 _MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
-
 _BLOCK_BYTES = 1 << 23  # read at a time where nothing is kept
-
 _FSYNC_THREADS = 16
-
 _STEP = r"(?!\.{1,2}[/\"])[A-Za-z0-9_.\-]{1,255}"  # neither . nor .., which could leave the store
-
 _ENTRY = re.compile(rf'"({_STEP}(?:/{_STEP})*)":\[(\d{{1,18}}),"([0-9a-f]{{32}})"\]'.encode())
-
 _TEMPORARY = ".{}.tmp"  # one writer per object, so that a name is enough, and a restart reuses it
 
 

@@ -19,17 +19,11 @@ from gradpipe.errors import StoreError
 from gradpipe.store.statistics import STATISTICS, in_order
 
 FORMAT_VERSION = 2  # what is written
-
 _VERSIONS = (1, 2)  # what is read
-
 CAUSAL_LM = "causal-lm"  # the mean cross-entropy of a sample's next tokens
-
 IMAGE_CLASSIFICATION = "image-classification"  # the cross-entropy of a sample's label
-
 OBJECTIVES = (CAUSAL_LM, IMAGE_CLASSIFICATION)
-
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-
 _NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*")
 
 

@@ -27,17 +27,11 @@ if TYPE_CHECKING:  # the command's options are known without numpy
     import numpy.typing as npt
 
 Sums: TypeAlias = "npt.NDArray[np.float32]"
-
 INPUTS, OUTPUTS = "inputs", "outputs"  # x (T, I), y (T, O) of a sample, in float32
-
 OUTPUT_GRADIENTS = "output gradients"  # dy (T, O) of the sample's loss, in float32
-
 WEIGHT_GRADIENTS = "weight gradients"  # G = dyᵀx (O, I), some rows at a time
-
 OUT, IN = "out", "in"
-
 ENCODINGS = ("compact", "float32", "float16")
-
 _REFERENCE_SAMPLES = 128  # gradients in formulas are those of so many, as in GBLM-Pruner's code
 
 
@@ -240,7 +234,6 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 DEFAULT_STATISTICS = tuple(name for name, x in STATISTICS.items() if x.is_default)
-
 SECOND_MOMENTS = tuple(name for name, x in STATISTICS.items() if x.is_symmetric)
 
 

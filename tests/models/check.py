@@ -251,7 +251,8 @@ def _wrong_outputs(toy: _Toy, folder: Path) -> str | None:
             EvalConfig(
                 model=str(result.folder),
                 data=DataConfig(name=toy.held_out),
-                **({} if toy.seq_len is None else {"seq_len": toy.seq_len, "max_windows": 2}),
+                seq_len=toy.seq_len,
+                max_windows=None if toy.seq_len is None else 2,
             )
         )
     return None

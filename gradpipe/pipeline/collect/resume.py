@@ -29,9 +29,7 @@ from gradpipe.store.snapshots import Snapshots
 from gradpipe.store.writer import StoreWriter
 
 SCRATCH = "scratch"  # the folder beside the snapshots that `streamed` keeps activations in
-
 _SNAPSHOT_SHARE = 0.04  # of the time, at most, goes into snapshots
-
 _FIRST_SNAPSHOT = 60.0  # seconds: before that, starting over costs less
 
 

@@ -16,7 +16,6 @@ from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS, is_of_activations
 
 _PLAIN = ("none", "input", "uniform")  # values of options that ask for nothing
-
 _HEADS = ("lm_head", "embed_out")  # as transformers names them
 
 

@@ -31,9 +31,7 @@ from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
 
 Layers = Mapping[str, LayerSpec]  # by name
-
 _DEFAULT_SPARSITY = 0.5
-
 _GLOBAL_GROUP = "global"  # of --group: all weights of all layers are compared
 
 

@@ -16,7 +16,6 @@ import torch
 from gradpipe.stages.device import usable_threads
 
 _MOST = 8  # unless the user says otherwise: beyond, disks and memory are what is waited for
-
 _MOST_ON_GPU = 2  # one reads or writes while the other computes
 
 

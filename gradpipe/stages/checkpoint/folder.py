@@ -29,7 +29,6 @@ from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec, ModelSpec
 
 INDEX_NAME = "model.safetensors.index.json"
-
 SINGLE_NAME = "model.safetensors"
 
 _NOT_COPIED = (  # weights in any format, and the model card, which an output writes anew
@@ -42,7 +41,6 @@ _FETCHED = (  # from the Hub: weights as safetensors alone, and small files
 )
 
 _TEMPLATES = "additional_chat_templates/*.jinja"  # the one subfolder that transformers reads
-
 _OTHER_FORMATS = (".gguf", ".h5", ".msgpack", ".onnx", ".tflite")
 
 

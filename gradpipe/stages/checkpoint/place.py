@@ -7,7 +7,6 @@ from pathlib import Path
 from gradpipe.errors import InputError, one_line
 
 EMBEDDED_NAME = "embedded"  # the model that ships with the package
-
 EMBEDDED_MODEL = Path(__file__).parents[2] / "embedded" / "tiny-llama"
 
 

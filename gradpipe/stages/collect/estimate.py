@@ -22,13 +22,9 @@ from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS, needs_backward
 
 _GROUPS = (Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))
-
 _MARGIN = 1.2  # how much more than the estimate must be free
-
 _BLOCK_WIDTHS = 12  # hidden-sized values that a block keeps beside its linear maps
-
 _HOST_COPIES = 3  # of the largest layer's sums: on the host, encoded, as a file
-
 METADATA_BYTES = 2560  # of each statistic of a layer: measured, with its part of the root's copy
 
 

@@ -28,7 +28,6 @@ from gradpipe.store.schema import LayerSpec
 # Gradients of a mean over thousands of tokens fall below float16's smallest number. A power of
 # two is exact to multiply by and to divide out again in float32.
 _FLOAT16_SCALE = 2.0**12
-
 _BySample = Callable[[Tensor], Sequence[Tensor]]
 
 

@@ -19,7 +19,6 @@ from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.skeleton import Skeleton
 
 _SAMPLES, _BLOCK, _OUTSIDE = "samples", "block", "outside"
-
 _DIGITS = {_SAMPLES: 8, _BLOCK: 4, _OUTSIDE: 0}
 
 

@@ -32,7 +32,6 @@ from gradpipe.store.statistics import (
 )
 
 _TILE_BYTES = 2 << 20  # a tile of G stays in the CPU's cache while it is folded into the sums
-
 _VALUES = (INPUTS, OUTPUTS, OUTPUT_GRADIENTS, WEIGHT_GRADIENTS)
 
 

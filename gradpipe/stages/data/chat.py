@@ -25,7 +25,6 @@ _SHAREGPT = {  # its names of roles, and those of templates
 }
 
 _OWN_KEYS = ("role", "content", "from", "value")
-
 Message = dict[str, Any]
 
 

@@ -10,9 +10,7 @@ from gradpipe.errors import InputError
 from gradpipe.options import Option, check_options, refuse_given, unasked
 
 Use = Literal["calibration", "evaluation"]
-
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
-
 TOKENS = ".npy"  # how the name of a file of tokens ends
 
 _SPLITS: dict[str, dict[Use, str]] = {

@@ -28,9 +28,7 @@ from gradpipe.stages.data.text import load_rows
 from gradpipe.stages.model.trial import image_shape
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
-
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-
 Pixels = npt.NDArray[np.float32]
 
 

@@ -24,11 +24,8 @@ from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.place import EMBEDDED_MODEL
 
 _EMBEDDED: Final = EMBEDDED_MODEL.parent
-
 _EXCLUDED_FOLDERS: Final = frozenset({"test", "tests", "idle_test", "encodings", "site-packages"})
-
 _SHUFFLE_SEED: Final = 0
-
 DOCUMENT_SEPARATOR: Final = "\n"
 """What stood between two files when the model was trained."""
 

@@ -26,9 +26,7 @@ from gradpipe.stages.data.documents import Column, Documents, PlainText, Reader
 from gradpipe.stages.data.stdlib import DOCUMENT_SEPARATOR, stdlib_documents
 
 _C4 = ("allenai/c4", "607bd4c8450a42878aa9ddc051a65a055450ef87")
-
 _WIKITEXT = ("Salesforce/wikitext", "b08601e04326c79dfdd32d625aee71d232d685c3")
-
 _C4_EVALUATION = (1100, 256)  # documents joined, windows kept: the literature's choice
 
 

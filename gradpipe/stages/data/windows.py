@@ -17,7 +17,6 @@ from gradpipe.stages.data.samples import Samples
 from gradpipe.stages.data.text import Text
 
 _KEPT_TOKENS = 2**26  # 256 MiB of documents, for when they are drawn again
-
 Ids = npt.NDArray[np.int32]
 
 

@@ -30,15 +30,10 @@ from gradpipe.stages.model.stand_in import Call, StandIn
 from gradpipe.store.schema import CouplingSpec
 
 _STEP = 1e-7  # of the made-up outputs, which are near 1
-
 _TOLERANCE = 1e-5  # of the largest move of an input; a step's curvature and rounding are far below
-
 _SEEDS = (0, 1)  # an input may follow two outputs by amounts too near to tell apart: once in 10⁵
-
 _STILL = 1e-4  # an input that moves by less than this part of a step does not move
-
 _Runs = tuple[tuple[int, int], ...]
-
 _Couplings = dict[tuple[str, str], list[_Runs]]  # (target, source), both less the block's path
 
 

@@ -34,9 +34,7 @@ from gradpipe.stages.model import expert_calls
 from gradpipe.stages.model.conversion import Sources
 
 _FIRST = (("gate_up_proj",), ("up_proj",), ("w1", "v1"))  # what reads the token
-
 _DOWN = ("down_proj", "w2")
-
 _TRIED = 6  # tokens
 
 

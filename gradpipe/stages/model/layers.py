@@ -24,7 +24,6 @@ from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
 
 _ROUTER = re.compile(r"router|(^|\.)(gate|gating|wg|\w*expert_gate)(\.|$)")  # beside experts
-
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 

@@ -27,9 +27,7 @@ from gradpipe.stages.model.experts import split_experts
 from gradpipe.stages.model.tasks import auto_class, noun
 
 _MAX_SEQ_LEN = 2048  # the literature's window
-
 _TOKENIZER_FILES = ("tokenizer.*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -31,7 +31,6 @@ _OTHERS = {
 }
 
 _GENERATES = ("causallm", "lmhead", "conditionalgeneration")  # in names that transformers lacks
-
 _NOUNS = {CAUSAL_LM: "a causal language model", IMAGE_CLASSIFICATION: "an image classifier"}
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 _TOKENS = 4
-
 _IMAGE_SIZE = 224  # of models that take any
 
 

@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from gradpipe.stages.prune.score_passes import ScorePasses
 
 Layers = Mapping[str, LayerSpec]  # by name
-
 Wish = dict[str, float]  # sparsities by layer name
-
 Budgets = dict[str, Budget]  # by layer name
 
 

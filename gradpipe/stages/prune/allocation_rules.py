@@ -16,17 +16,11 @@ from collections.abc import Hashable, Mapping
 from typing import NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
-
 OWL_LAMBDA, OWL_OUTLIERS = 0.08, 5.0  # λ, M: Yin et al., 2024
-
 DLP_ALPHA = 0.15  # Chen et al., 2025
-
 SENSITIVITY = 0.5  # how far from uniform to global
-
 _BISECTIONS = 100
-
 _SUMS = 2048  # kept in a search for whole numbers: far more than blocks of a few sizes make
-
 _ROUNDING = 1e-9  # what a whole number may lack, computed in floats
 
 

@@ -24,11 +24,8 @@ from gradpipe.stages.prune.solver import LayerProblem
 from gradpipe.stages.prune.target import Budget
 
 _ITERATIONS = 60
-
 _FIRST_PENALTY = 0.1
-
 _EVERY = 3  # iterations between looks at the support
-
 _PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (left and joined ÷ support, factor)
 
 

@@ -19,11 +19,8 @@ from torch import Tensor
 from gradpipe.errors import GradpipeError
 
 _INPUT_DAMPING = 0.01  # of the mean of the diagonal, as SparseGPT has it
-
 _OUTPUT_DAMPING = 0.1  # gradients are noisier: docs/decisions/0010
-
 _RETRIES = 3
-
 _MORE = 10.0
 
 

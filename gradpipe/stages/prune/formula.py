@@ -41,7 +41,6 @@ _UNARY: Mapping[type[ast.unaryop], Callable[[Any], Any]] = {
 }
 
 _MAX_CHARACTERS = 500
-
 _SMALLEST = 2.0**-126  # float32's smallest normal number
 
 

@@ -9,7 +9,6 @@ from gradpipe.stages.prune.curvature import Curvature
 from gradpipe.stages.prune.solver import LayerProblem, UpdateKept
 
 _STEPS = 30
-
 _TOLERANCE = 1e-6  # of the squared residual: what is left to gain is lost in rounding
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from gradpipe.stages.prune.target import Budget, Group, Pattern
 
 _SELECT_VALUES = 1 << 17  # compared at a time: they stay in a core's own cache
-
 _VECTOR_WIDTH = 16  # from here on NumPy, which selects with vector instructions, is faster on a CPU
 
 

@@ -47,5 +47,4 @@ class Solver(Protocol):
 
 
 UpdateKept = Callable[[Tensor], Tensor]  # a mask (O, I) -> the weights that go with it
-
 MakeUpdate = Callable[[LayerProblem], UpdateKept]  # as a solver: once for each layer

@@ -20,7 +20,6 @@ from gradpipe.stages.prune.solver import LayerProblem, UpdateKept
 from gradpipe.stages.prune.target import Budget, Pattern
 
 _COLUMNS = 128
-
 Select = Callable[[Tensor, int], Tensor]  # scores of a part (O, C), its first column -> kept
 
 

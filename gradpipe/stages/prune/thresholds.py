@@ -16,11 +16,8 @@ import torch
 from torch import Tensor
 
 Key = TypeVar("Key", bound=Hashable)
-
 _BINS = 1 << 16
-
 _FLIP = 0x7FFFFFFF  # all but the sign: turns the order of negative floats around
-
 _CHUNK_VALUES = 1 << 20  # looked at together: as int64 they take twice the room
 
 
