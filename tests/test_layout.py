@@ -10,6 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 400
+TABLES = {"tests/models/configs.py"}  # an entry for each model type
 
 SOURCES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -51,6 +52,10 @@ def test_functions_fit_on_a_screen() -> None:
 def test_files_stay_short() -> None:
     """No file of the package or of its tests is longer than 400 lines, but for a table."""
     paths = [path for room in ("gradpipe", "tests") for path in (ROOT / room).rglob("*.py")]
-    paths.remove(ROOT / "tests" / "models" / "configs.py")
-    lengths = {str(path): len(path.read_text("utf-8").splitlines()) for path in paths}
+    names = {path.relative_to(ROOT).as_posix(): path for path in paths}
+    lengths = {
+        name: len(path.read_text("utf-8").splitlines())
+        for name, path in names.items()
+        if name not in TABLES
+    }
     assert {name: lines for name, lines in lengths.items() if lines > MAX_FILE_LINES} == {}
