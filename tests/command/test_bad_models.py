@@ -149,10 +149,7 @@ def test_a_model_s_own_code_is_never_run(refused: Refused, workplace: Path, tmp_
     edit_config(model, model_type="evil", auto_map=classes)
     (model / "evil.py").write_text(f"open({str(tmp_path / PLANTED)!r}, 'w')\nclass A: pass\n")
     for command in (COLLECT, EVAL):
-        refused(
-            command.replace("model", str(model), 1),
-            says=("model_type evil", "its own code", "never run", "newer transformers"),
-        )
+        refused(command.replace("model", str(model), 1), says=("its own code", "never run"))
 
 
 def _drop(key: str) -> Callable[[Path], None]:

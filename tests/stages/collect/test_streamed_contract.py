@@ -5,6 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -199,7 +200,8 @@ class _Model(nn.Module):
         self.layers = nn.ModuleList(self.blocks)
         self.between = between
 
-    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+    def forward(self, input_ids: Tensor, labels: Any = None, **_: Any) -> Any:
+        del labels  # the loss is the toy's own
         hidden = self.layers[0](self.embed(input_ids))
         return self.between(list(self.layers), hidden, input_ids)
 
@@ -224,7 +226,7 @@ def batch(*ids: int) -> Batch:
         (lambda blocks, hidden, ids: blocks[1](hidden, int(ids[0, 0])), "is no tensor"),
         (lambda blocks, hidden, _: blocks[1](hidden[:, 1:]), "layers.1 is not called with what"),
         (lambda blocks, hidden, _: blocks[0](hidden), r"layers.0 runs out of turn"),
-        (lambda _, hidden, __: hidden, r"layers.1 never runs"),
+        (lambda _, hidden, __: SimpleNamespace(loss=hidden, logits=hidden), "layers.1 never runs"),
     ],
 )
 def test_what_cannot_be_called_again_is_refused(between: Any, says: str) -> None:

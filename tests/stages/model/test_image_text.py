@@ -142,7 +142,7 @@ def test_the_language_model_is_collected_and_pruned(kind: str, tmp_path: Path) -
     for layer in store.spec.layers:
         got = torch.from_numpy(np.array(store.read_norms(layer, "grad_l1")))
         torch.testing.assert_close(got, expected[layer.weight_key], rtol=1e-4, atol=1e-5)
-    options: dict[str, Any] = {"out": tmp_path / "out", "method": "gblm"}
+    options: dict[str, Any] = {"out": tmp_path / "out", "method": "gradient"}
     (result,) = prune(
         PruneConfig(model=settings.model, store=str(tmp_path / "resident"), **options)
     )
