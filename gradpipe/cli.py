@@ -11,18 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import io
-import json
-import logging
-import math
-import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError, printable
+from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
 from gradpipe.options import Option
 from gradpipe.pipeline.collect.config import CollectConfig, ImportConfig
 from gradpipe.pipeline.evaluate_config import EvalConfig
@@ -30,13 +25,9 @@ from gradpipe.pipeline.interrupt import loading
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.signatures import command
 from gradpipe.stages.checkpoint.place import locate
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from gradpipe.terminal import Json, Output, complain, prepare_streams, say, stderr, stdout
 
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
-Json = Annotated[Path | None, Option(flag="json", help="Write the result here; - for stdout.")]
 Store = Annotated[str, Option(help="Path or URL.", is_argument=True)]
 
 app = typer.Typer(
@@ -83,16 +74,16 @@ def collect_grads(
         from gradpipe.pipeline.reports.tables import plan_table, store_table
 
     if dry_run:
-        _stdout().print(plan_table(collecting.examine(config)))
+        stdout().print(plan_table(collecting.examine(config)))
         return
     collect = collecting.collect if config.shard is None else collecting.collect_shard
-    result = collect(config, _stderr())
+    result = collect(config, stderr())
     if result is not None:
-        _stdout().print(store_table(result))
+        stdout().print(store_table(result))
         return
     assert config.shard is not None
     done = f"shard {config.shard.index}/{config.shard.count} is done"
-    _say(_stderr(), f"{done}: merge with pipe store merge {config.store}")
+    say(stderr(), f"{done}: merge with pipe store merge {config.store}")
 
 
 @command(app)
@@ -104,22 +95,22 @@ def prune(config: PruneConfig) -> None:
         from gradpipe.pipeline.prune import run as pruning
         from gradpipe.pipeline.reports.tables import layer_table
 
-    results = pruning.prune(config, _stderr())
+    results = pruning.prune(config, stderr())
     if not results:
-        _say(_stderr(), "this shard is done; the one that completes the files publishes OUT")
+        say(stderr(), "this shard is done; the one that completes the files publishes OUT")
     for result in results:
-        _stdout().print(layer_table(result))
+        stdout().print(layer_table(result))
 
 
 @command(app, "eval")
 def evaluate(config: EvalConfig, json_file: Json = None) -> None:
     """Perplexity of a checkpoint, on windows that do not overlap; of images, top-1 accuracy."""
-    output = _Output(json_file)
+    output = Output(json_file)
     locate(config.model)
     with loading():
         from gradpipe.pipeline import evaluate as evaluating
 
-    metrics = evaluating.measure(config, _stderr())
+    metrics = evaluating.measure(config, stderr())
     output.show(dataclasses.asdict(metrics), metrics.summary)
 
 
@@ -132,7 +123,7 @@ def doctor(
     json_file: Json = None,
 ) -> None:
     """Versions, devices, free memory and disk; of a model its blocks, layers, and what is dense."""
-    output = _Output(json_file)
+    output = Output(json_file)
     if model is not None:
         locate(model)
     with loading():
@@ -154,15 +145,15 @@ def demo(
         from gradpipe.pipeline import demo as demonstrating
         from gradpipe.pipeline.reports.tables import demo_table
 
-    result = demonstrating.demo(out, _stderr())
-    _stdout().print(demo_table(result))
-    _say(_stdout(), f"store and checkpoints: {result.folder}")
+    result = demonstrating.demo(out, stderr())
+    stdout().print(demo_table(result))
+    say(stdout(), f"store and checkpoints: {result.folder}")
 
 
 @command(store_app, "info")
 def store_info(store: Store, json_file: Json = None) -> None:
     """What a store holds, and of what."""
-    output = _Output(json_file)
+    output = Output(json_file)
     from gradpipe.pipeline.reports.tables import store_table
     from gradpipe.store.reader import GradientStore
 
@@ -178,7 +169,7 @@ def store_verify(store: Store) -> None:
 
     opened = GradientStore.open(store)
     opened.validate()
-    _say(_stdout(), f"{store}: complete and intact ({opened.digest})")
+    say(stdout(), f"{store}: complete and intact ({opened.digest})")
 
 
 @command(store_app, "merge")
@@ -193,7 +184,7 @@ def store_merge(
         from gradpipe.pipeline.collect import merge as merging
         from gradpipe.pipeline.reports.tables import store_table
 
-    _stdout().print(store_table(merging.merge(list(stores))))
+    stdout().print(store_table(merging.merge(list(stores))))
 
 
 @command(store_app, "import-gblm")
@@ -206,28 +197,28 @@ def store_import_gblm(config: ImportConfig) -> None:
         from gradpipe.pipeline.collect import import_gblm as importing
         from gradpipe.pipeline.reports.tables import store_table
 
-    _stdout().print(store_table(importing.import_gblm(config)))
+    stdout().print(store_table(importing.import_gblm(config)))
 
 
 def main() -> None:
     """Run `pipe`, and turn what went wrong into one line and an exit code."""
     codes: dict[type[Exception], int] = {InputError: 2, StoreError: 3, Interrupted: 75}
-    _prepare_streams()
+    prepare_streams()
     try:
         app()
     except SystemExit as error:
         if error.code == _TYPER_INTERRUPTED:
-            _complain("interrupted: run the same command again")
+            complain("interrupted: run the same command again")
             sys.exit(75)
         raise
     except GradpipeError as error:
-        _complain(str(error))
+        complain(str(error))
         sys.exit(codes.get(type(error), 1))
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
-            _complain(f"{str(error.filename)[:40]}…: no file can have so long a name: give another")
+            complain(f"{str(error.filename)[:40]}…: no file can have so long a name: give another")
             sys.exit(2)
-        _complain(str(error))
+        complain(str(error))
         sys.exit(1)
 
 
@@ -237,96 +228,3 @@ def _check_store(store: str) -> None:
 
     if "://" not in store:  # a remote one is asked but once
         GradientStore.open(store)
-
-
-# ---- what is written: lines and tables on two streams, results as JSON where asked ----
-
-
-def _prepare_streams() -> None:
-    """Let nothing be written that we did not choose, and everything that we did."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it would tell of each retry
-    if not sys.stderr.isatty():  # what the Hub's clients draw, they draw anywhere
-        for library in ("HF_DATASETS", "HF_HUB"):  # read when each of them is imported
-            os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
-
-
-def _stdout() -> Console:
-    """For data."""
-    from rich.console import Console
-
-    return Console(markup=False, emoji=False, highlight=False)
-
-
-def _stderr() -> Console:
-    """For progress and errors."""
-    from rich.console import Console
-
-    return Console(stderr=True, markup=False, emoji=False, highlight=False)
-
-
-def _say(console: Console, line: str) -> None:
-    """One line, however long."""
-    console.print(printable(line), soft_wrap=True)
-
-
-def _complain(message: str) -> None:
-    """Say what went wrong."""
-    _say(_stderr(), f"pipe: {message}")
-
-
-class _Output:
-    """Where one result goes: a file, or `-` for stdout, as JSON; None is for people to read."""
-
-    def __init__(self, path: Path | None) -> None:
-        """InputError for a path that cannot be written to: before the work is done, not after."""
-        self._path = path
-        if path is None or self._is_stdout:
-            return
-        from gradpipe.pipeline.places import is_writable
-
-        if path.is_dir() or not path.parent.is_dir() or not is_writable(path):
-            raise InputError(
-                f"--json {path}: expected - or a file that can be written, in a folder that exists"
-            )
-
-    @property
-    def _is_stdout(self) -> bool:
-        return str(self._path) == "-"
-
-    def show(self, document: dict[str, Any], shown: str | Table) -> None:
-        """Write `document` as JSON if that was asked for; if not, or if that fails, print `shown`.
-
-        Raises GradpipeError if it fails.
-        """
-        if self._path is None:
-            _print(shown)
-            return
-        text = json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
-        if self._is_stdout:
-            sys.stdout.write(text)
-            return
-        try:
-            self._path.write_text(text)
-        except OSError as error:
-            _print(shown)
-            raise GradpipeError(
-                f"cannot write --json {self._path}: {error.strerror}: the result is on stdout"
-            ) from error
-
-
-def _print(shown: str | Table) -> None:
-    if isinstance(shown, str):
-        _say(_stdout(), shown)
-    else:
-        _stdout().print(shown)
-
-
-def _finite(document: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no infinity: null, where a perplexity is beyond a float."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in document.items()
-    }

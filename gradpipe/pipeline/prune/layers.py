@@ -25,10 +25,9 @@ def select_layers(
     """The layers to prune, by name; InputError if none is left, or one is tied to another."""
     candidates = {layer.name: layer for layer in store.spec.layers}
     measured = {layer.weight_key for layer in store.spec.layers}
-    blocks = {list_of(x.name) for x in store.spec.layers if x.block is not None}
     for info in checkpoint.tensors.values():
         is_bare = info.key not in measured and info.is_matrix and info.key.endswith(".weight")
-        if is_bare and list_of(info.key) not in blocks:  # an embedding or a head, not a router
+        if is_bare and list_of(info.key) is None:  # an embedding or a head: no list runs all its parts
             layer = checkpoint.layer_spec(info.key, block=None)
             candidates[layer.name] = layer
     _check_patterns(config, checkpoint, [*candidates.values()])

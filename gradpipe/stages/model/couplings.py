@@ -46,7 +46,7 @@ def find_couplings(model: Any, blocks: Blocks, layers: Sequence[Layer]) -> tuple
     inside: dict[str, list[Layer]] = {path: [] for path in blocks.paths}
     for layer in layers:
         if layer.spec.block is not None:
-            inside[f"{blocks.path}.{layer.spec.block}"].append(layer)
+            inside[blocks.paths[layer.spec.block]].append(layer)
     kinds = _kinds(model, inside)
     like = {path: kind[0] for kind in kinds for path in kind}
     like |= {kind[-1]: kind[-1] for kind in kinds}
