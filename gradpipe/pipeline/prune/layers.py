@@ -27,7 +27,7 @@ def select_layers(
     measured = {layer.weight_key for layer in store.spec.layers}
     for info in checkpoint.tensors.values():
         is_bare = info.key not in measured and info.is_matrix and info.key.endswith(".weight")
-        if is_bare and list_of(info.key) is None:  # an embedding or a head: no list runs all its parts
+        if is_bare and list_of(info.key) is None:  # an embedding, a head: not a part of a tower
             layer = checkpoint.layer_spec(info.key, block=None)
             candidates[layer.name] = layer
     _check_patterns(config, checkpoint, [*candidates.values()])
