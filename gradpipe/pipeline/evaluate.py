@@ -42,14 +42,49 @@ def measure(config: EvalConfig, console: Console = QUIET) -> Metrics | Accuracy:
 
 
 def classify(config: EvalConfig, console: Console = QUIET) -> Accuracy:
-    """Top-1 accuracy of an image classifier; InputError if model or data cannot be used."""
+    """Top-1 accuracy of an image classifier.
+
+    Args:
+        config: The checkpoint, and a folder of class folders or a data set of the Hub.
+        console: Where progress and warnings are shown; nowhere by default.
+
+    Returns:
+        The share of images whose highest logit is their class, and what it was measured on.
+
+    Raises:
+        InputError: If model or data cannot be used.
+
+    Example:
+        >>> from gradpipe import DataConfig, EvalConfig, classify
+        >>> images = DataConfig(name="imagenette/val")
+        >>> classify(EvalConfig(model="deit", data=images)).top1  # doctest: +SKIP
+        0.799
+    """
     checkpoint = Checkpoint.open(config.model)
     find_task(checkpoint, IMAGE_CLASSIFICATION)
     return _classify(checkpoint, config, console)
 
 
 def evaluate(config: EvalConfig, console: Console = QUIET) -> Metrics:
-    """Perplexity of a language model; InputError if model or data cannot be used."""
+    """Perplexity of a language model, on windows of text that do not overlap.
+
+    Args:
+        config: The checkpoint, dense or pruned, and the text.
+        console: Where progress and warnings are shown; nowhere by default.
+
+    Returns:
+        exp of the mean next-token cross-entropy over all windows, and what it was measured on.
+
+    Raises:
+        InputError: If model or data cannot be used.
+
+    Example:
+        >>> from gradpipe import DataConfig, EvalConfig, evaluate
+        >>> text = DataConfig(name="stdlib")
+        >>> metrics = evaluate(EvalConfig(model="embedded", data=text, seq_len=64, max_windows=8))
+        >>> metrics.num_tokens, metrics.perplexity < 60
+        (512, True)
+    """
     return next(evaluate_each([config.model], config, console))
 
 

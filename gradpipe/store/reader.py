@@ -147,7 +147,26 @@ class GradientStore:
 
 
 def open_store(url: str | Path, options: dict[str, Any] | None = None) -> GradientStore:
-    """As `GradientStore.open`."""
+    """Open a finished store, to read what it holds.
+
+    Args:
+        url: A path, or a URL of fsspec: `s3://…`, `hf://…`.
+        options: What fsspec's file system takes: an endpoint, say.
+
+    Returns:
+        The store. Its arrays are read, and checked against their digests, when they are asked for.
+
+    Raises:
+        InputError: If there is no store.
+        StoreError: If it is incomplete or damaged.
+
+    Example:
+        >>> from gradpipe import open_store
+        >>> store = open_store("store")
+        >>> layer = store.spec.layers[0]
+        >>> store.read_norms(layer, "grad_l1").shape  # (out, in)
+        (128, 128)
+    """
     return GradientStore.open(url, options)
 
 

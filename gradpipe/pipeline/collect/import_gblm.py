@@ -22,7 +22,25 @@ from gradpipe.store.writer import StoreWriter
 
 
 def import_gblm(config: ImportConfig) -> GradientStore:
-    """Write the store, and return it; InputError if files and checkpoint do not fit together."""
+    """Make a store of the gradient files that GBLM-Pruner's own code writes.
+
+    Args:
+        config: The checkpoint, its files of ℓ1 and ℓ2 norms, and what they were summed over.
+
+    Returns:
+        The finished store, with activation norms where another store was given for them.
+
+    Raises:
+        InputError: If files and checkpoint do not fit together, before anything is written.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import ImportConfig, import_gblm
+        >>> config = ImportConfig(
+        ...     model="llama-2-7b", store=Path("store"), l1=Path("gradients_l1.pth")
+        ... )
+        >>> store = import_gblm(config)  # doctest: +SKIP
+    """
     activations = None if config.activations is None else GradientStore.open(config.activations)
     taken_from = None if activations is None else activations.local_folder
     sources = (config.l1, config.l2, Path(config.model), taken_from)

@@ -19,10 +19,33 @@ from gradpipe.store.writer import StoreWriter
 
 
 def merge(stores: Sequence[Path]) -> GradientStore:
-    """Finish the first store from its own shards and those of the others, which stay as they are.
+    """Add up the shards of one collection, and finish the first store.
 
-    Raises InputError if the stores are not of one collection, or if a shard is there twice;
-    StoreError if one is missing or unfinished.
+    Args:
+        stores: The store to finish, and others with more of its shards, which stay as they are.
+
+    Returns:
+        The finished store: the same bytes whoever merges, and in whatever order stores are given.
+
+    Raises:
+        InputError: If the stores are not of one collection, or if a shard is there twice.
+        StoreError: If a shard is missing or unfinished.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import CollectConfig, DataConfig, Shard, collect_shard, merge
+        >>> for index in (0, 1):
+        ...     config = CollectConfig(
+        ...         model="embedded",
+        ...         store=Path(f"part-{index}"),
+        ...         data=DataConfig(name="stdlib"),
+        ...         num_samples=4,
+        ...         seq_len=32,
+        ...         shard=Shard(index, 2),
+        ...     )
+        ...     unfinished = collect_shard(config)
+        >>> merge([Path("part-0"), Path("part-1")]).spec.samples.num_samples
+        4
     """
     target = stores[0]
     _check_unfinished(target)

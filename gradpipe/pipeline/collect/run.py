@@ -43,11 +43,34 @@ from gradpipe.store.shard import Shard
 
 
 def collect(config: CollectConfig, console: Console = QUIET) -> GradientStore:
-    """Run stage one, and return the finished store; the same call again finishes a killed one.
+    """Run stage one: the gradients of calibration samples, collected into a store.
 
-    Raises InputError before anything is written if the model, the data or the store's folder
-    cannot be used; GradpipeError if the model yields NaN or the disk fails; Interrupted on a
-    signal. After the last two the store can be resumed.
+    The same call again finishes one that was killed, with the same bytes.
+
+    Args:
+        config: The model, the samples, the statistics and the store's folder.
+        console: Where progress and warnings are shown; nowhere by default.
+
+    Returns:
+        The finished store, open to be read.
+
+    Raises:
+        InputError: Before anything is written, if model, data or folder cannot be used.
+        GradpipeError: If the model yields NaN or the disk fails; the store can be resumed.
+        Interrupted: On a signal; the store can be resumed.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import CollectConfig, DataConfig, collect
+        >>> text = DataConfig(name="stdlib")
+        >>> store = collect(
+        ...     CollectConfig(
+        ...         model="embedded", store=Path("store"), data=text, num_samples=4, seq_len=32
+        ...     )
+        ... )
+        >>> layer = store.spec.layers[0]
+        >>> layer.name, store.read_norms(layer, "grad_l1").shape
+        ('model.layers.0.self_attn.q_proj', (128, 128))
     """
     if config.shard is not None:
         raise InputError("--shard: use collect_shard, which may leave the store unfinished")
@@ -56,9 +79,39 @@ def collect(config: CollectConfig, console: Console = QUIET) -> GradientStore:
 
 
 def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientStore | None:
-    """Run one shard of stage one; returns the store if this finished it (`finalize`).
+    """Run one shard of stage one: job I of N, each with its own share of the samples.
 
-    Raises as `collect` does.
+    The jobs may run at once, over one shared folder; `merge` adds them up, or the last one does if
+    `finalize` is asked for. The store is the same, bit for bit, as one run's over all samples
+    added up in the shards' order.
+
+    Args:
+        config: As for `collect`, with a `shard`.
+        console: Where progress and warnings are shown; nowhere by default.
+
+    Returns:
+        The store if this job finished it, else None.
+
+    Raises:
+        InputError: Also without a `shard`; GradpipeError and Interrupted as `collect` does.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import CollectConfig, DataConfig, Shard, collect_shard
+        >>> for index in (0, 1):
+        ...     config = CollectConfig(
+        ...         model="embedded",
+        ...         store=Path("shared"),
+        ...         data=DataConfig(name="stdlib"),
+        ...         num_samples=4,
+        ...         seq_len=32,
+        ...         shard=Shard(index, 2),
+        ...         finalize=True,
+        ...     )
+        ...     finished = collect_shard(config)
+        ...     print(index, finished is not None)
+        0 False
+        1 True
     """
     if config.shard is None:
         raise InputError("--shard: expected I/N, the job's number among N")
@@ -71,7 +124,24 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
 
 
 def plan(config: CollectConfig) -> Estimate:
-    """What stage one would take, from `config.json` alone: no weight is read, none is fetched."""
+    """What stage one would take, from `config.json` alone: no weight is read, none is fetched.
+
+    Args:
+        config: As for `collect`; its folder need not be writable.
+
+    Returns:
+        Memory, disk and operations in bytes and counts, and which schedule `auto` would choose.
+
+    Raises:
+        InputError: For a model that cannot be collected, as far as its config tells.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import CollectConfig, plan
+        >>> estimate = plan(CollectConfig(model="embedded", store=Path("store"), seq_len=32))
+        >>> estimate.schedule
+        'resident'
+    """
     return examine(config).estimate
 
 

@@ -28,12 +28,32 @@ from gradpipe.store.shard import Shard
 
 
 def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, ...]:
-    """Run stage two, and return one result for each target.
+    """Run stage two: sparsify a checkpoint from a store, at each sparsity and pattern asked for.
 
     As one of several shards, rewrite a share of the checkpoint's files; the one that completes
-    them publishes the output, the others return nothing. Raises InputError if model, store and
-    options do not fit together, StoreError if the store is incomplete or damaged. On any error
-    nothing is left behind, but for what other shards need.
+    them publishes the output.
+
+    Args:
+        config: The checkpoint, the store, the targets and how to reach them.
+        console: Where progress and warnings are shown; nowhere by default.
+
+    Returns:
+        One result for each target, in the order asked for; none where another shard publishes.
+
+    Raises:
+        InputError: If model, store and options do not fit together.
+        StoreError: If the store is incomplete or damaged.
+        GradpipeError: If the disk fails. On any error nothing is left behind, but for what other
+            shards need.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import PruneConfig, prune
+        >>> (half,) = prune(
+        ...     PruneConfig(model="embedded", store="store", out=Path("out"), sparsities=(0.5,))
+        ... )
+        >>> half.achieved
+        0.5
     """
     checkpoint = Checkpoint.open(config.model)
     plan = PrunePlan.of(config, checkpoint, GradientStore.open(config.store))
