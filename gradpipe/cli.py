@@ -34,7 +34,6 @@ app = typer.Typer(
     name="pipe",
     help="One-shot pruning of language models from gradients: collect once, prune many times.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it would eat [default: …]
 )
@@ -87,19 +86,26 @@ def collect_grads(
 
 
 @command(app)
-def prune(config: PruneConfig) -> None:
+def prune(
+    config: PruneConfig,
+    verbose: Annotated[bool, Option(help="Print each layer.")] = False,
+) -> None:
     """Stage two: sparsify a checkpoint from a store, without running the model."""
     locate(config.model)
     _check_store(config.store)
     with loading():
+        from gradpipe.pipeline.places import REPORT
         from gradpipe.pipeline.prune import run as pruning
-        from gradpipe.pipeline.reports.tables import layer_table
+        from gradpipe.pipeline.reports.tables import layer_table, prune_table
 
     results = pruning.prune(config, stderr())
     if not results:
         say(stderr(), "this shard is done; the one that completes the files publishes OUT")
-    for result in results:
+        return
+    for result in results if verbose else ():
         stdout().print(layer_table(result))
+    stdout().print(prune_table(f"{config.out}", results))
+    say(stdout(), f"each layer: --verbose, or {REPORT}")
 
 
 @command(app, "eval")

@@ -6,7 +6,9 @@ the command line alone turns a class into an exit code (`gradpipe.cli`).
 
 from __future__ import annotations
 
+import difflib
 import textwrap
+from collections.abc import Iterable
 
 
 class GradpipeError(Exception):
@@ -33,3 +35,15 @@ def printable(text: str) -> str:
 def one_line(error: BaseException) -> str:
     """What another library's error says, on one line of bounded length; its class if nothing."""
     return textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """`: did you mean gblm?`, of the known name that is nearest; nothing if none is near."""
+    near = difflib.get_close_matches(given[:200], [*known], n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def steps_of(names: Iterable[str]) -> set[str]:
+    """What a pattern may have meant of dotted names: `mlp.up_proj`, and each step of it."""
+    steps = [name.split(".") for name in names]
+    return {step for some in steps for step in some} | {".".join(some[-2:]) for some in steps}

@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, did_you_mean
 
 T = TypeVar("T")
 _TOO_MANY = 2**31  # a store records counts below it
@@ -120,7 +120,8 @@ class OptionField:
         """Refuse what it may not be, seen alone."""
         option, got = self.option, f"{self.flag} {value}"
         if option.choices and value not in option.choices:
-            raise InputError(f"{got}: expected one of {', '.join(option.choices)}")
+            near = did_you_mean(str(value), option.choices)
+            raise InputError(f"{got}: expected one of {', '.join(option.choices)}{near}")
         if option.least is not None and not option.least <= value < _TOO_MANY:
             expected = f"at least {option.least}" if value < option.least else "less than 2³¹"
             raise InputError(f"{got}: expected {expected}")

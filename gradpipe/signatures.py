@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gradpipe.help import Command
 from gradpipe.options import OptionField, option_fields
 
 Place = tuple[str, ...]  # a function's parameter, its field, that one's field
@@ -45,6 +46,14 @@ class Parameter:
         usual = next((shown for kind, shown in _METAVARS.items() if kind in kinds), None)
         return option.metavar or ("REGEX" if option.is_regex else usual)
 
+    @property
+    def completions(self) -> Callable[[str], list[str]] | None:
+        """What a shell offers for its value: what it may be; None if that is not a few names."""
+        choices = self.field.option.choices
+        if not choices:
+            return None
+        return lambda incomplete: [x for x in choices if x.startswith(incomplete)]  # typer's word
+
     def for_typer(self) -> inspect.Parameter:
         """As a function would have it, with None for what nobody gave: a config has defaults."""
         option, kind = self.field.option, self.field.kind
@@ -59,6 +68,7 @@ class Parameter:
             help=self.field.help,
             metavar=self.metavar,
             show_default=False,
+            autocompletion=self.completions,
         )
         default: Any = False if kind is bool else None
         if self.field.default is dataclasses.MISSING:
@@ -98,7 +108,7 @@ def command(group: typer.Typer, name: str | None = None) -> Callable[[Callable[.
         run.__doc__, run.__name__ = function.__doc__, function.__name__
         run.__signature__ = inspect.Signature(made)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in made}
-        group.command(name)(run)
+        group.command(name, cls=Command)(run)
 
     return register
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -20,6 +21,7 @@ from rich.progress import (
 )
 
 QUIET = Console(quiet=True)
+T = TypeVar("T")
 
 
 @contextmanager
@@ -51,6 +53,14 @@ def progress_bar(
             bar.update(task, rate=rate, memory=f"peak {peak_memory() / 2**30:.2f} GiB")
 
         yield advance
+
+
+def counted(items: Iterable[T], console: Console, title: str, total: int, unit: str) -> Iterator[T]:
+    """The items, each counted by a bar as it is taken."""
+    with progress_bar(console, title, total, unit) as advance:
+        for item in items:
+            yield item
+            advance(1)
 
 
 def peak_memory() -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gradpipe.errors import GradpipeError, InputError
+from gradpipe.errors import GradpipeError, InputError, did_you_mean
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # torch's own words
 
@@ -21,8 +21,9 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # `meta` is a device, and holds no values
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        near = did_you_mean(name, ("auto", "cpu", "cuda"))
         raise InputError(
-            f"--device {name}: no such device here: expected auto, cpu or cuda[:N]"
+            f"--device {name}: no such device here: expected auto, cpu or cuda[:N]{near}"
         ) from error
     return device
 

@@ -24,7 +24,7 @@ CONFIGS: dict[str, tuple[type, ...]] = {  # command -> the configs whose fields 
     "eval": (EvalConfig, DataConfig),
     "import-gblm": (ImportConfig,),
 }
-OF_COMMANDS = {"--dry-run", "--json", "--help"}  # options that no config has
+OF_COMMANDS = {"--dry-run", "--json", "--verbose", "--help"}  # options that no config has
 FEWEST: dict[type, dict[str, Any]] = {
     CollectConfig: {"model": "m", "store": Path("s")},
     PruneConfig: {"model": "m", "store": "s", "out": Path("o")},

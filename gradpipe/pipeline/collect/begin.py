@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
@@ -14,13 +15,13 @@ from gradpipe.errors import InputError, StoreError
 from gradpipe.options import recorded_command, recorded_options
 from gradpipe.pipeline.collect.config import CollectConfig
 from gradpipe.pipeline.collect.merge import check_same
-from gradpipe.pipeline.progress import progress_bar
+from gradpipe.pipeline.progress import counted, progress_bar
 from gradpipe.stages.data.images import Processor, draw_images, load_images
 from gradpipe.stages.data.samples import Samples
 from gradpipe.stages.data.text import load_text
 from gradpipe.stages.data.tokens import is_tokens, token_samples, window_length
 from gradpipe.stages.data.windows import draw_samples
-from gradpipe.stages.model.layers import measured
+from gradpipe.stages.model.layers import Layer, measured
 from gradpipe.stages.model.load import check_tokens, dtype_name, load_tokenizer
 from gradpipe.stages.model.shared_inputs import image_tokens
 from gradpipe.stages.model.skeleton import Skeleton
@@ -99,7 +100,7 @@ def begin(
                 if drawn is None:
                     raise StoreError(f"store {folder} was removed meanwhile: run the command again")
                 clear(folder)
-                layers = measured(skeleton.layers, skeleton.checkpoint)
+                layers = measured(_counted(skeleton, console), skeleton.checkpoint)
                 spec = _spec(config, replace(skeleton, layers=layers), drawn[0])
                 StoreWriter(folder, spec).begin(drawn[1])
         _check_count(folder, shard)
@@ -107,6 +108,11 @@ def begin(
         check_same(folder, _expected(config, skeleton, spec), spec)
         held.enter_context(locked(Snapshots(folder, shard).lock, of=folder, wait=False))
         return spec, calibration
+
+
+def _counted(skeleton: Skeleton, console: Console) -> Iterator[Layer]:
+    layers = skeleton.layers
+    return counted(layers, console, "reading weights", len(layers), "layers")
 
 
 def _check_finished(config: CollectConfig, skeleton: Skeleton, store: GradientStore) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, did_you_mean
 from gradpipe.options import Option, check_options, is_given, refuse_given, spelled, unasked
 from gradpipe.pipeline.options import (
     BatchSize,
@@ -108,9 +108,10 @@ class CollectConfig:
             object.__setattr__(self, "statistics", unasked(RECIPES[self.recipe].statistics))
         unknown = [name for name in self.statistics if name not in STATISTICS]
         if unknown or not self.statistics or len(set(self.statistics)) != len(self.statistics):
+            near = did_you_mean(unknown[0], STATISTICS) if unknown else ""
             raise InputError(
                 f"--statistics {','.join(self.statistics)!r}: expected different names of "
-                f"{', '.join(STATISTICS)}"
+                f"{', '.join(STATISTICS)}{near}"
             )
 
 

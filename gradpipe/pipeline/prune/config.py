@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, did_you_mean
 from gradpipe.options import (
     Option,
     check_options,
@@ -229,7 +229,9 @@ class PruneConfig:
 
     def _check_allocation(self) -> None:
         if self.allocation not in ALLOCATIONS and not Path(self.allocation).is_file():
-            hint = ": for one threshold, --group global" if self.allocation == "global" else ""
+            hint = did_you_mean(self.allocation, ALLOCATIONS)
+            if self.allocation == "global":
+                hint = ": for one threshold, --group global"
             raise InputError(
                 f"--allocation {self.allocation}: expected one of {', '.join(ALLOCATIONS)} or a "
                 f"JSON file of sparsities by layer name{hint}"

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, did_you_mean, steps_of
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import TensorInfo, check_type, matrix_shape
@@ -52,9 +52,10 @@ def _check_patterns(
                     f"--{flag} {pattern}: the head of {config.model} is tied to {embedding}: give "
                     f"--{flag} {embedding}"
                 )
+            near = did_you_mean(pattern, steps_of(x.name for x in candidates))
             raise InputError(
                 f"--{flag} {pattern}: matches no layer of {config.model}, which has such as "
-                f"{candidates[0].name}"
+                f"{candidates[0].name}{near}"
             )
 
 

@@ -7,13 +7,13 @@ that is not pruned is copied byte for byte. All targets share one load and one s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from rich.console import Console
 
 from gradpipe.errors import GradpipeError
 from gradpipe.pipeline.places import REPORT, check_out
-from gradpipe.pipeline.progress import QUIET, progress_bar
+from gradpipe.pipeline.progress import QUIET, counted, progress_bar
 from gradpipe.pipeline.prune.allocate import allocate
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.files import Written, write_file
@@ -61,7 +61,7 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
         return _prune_shard(config, plan, config.shard, console)
     staging = Staging(config.out, lambda: _check_out(config, plan))
     staging.check()
-    _verify(plan)
+    _verify(plan, console)
     with staging.begun():
         allocated = allocate(plan, console)
         written = Written()
@@ -81,11 +81,16 @@ def _check_out(config: PruneConfig, plan: PrunePlan) -> None:
     check_out(config.out, overwrite=config.overwrite, sources=sources)
 
 
-def _verify(plan: PrunePlan) -> None:
+def _verify(plan: PrunePlan, console: Console) -> None:
     """Verify a local store before a weight is written; a remote one is verified as it is read."""
     if plan.store.local_folder is not None:
         with side_by_side(plan.workers) as pool:
-            plan.store.verify(pool.map)
+
+            def each(check: Callable[[str], None], keys: list[str]) -> Iterator[None]:
+                done = pool.map(check, keys)
+                return counted(done, console, "verifying the store", len(keys), "objects")
+
+            plan.store.verify(each)
 
 
 def _say(allocated: AllocatedPlan, results: Sequence[PruneResult], console: Console) -> None:
@@ -115,7 +120,7 @@ def _prune_shard(
     orders = [order_of(config, plan, target) for target in plan.targets]
     shared = repr([order.identity for order in orders]).encode()
     if not _is_done(config, plan):
-        _verify(plan)
+        _verify(plan, console)
     with SharedStaging(config.out, shard, shared, lambda: _is_done(config, plan)) as staging:
         if staging.is_published:
             return ()

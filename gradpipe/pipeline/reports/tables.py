@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
 from gradpipe.errors import printable
-from gradpipe.pipeline.reports.results import DemoResult, Health, ModelReport, PruneResult
+from gradpipe.pipeline.reports.kinds import is_alike, summary
+from gradpipe.pipeline.reports.results import (
+    DemoResult,
+    Health,
+    ModelReport,
+    PruneResult,
+    Zeros,
+)
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import SampleSpec
 
@@ -36,6 +43,30 @@ def _sample(samples: SampleSpec) -> str:
         return f"{samples.seq_len} tokens"
     _, height, width = samples.image_shape
     return f"{height} x {width} pixels ({samples.seq_len} tokens)"
+
+
+def prune_table(out: str, results: Sequence[PruneResult]) -> Table:
+    """Zeros found for each target: a line a kind of layer, or a block where blocks differ."""
+    by_kind = all(is_alike(result.layers) for result in results)
+    lines = [summary(result.layers, by_kind=by_kind) for result in results]
+    reports = [result.report for result in results]
+    table = Table(title=_text(out))
+    table.add_column("kind of layer" if by_kind else "block")
+    table.add_column("layers", justify="right")
+    for result in results:
+        table.add_column(_text(result.label), justify="right")
+    for row in zip(*lines, strict=True):
+        table.add_row(_text(row[0].name), f"{row[0].num_layers}", *_shares(x.found for x in row))
+    table.add_section()
+    table.add_row("asked for", "", *(f"{x.requested:.4f}" for x in reports))
+    table.add_row("total", f"{len(results[0].layers)}", *(f"{x.achieved:.4f}" for x in reports))
+    table.add_row("of all of the blocks", "", *_shares(x.blocks for x in reports))
+    table.add_row("of the whole file", "", *_shares(x.file for x in reports))
+    return table
+
+
+def _shares(parts: Iterable[Zeros]) -> list[str]:
+    return [f"{part.sparsity:.4f}" for part in parts]
 
 
 def layer_table(result: PruneResult) -> Table:

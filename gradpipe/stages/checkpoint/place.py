@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gradpipe.errors import InputError, one_line
+from gradpipe.errors import InputError, did_you_mean, one_line
 
 EMBEDDED_NAME = "embedded"  # the model that ships with the package
 EMBEDDED_MODEL = Path(__file__).parents[2] / "embedded" / "tiny-llama"
@@ -34,7 +34,7 @@ def _download(name: str, fetched: tuple[str, ...]) -> tuple[Path, str | None]:
     except Exception as error:  # the Hub client raises from many families
         raise InputError(
             f"{name} is neither a model directory nor a Hub id that can be fetched: "
-            f"{one_line(error)}"
+            f"{one_line(error)}{did_you_mean(name, [EMBEDDED_NAME])}"
         ) from error
     if not (folder / "config.json").is_file():
         raise InputError(f"{name} has no config.json on the Hub: expected a transformers model")

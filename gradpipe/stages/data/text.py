@@ -18,7 +18,7 @@ import datasets
 import huggingface_hub
 import pyarrow.parquet
 
-from gradpipe.errors import InputError, one_line
+from gradpipe.errors import InputError, did_you_mean, one_line
 from gradpipe.options import is_given, refuse_given
 from gradpipe.stages.data.chat import CHAT_COLUMNS, ChatTemplate
 from gradpipe.stages.data.config import _SPLITS, FILE_KINDS, PRESETS, DataConfig, Use, split_name
@@ -136,7 +136,7 @@ def _unknown_dataset(name: str, error: Exception) -> InputError:
     return InputError(
         f"dataset {name}: expected one of {', '.join(PRESETS)}, a file or folder of "
         f"{', '.join(FILE_KINDS)} (for image classifiers of images), or a Hub id that can be "
-        f"fetched ({one_line(error)})"
+        f"fetched ({one_line(error)}){did_you_mean(name, PRESETS)}"
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, did_you_mean
 from gradpipe.stages.model.trial import Trial
 
 
@@ -54,7 +54,7 @@ def find_blocks(
         if path not in lists:
             raise InputError(
                 f"--blocks {path}: expected the path of a list of blocks with linear layers; "
-                f"this model has {', '.join(outer) or 'none'}"
+                f"this model has {', '.join(outer) or 'none'}{did_you_mean(path, outer)}"
             )
         if running and not _runs(path, lists[path], trial):
             raise InputError(

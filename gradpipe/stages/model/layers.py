@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, did_you_mean, steps_of
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.blocks import Blocks, owners
 from gradpipe.stages.model.conversion import Sources
@@ -92,12 +93,13 @@ def find_layers(
     return tuple(layers), _left_out(model, blocks, linears, reasons)
 
 
-def measured(layers: tuple[Layer, ...], checkpoint: Checkpoint) -> tuple[Layer, ...]:
+def measured(layers: Iterable[Layer], checkpoint: Checkpoint) -> tuple[Layer, ...]:
     """The layers with the digests of their weights, all of which are read."""
-    digests = (digest(checkpoint.read_place(checkpoint.place(x.spec))) for x in layers)
-    return tuple(
-        replace(x, spec=replace(x.spec, digest=own)) for x, own in zip(layers, digests, strict=True)
-    )
+
+    def own(layer: Layer) -> str:
+        return digest(checkpoint.read_place(checkpoint.place(layer.spec)))
+
+    return tuple(replace(x, spec=replace(x.spec, digest=own(x))) for x in layers)
 
 
 def dense_lines(left_out: tuple[LeftOut, ...]) -> list[str]:
@@ -191,7 +193,7 @@ def _matches(
         where = "outside the blocks" if option == "include" else "that is collected"
         raise InputError(
             f"--{option} {pattern}: matches no linear layer {where}; {sources.checkpoint.name} "
-            f"has {', '.join(names) or 'none'}"
+            f"has {', '.join(names) or 'none'}{did_you_mean(pattern, steps_of(names))}"
         )
     return found
 

@@ -17,7 +17,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
-from gradpipe.errors import GradpipeError, InputError
+from gradpipe.errors import GradpipeError, InputError, did_you_mean
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo
 from gradpipe.stages.device import is_out_of_memory
@@ -102,7 +102,8 @@ def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
     """
     if asked != "auto":
         if asked not in DTYPES:
-            raise InputError(f"--dtype {asked}: expected auto or one of {', '.join(DTYPES)}")
+            near = did_you_mean(asked, ("auto", *DTYPES))
+            raise InputError(f"--dtype {asked}: expected auto or one of {', '.join(DTYPES)}{near}")
         return DTYPES[asked]
     name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if isinstance(name, str) and name in DTYPES:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self, TypeGuard
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, did_you_mean
 from gradpipe.store.statistics import IN, OUT, STATISTICS, letters
 
 if TYPE_CHECKING:
@@ -135,9 +135,10 @@ def _check(node: ast.expr, text: str) -> set[str]:
             return {name}
     part = ast.get_source_segment(text.strip(), node) or text
     known = ", ".join(("W", *letters(), "G", "a", *(f"{x}()" for x in _FUNCTIONS)))
+    near = did_you_mean(part.partition("(")[0], (*letters(), *_FUNCTIONS))
     raise InputError(
         f"--score {text!r}: {part[:80]!r} is not understood, expected {known}, numbers, "
-        "parentheses and + - * / ** (a power)"
+        f"parentheses and + - * / ** (a power){near}"
     )
 
 

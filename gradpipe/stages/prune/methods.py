@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, did_you_mean
 from gradpipe.stages.prune.formula import Expression
 from gradpipe.stages.prune.target import Group
 from gradpipe.store.statistics import STATISTICS
@@ -120,7 +120,10 @@ def find_score(name_or_formula: str, grad_norm: str, alpha: float) -> Score:
     formula = name_or_formula if method is None else method.formula
     if formula is None:
         raise InputError(f"method {name_or_formula} has no score of its own: give a formula")
-    return Score(Expression.parse(formula), grad_norm, alpha)
+    try:
+        return Score(Expression.parse(formula), grad_norm, alpha)
+    except InputError as error:
+        raise InputError(f"{error}{did_you_mean(formula, METHODS)}") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

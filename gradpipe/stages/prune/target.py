@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Self
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,10 @@ class Group:
             return cls(0 if match[1] == "output" else 1, int(match[2] or 1))
         if text == "layer":
             return cls(None)
-        raise InputError(f"group {text!r}: expected output, input, layer, output:K or input:K")
+        near = did_you_mean(text, ("output", "input", "layer", "global"))
+        raise InputError(
+            f"group {text!r}: expected output, input, layer, output:K or input:K{near}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,101 @@
+"""Help: under which topic each option stands, an example of each command, and how both are shown.
+
+typer's own panels would load rich's tables each time and read `[default: …]` as markup:
+these are click's plain sections, with headings in bold where the terminal has it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+from typer.core import TyperCommand
+
+OTHER = "Other"
+TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the command
+    "Samples": (
+        *("dataset", "dataset-config", "split", "revision", "text-column"),
+        *("num-samples", "seq-len", "max-windows", "seed", "task"),
+    ),
+    "What is recommended": ("recipe",),
+    "What is measured": ("statistics", "encoding", "l1", "l2", "activations", "scale"),
+    "How much goes": (
+        *("sparsity", "pattern", "mixed-patterns", "allocation", "allocation-score"),
+    ),
+    "Which weights go": ("method", "score", "alpha", "grad-norm", "group", "update", "curvature"),
+    "Which layers": ("blocks", "include", "exclude", "layer"),
+    "The machine": (
+        *("device", "dtype", "batch-size", "schedule", "scratch", "workers", "checkpoint-every"),
+    ),
+    "Several jobs": ("shard", "finalize"),
+    "What is written": (
+        *("html", "figures", "format", "json", "verbose", "dry-run"),
+        *("overwrite", "allow-mismatch"),
+    ),
+}
+EXAMPLES: Mapping[str, tuple[str, ...]] = {  # by the words that call a command
+    "collect-grads": (
+        "pipe collect-grads embedded store --dataset stdlib --seq-len 256",
+        "pipe collect-grads meta-llama/Llama-2-7b-hf store --dry-run",
+    ),
+    "prune": (
+        "pipe prune embedded store out --sparsity 0.5 --pattern 2:4",
+        "pipe prune embedded store out --method wanda --allocation owl --sparsity 0.7",
+    ),
+    "eval": ("pipe eval out/s0.50 --dataset stdlib --seq-len 256",),
+    "report": ("pipe report out store --html report.html",),
+    "doctor": ("pipe doctor embedded",),
+    "demo": ("pipe demo demo-out",),
+    "store info": ("pipe store info store",),
+    "store verify": ("pipe store verify store",),
+    "store merge": ("pipe store merge store other-shards",),
+    "store import-gblm": ("pipe store import-gblm embedded store --l1 l1.pth --l2 l2.pth",),
+}
+
+
+def topic_of(flag: str) -> str:
+    """The topic that an option stands under, by its flag less the dashes."""
+    return next((topic for topic, flags in TOPICS.items() if flag in flags), OTHER)
+
+
+class Command(TyperCommand):
+    """A command whose help has a section for each topic, and examples."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Arguments, then options by topic, in the table's order."""
+        sections: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                sections[_section(parameter)].append(record)
+        for title in ("Arguments", *TOPICS, OTHER):
+            if sections[title]:
+                with formatter.section(_bold(title)):
+                    formatter.write_dl(sections[title])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Examples, each on its line however long."""
+        examples = EXAMPLES.get(_words(ctx), ())
+        if examples:
+            with formatter.section(_bold("Example" if len(examples) == 1 else "Examples")):
+                for example in examples:
+                    formatter.write(f"  $ {example}\n")
+
+
+def _section(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        return "Arguments"
+    return topic_of(parameter.opts[0].removeprefix("--"))
+
+
+def _words(ctx: Any) -> str:
+    """What calls a command, `store info`: its name and those above it, less the program's."""
+    if ctx.parent is None:
+        return ""
+    return f"{_words(ctx.parent)} {ctx.info_name}".strip()
+
+
+def _bold(title: str) -> str:
+    return typer.style(title, bold=True)
