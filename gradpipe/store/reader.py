@@ -30,7 +30,6 @@ from gradpipe.store.objects import ObjectReader
 from gradpipe.store.schema import LayerSpec, StatisticSpec, StoreSpec
 from gradpipe.store.statistics import Sums
 
-
 _LAYERS_AHEAD = 8  # of which the largest do not fit: they are bounded by bytes too
 
 
