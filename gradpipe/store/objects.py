@@ -188,10 +188,11 @@ class ObjectReader:
         where a store is but has no commit record, or a damaged one.
         """
         self.url = without_credentials(url)
-        self._cache, self._ahead = cache, None
+        self._ahead: ReadAhead | None = None
         try:
             self._files, root = fsspec.core.url_to_fs(url, **(options or {}))
             self._root = root.rstrip("/")
+            self._files.invalidate_cache()  # what another process has written since is there
             self._check_complete(record_key)
         except GradpipeError:
             raise
@@ -200,6 +201,7 @@ class ObjectReader:
                 f"cannot open store {self.url} ({one_line(error)}): check the URL and the "
                 "credentials"
             ) from error
+        self._cache = cache if self.local_folder is None else None
         self.record, self.record_digest = self._until_sound(lambda: self._read_record(record_key))
 
     def _read_record(self, key: str) -> tuple[CommitRecord, str]:
@@ -220,15 +222,15 @@ class ObjectReader:
         """Look for the commit record, and where there is none, for what there is instead."""
         if self._files.exists(f"{self._root}/{record_key}"):
             return
-        if self._files.exists(f"{self._root}/zarr.json"):
-            raise StoreError(
-                f"store {self.url} is incomplete (no {COMMIT_KEY}): run its collect-grads again, "
-                "or its import"
-            )
         if self._files.exists(f"{self._root}/{COPY_KEY}"):
             raise StoreError(
                 f"store {self.url} is incomplete (no {COMMIT_KEY}): it is being copied, or was: "
                 "run its pipe store copy again"
+            )
+        if self._files.exists(f"{self._root}/zarr.json"):
+            raise StoreError(
+                f"store {self.url} is incomplete (no {COMMIT_KEY}): run its collect-grads again, "
+                "or its import"
             )
         if self._files.exists(self._root):
             raise InputError(
