@@ -135,7 +135,11 @@ class GradientStore:
         if not self.spec.samples.digest:
             return False  # imported: its tokens were not counted
         statistic = self.spec.statistics[0]
-        return self._statistic_spec(_key(layer, statistic)).num_tokens == 0
+        return self.counts(layer, statistic).num_tokens == 0
+
+    def counts(self, layer: LayerSpec, statistic: str) -> StatisticSpec:
+        """Over how many samples and tokens a layer's statistic was summed, and how it is kept."""
+        return self._statistic_spec(_key(layer, statistic))
 
     def verify(self, each: Callable[..., Iterable[None]] = map) -> None:
         """Read every object; raise StoreError naming the first that is not as it was written.

@@ -22,6 +22,7 @@ from tests.support.workplace import run_pipe
 # A line that breaks.
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_copy_arrives_whole_over_a_line_that_breaks(
     far: Any, line: Proxy, near: Path, tmp_path: Path
 ) -> None:
@@ -44,7 +45,7 @@ def test_a_copy_arrives_whole_over_a_line_that_breaks(
     }
 
 
-@pytest.mark.usefixtures("far")
+@pytest.mark.usefixtures("impatient")
 def test_pruning_over_a_line_that_breaks_gives_the_same_bytes(
     line: Proxy, library: str, workplace: Path, tmp_path: Path
 ) -> None:
@@ -56,7 +57,7 @@ def test_pruning_over_a_line_that_breaks_gives_the_same_bytes(
     assert line.faults["truncated"]
 
 
-@pytest.mark.usefixtures("far")
+@pytest.mark.usefixtures("impatient")
 def test_a_server_that_stays_broken_ends_the_run(
     line: Proxy,
     near: Path,

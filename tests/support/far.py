@@ -4,7 +4,6 @@ Fixtures for `tests/remote`: `far` is the bucket that a test may fill, `line` th
 `library` a store that a model can be pruned by, `near` and `other` two stores in folders.
 """
 
-import json
 import os
 import socket
 import subprocess
@@ -68,17 +67,22 @@ def far(line: Proxy, server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": line.url,
-        "FSSPEC_S3": json.dumps(IMPATIENT),
     }
     for name, value in told.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setitem(fsspec.config.conf, "s3", IMPATIENT)
     client_of(server).create_bucket(Bucket=BUCKET)
     bucket = boto3.resource("s3", endpoint_url="http://{}:{}".format(*server)).Bucket(BUCKET)
     s3fs.S3FileSystem.clear_instance_cache()
     line.reset()
     yield bucket
     bucket.objects.all().delete()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.fixture
+def impatient(far: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG001 (it is first)
+    """Clients that wait for less than a stall."""
+    monkeypatch.setitem(fsspec.config.conf, "s3", IMPATIENT)
     s3fs.S3FileSystem.clear_instance_cache()
 
 
