@@ -23,6 +23,7 @@ from gradpipe.pipeline.collect.config import CollectConfig, ImportConfig
 from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.interrupt import loading
 from gradpipe.pipeline.prune.config import PruneConfig
+from gradpipe.pipeline.stores.config import CopyConfig, ExportConfig, StatsConfig
 from gradpipe.signatures import command
 from gradpipe.stages.checkpoint.place import locate
 from gradpipe.terminal import Json, Output, complain, prepare_streams, say, stderr, stdout
@@ -176,6 +177,37 @@ def store_verify(store: Store) -> None:
     opened = GradientStore.open(store)
     opened.validate()
     say(stdout(), f"{store}: complete and intact ({opened.digest})")
+
+
+@command(store_app, "copy")
+def store_copy(config: CopyConfig) -> None:
+    """Copy a store to or from a folder, a bucket or the Hub; run again, it goes on."""
+    with loading():
+        from gradpipe.pipeline.stores import copy as copying
+
+    copied = copying.copy(config, stderr())
+    say(stdout(), f"{copied.url}: complete and intact ({copied.digest})")
+
+
+@command(store_app, "export")
+def store_export(config: ExportConfig) -> None:
+    """Write statistics for other tools: llama.cpp's importance matrix, or decoded norms."""
+    with loading():
+        from gradpipe.pipeline.stores import export as exporting
+
+    say(stdout(), f"{exporting.export(config)}: {config.format} of {config.store}")
+
+
+@command(store_app, "stats")
+def store_stats(config: StatsConfig, json_file: Json = None) -> None:
+    """Norms, outliers, effective ranks, dead inputs and unseen experts, by layer and block."""
+    output = Output(json_file)
+    with loading():
+        from gradpipe.pipeline.reports.stats_table import stats_table
+        from gradpipe.pipeline.stores import stats as describing
+
+    found = describing.stats(config, stderr())
+    output.show(found.to_json(), stats_table(found))
 
 
 @command(store_app, "merge")

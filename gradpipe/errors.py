@@ -7,8 +7,18 @@ the command line alone turns a class into an exit code (`gradpipe.cli`).
 from __future__ import annotations
 
 import difflib
+import re
 import textwrap
 from collections.abc import Iterable
+
+_CREDENTIALS = re.compile(
+    r"""(?<=://)[^/\s@'"]+(?=@)          # of a URL: name:password@
+    | (?<=\?)[^\s'"]{16,}              # what a signed URL is signed with
+    | \bhf_[A-Za-z0-9]{30,}            # a token of the Hub
+    | (?<=Bearer\ )\S+
+    | (?i:(?<=secret=)|(?<=token=)|(?<=password=))[^\s&,)'"]+""",
+    re.VERBOSE,
+)
 
 
 class GradpipeError(Exception):
@@ -32,9 +42,15 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else " " for char in text)
 
 
+def without_credentials(text: str) -> str:
+    """`text` less what would let a reader of it in: passwords in URLs, signatures, tokens."""
+    return _CREDENTIALS.sub("…", text)
+
+
 def one_line(error: BaseException) -> str:
     """What another library's error says, on one line of bounded length; its class if nothing."""
-    return textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__
+    said = without_credentials(str(error))
+    return textwrap.shorten(said, 400, placeholder=" …") or type(error).__name__
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:

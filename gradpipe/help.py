@@ -28,11 +28,12 @@ TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the comma
     "Which layers": ("blocks", "include", "exclude", "layer"),
     "The machine": (
         *("device", "dtype", "batch-size", "schedule", "scratch", "workers", "checkpoint-every"),
+        "cache",
     ),
     "Several jobs": ("shard", "finalize"),
     "What is written": (
         *("html", "figures", "format", "json", "verbose", "dry-run"),
-        *("overwrite", "allow-mismatch"),
+        *("overwrite", "allow-mismatch", "private"),
     ),
 }
 EXAMPLES: Mapping[str, tuple[str, ...]] = {  # by the words that call a command
@@ -50,6 +51,12 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {  # by the words that call a command
     "demo": ("pipe demo demo-out",),
     "store info": ("pipe store info store",),
     "store verify": ("pipe store verify store",),
+    "store copy": (
+        "pipe store copy store s3://bucket/store",
+        "pipe store copy store hf://datasets/me/gradients --private",
+    ),
+    "store export": ("pipe store export store imatrix.gguf --format imatrix",),
+    "store stats": ("pipe store stats store --layer mlp",),
     "store merge": ("pipe store merge store other-shards",),
     "store import-gblm": ("pipe store import-gblm embedded store --l1 l1.pth --l2 l2.pth",),
 }

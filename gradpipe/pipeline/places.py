@@ -76,11 +76,11 @@ def check_local(what: str, path: Path) -> None:
             raise InputError(f"{what} {path}: {parent} is a file, expected a folder: give another")
 
 
-def check_scratch(folder: Path) -> None:
+def check_scratch(folder: Path, flag: str = "--scratch") -> None:
     """Raises InputError unless `folder` is one, or can be created."""
-    check_local("--scratch", folder)
+    check_local(flag, folder)
     if (folder.exists() and not folder.is_dir()) or not is_writable(folder):
-        raise InputError(f"--scratch {folder}: expected a folder that can be created or written to")
+        raise InputError(f"{flag} {folder}: expected a folder that can be created or written to")
 
 
 def is_writable(path: Path) -> bool:

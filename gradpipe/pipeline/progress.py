@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -65,8 +64,9 @@ def counted(items: Iterable[T], console: Console, title: str, total: int, unit: 
 
 def peak_memory() -> int:
     """Peak bytes so far: of the GPU once it has been used, else of this process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+    torch = sys.modules.get("torch")  # what does not need it does not wait for it here
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

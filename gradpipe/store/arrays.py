@@ -93,8 +93,7 @@ class Nodes:
 
     def array(self, key: str, shape: tuple[int, ...], dtype: str) -> Array:
         """An array, which must have this shape and dtype."""
-        name = "/".join([key, "c", *("0" for _ in shape)])
-        data = self.objects.read(name, most_bytes(shape, dtype))
+        data = self.objects.read(array_key(key, shape), most_bytes(shape, dtype))
         metadata = self._metadata(key)
         try:
             return decode_array(metadata, data, shape, dtype)
@@ -114,6 +113,11 @@ class Nodes:
     def _metadata(self, key: str) -> bytes | str:
         copy = self.copies.get(key)
         return self.objects.read(_metadata_key(key), _NODE_BYTES) if copy is None else copy
+
+
+def array_key(key: str, shape: tuple[int, ...]) -> str:
+    """The object that holds all of an array's data."""
+    return "/".join([key, "c", *("0" for _ in shape)])
 
 
 def _metadata_key(key: str) -> str:

@@ -11,23 +11,34 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
 import fsspec
 import fsspec.implementations.local
 import xxhash
 
-from gradpipe.errors import GradpipeError, InputError, StoreError, one_line
+from gradpipe.errors import (
+    GradpipeError,
+    InputError,
+    StoreError,
+    one_line,
+    without_credentials,
+)
+from gradpipe.store.nearby import ObjectCache, ReadAhead
 
+T = TypeVar("T")
 COMMIT_KEY = "commit.json"
+COPY_KEY = "partial/copy.json"  # the record of a copy that is under way: see `store.copying`
 _MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
 _BLOCK_BYTES = 1 << 23  # read at a time where nothing is kept
 _FSYNC_THREADS = 16
+_WAITS = (0.1, 0.5)  # seconds, before bytes that came damaged are asked for again
 _STEP = r"(?!\.{1,2}[/\"])[A-Za-z0-9_.\-]{1,255}"  # neither . nor .., which could leave the store
 _ENTRY = re.compile(rf'"({_STEP}(?:/{_STEP})*)":\[(\d{{1,18}}),"([0-9a-f]{{32}})"\]'.encode())
 _TEMPORARY = ".{}.tmp"  # one writer per object, so that a name is enough, and a restart reuses it
@@ -157,33 +168,49 @@ def remove_strays(folder: Path, among: Iterable[str], keep: Iterable[str]) -> No
 
 
 class ObjectReader:
-    """Reads a complete store's objects from a path or any fsspec URL, each one verified."""
+    """Reads a complete store's objects from a path or any fsspec URL, each one verified.
+
+    File systems try again by themselves, with growing waits and a bound, where a server does not
+    answer or a connection breaks; bytes that arrive and are not the object's are asked for again
+    here.
+    """
 
     def __init__(
-        self, url: str, options: dict[str, Any] | None = None, record_key: str = COMMIT_KEY
+        self,
+        url: str,
+        options: dict[str, Any] | None = None,
+        record_key: str = COMMIT_KEY,
+        cache: ObjectCache | None = None,
     ) -> None:
         """Read the commit record.
 
         Raises InputError where nothing is found at `url`, or it cannot be reached; StoreError
         where a store is but has no commit record, or a damaged one.
         """
-        self.url = url
+        self.url = without_credentials(url)
+        self._ahead: ReadAhead | None = None
         try:
             self._files, root = fsspec.core.url_to_fs(url, **(options or {}))
             self._root = root.rstrip("/")
+            self._files.invalidate_cache()  # what another process has written since is there
             self._check_complete(record_key)
         except GradpipeError:
             raise
         except Exception as error:  # every fsspec backend raises from families of its own
             raise InputError(
-                f"cannot open store {url} ({one_line(error)}): check the URL and the credentials"
+                f"cannot open store {self.url} ({one_line(error)}): check the URL and the "
+                "credentials"
             ) from error
-        data = self._read_file(record_key, _MAX_RECORD_BYTES)
-        self.record_digest = digest(data)  # names the store's whole content
+        self._cache = cache if self.local_folder is None else None
+        self.record, self.record_digest = self._until_sound(lambda: self._read_record(record_key))
+
+    def _read_record(self, key: str) -> tuple[CommitRecord, str]:
+        """The commit record, and its digest, which names the store's whole content."""
+        data = self._read_file(key, _MAX_RECORD_BYTES)
         try:
-            self.record = CommitRecord.from_bytes(data)
+            return CommitRecord.from_bytes(data), digest(data)
         except StoreError as error:
-            raise StoreError(f"store {url}: {error}") from error
+            raise StoreError(f"store {self.url}: {error}") from error
 
     @property
     def local_folder(self) -> Path | None:
@@ -195,6 +222,11 @@ class ObjectReader:
         """Look for the commit record, and where there is none, for what there is instead."""
         if self._files.exists(f"{self._root}/{record_key}"):
             return
+        if self._files.exists(f"{self._root}/{COPY_KEY}"):
+            raise StoreError(
+                f"store {self.url} is incomplete (no {COMMIT_KEY}): it is being copied, or was: "
+                "run its pipe store copy again"
+            )
         if self._files.exists(f"{self._root}/zarr.json"):
             raise StoreError(
                 f"store {self.url} is incomplete (no {COMMIT_KEY}): run its collect-grads again, "
@@ -220,9 +252,52 @@ class ObjectReader:
                 f"store {self.url}: object {key} has {size} bytes, expected at most {limit}: "
                 "the store is damaged"
             )
-        data = self._read_file(key, size)
+        return self._fetch(key) if self._ahead is None else self._ahead.read(key)
+
+    def begin(self, keys: Iterable[str]) -> None:
+        """Say what will be read next, in order: while `reading_ahead`, it is fetched already."""
+        if self._ahead is not None:
+            self._ahead.begin(keys)
+
+    @contextmanager
+    def reading_ahead(self) -> Iterator[None]:
+        """Fetch several objects at once; of a local folder they are read as they are asked for."""
+        if self.local_folder is not None:
+            yield
+            return
+        self._ahead = ReadAhead(self._fetch, lambda key: self._entry(key)[0])
+        try:
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = None
+
+    def _fetch(self, key: str) -> bytes:
+        """An object from the cache, or from where the store is."""
+        entry = self._entry(key)
+        data = None if self._cache is None else self._cache.read(*entry)
+        if data is not None:
+            return data
+        data = self._until_sound(lambda: self._read_sound(key))
+        if self._cache is not None:
+            self._cache.write(entry[1], data)
+        return data
+
+    def _read_sound(self, key: str) -> bytes:
+        data = self._read_file(key, self._entry(key)[0])
         self._check(key, len(data), digest(data))
         return data
+
+    def _until_sound(self, read: Callable[[], T]) -> T:
+        """What `read` gives; from far away again, a few times, where it raises StoreError."""
+        for wait in _WAITS if self.local_folder is None else ():
+            try:
+                return read()
+            except StoreError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    raise
+                time.sleep(wait)
+        return read()
 
     def verify(self, key: str) -> None:
         """Read the object in passing; StoreError if it is missing or not what was committed."""
@@ -262,20 +337,42 @@ class ObjectReader:
             )
 
     def _read_file(self, key: str, limit: int) -> bytes:
-        """At most `limit + 1` bytes of the file behind `key`."""
+        """At most `limit + 1` bytes of the file behind `key`; from far away in one request."""
+        if self.local_folder is None:
+            with self._told(key):
+                return self._read_range(f"{self._root}/{key}", limit + 1)
         with self._opened(key) as file:
             size = getattr(file, "size", None)  # a buffer of `limit` is not taken for less
             data: bytes = file.read(limit + 1 if size is None else min(limit + 1, size))
         return data
 
+    def _read_range(self, path: str, end: int) -> bytes:
+        try:
+            data: bytes = self._files.cat_file(path, start=0, end=end)
+        except FileNotFoundError:
+            raise
+        except Exception:  # no range of an empty file is one, to HTTP
+            if self._files.size(path) == 0:
+                return b""
+            raise
+        return data
+
     @contextmanager
     def _opened(self, key: str) -> Iterator[BinaryIO]:
-        """The file behind `key`, and what its backend may raise told in our words."""
+        """The file behind `key`."""
         if self.local_folder is not None:
             self._check_file(self.local_folder, key)
+        path = f"{self._root}/{key}"
+        with self._told(key), self._files.open(path, "rb", cache_type="none") as file:
+            yield file
+
+    @contextmanager
+    def _told(self, key: str) -> Iterator[None]:
+        """What a backend may raise over an object, in our words."""
         try:
-            with self._files.open(f"{self._root}/{key}", "rb", cache_type="none") as file:
-                yield file
+            yield
+        except GradpipeError:
+            raise
         except FileNotFoundError as error:
             raise StoreError(
                 f"store {self.url}: object {key} is missing: restore it from a copy, "

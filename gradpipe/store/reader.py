@@ -13,7 +13,8 @@ calibration samples, which every worker, resumption and shard then reads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,11 +23,14 @@ import numpy.typing as npt
 
 from gradpipe.errors import InputError, StoreError
 from gradpipe.store import codec
-from gradpipe.store.arrays import Nodes
+from gradpipe.store.arrays import Nodes, array_key
 from gradpipe.store.folder import Calibration, read_calibration
+from gradpipe.store.nearby import ObjectCache
 from gradpipe.store.objects import ObjectReader
 from gradpipe.store.schema import LayerSpec, StatisticSpec, StoreSpec
 from gradpipe.store.statistics import Sums
+
+_LAYERS_AHEAD = 8  # of which the largest do not fit: they are bounded by bytes too
 
 
 class GradientStore:
@@ -38,14 +42,22 @@ class GradientStore:
         attributes, self._nodes = Nodes.of_root(objects)
         self.spec = StoreSpec.from_json(attributes)
         self.digest = objects.record_digest  # names the whole content
+        self._followers: dict[str, Sequence[LayerSpec]] = {}  # by layer: those read after it
 
     @classmethod
-    def open(cls, url: str | Path, options: dict[str, Any] | None = None) -> Self:
+    def open(
+        cls,
+        url: str | Path,
+        options: dict[str, Any] | None = None,
+        cache: Path | None = None,
+    ) -> Self:
         """Open the store at a path or fsspec URL (`s3://…`, `hf://…`).
 
-        Raises InputError if there is none, StoreError if it is incomplete or damaged.
+        What is read from far away is kept in the folder `cache`, and taken from there the next
+        time. Raises InputError if there is no store, StoreError if it is incomplete or damaged.
         """
-        return cls(ObjectReader(str(url), options))
+        kept = None if cache is None else ObjectCache(cache)
+        return cls(ObjectReader(str(url), options, cache=kept))
 
     @property
     def url(self) -> str:
@@ -57,18 +69,40 @@ class GradientStore:
         """The folder that it lies in, None if it is remote."""
         return self._objects.local_folder
 
+    @property
+    def objects(self) -> ObjectReader:
+        """What it is made of."""
+        return self._objects
+
+    @contextmanager
+    def reading_ahead(self, order: Sequence[LayerSpec]) -> Iterator[None]:
+        """While layers are read, fetch what is likely to be read next, several objects at once.
+
+        `order` is that of the layers. Of a local folder, or in another order, nothing is lost.
+        """
+        self._followers = {
+            layer.name: order[place + 1 : place + 1 + _LAYERS_AHEAD]
+            for place, layer in enumerate(order)
+        }
+        with self._objects.reading_ahead():
+            yield
+        self._followers = {}
+
     def read(self, layer: LayerSpec, statistics: Iterable[str]) -> dict[str, codec.Encoded]:
         """Statistics of one layer as stored, with the bases that they are coded against.
 
         Raises InputError if the store lacks one, StoreError if it is damaged.
         """
         encoded: dict[str, codec.Encoded] = {}
-        waiting = list(statistics)
-        if missing := [name for name in waiting if name not in self.spec.statistics]:
+        statistics = list(statistics)
+        if missing := [name for name in statistics if name not in self.spec.statistics]:
             raise InputError(
                 f"store {self.url} has no {missing[0]}, it has "
                 f"{', '.join(self.spec.statistics)}: collect again, with that statistic"
             )
+        for some in (layer, *self._followers.get(layer.name, ())):
+            self._objects.begin(self._keys(some, statistics))
+        waiting = list(statistics)
         while waiting:
             statistic = waiting.pop()
             if statistic not in encoded:
@@ -101,7 +135,11 @@ class GradientStore:
         if not self.spec.samples.digest:
             return False  # imported: its tokens were not counted
         statistic = self.spec.statistics[0]
-        return self._statistic_spec(_key(layer, statistic)).num_tokens == 0
+        return self.counts(layer, statistic).num_tokens == 0
+
+    def counts(self, layer: LayerSpec, statistic: str) -> StatisticSpec:
+        """Over how many samples and tokens a layer's statistic was summed, and how it is kept."""
+        return self._statistic_spec(_key(layer, statistic))
 
     def verify(self, each: Callable[..., Iterable[None]] = map) -> None:
         """Read every object; raise StoreError naming the first that is not as it was written.
@@ -142,16 +180,28 @@ class GradientStore:
         parts = {name: self._nodes.array(f"{key}/{name}", *types[name]) for name in types}
         return codec.Encoded(spec=spec, parts=parts)
 
+    def _keys(self, layer: LayerSpec, statistics: Iterable[str]) -> Iterator[str]:
+        """The objects that hold a layer's statistics, and those that they are coded against."""
+        specs = {x: self._statistic_spec(_key(layer, x)) for x in statistics}
+        bases = {x.base for x in specs.values() if x.base is not None} - specs.keys()
+        specs |= {x: self._statistic_spec(_key(layer, x)) for x in sorted(bases)}
+        for statistic, spec in specs.items():
+            for part, (shape, _) in codec.part_types(spec, layer, statistic).items():
+                yield array_key(f"{_key(layer, statistic)}/{part}", shape)
+
     def _statistic_spec(self, key: str) -> StatisticSpec:
         return StatisticSpec.from_json(self._nodes.attributes(key))
 
 
-def open_store(url: str | Path, options: dict[str, Any] | None = None) -> GradientStore:
+def open_store(
+    url: str | Path, options: dict[str, Any] | None = None, cache: Path | None = None
+) -> GradientStore:
     """Open a finished store, to read what it holds.
 
     Args:
         url: A path, or a URL of fsspec: `s3://…`, `hf://…`.
         options: What fsspec's file system takes: an endpoint, say.
+        cache: A folder where what is read from far away is kept for the next time.
 
     Returns:
         The store. Its arrays are read, and checked against their digests, when they are asked for.
@@ -167,7 +217,7 @@ def open_store(url: str | Path, options: dict[str, Any] | None = None) -> Gradie
         >>> store.read_norms(layer, "grad_l1").shape  # (out, in)
         (128, 128)
     """
-    return GradientStore.open(url, options)
+    return GradientStore.open(url, options, cache)
 
 
 def _key(layer: LayerSpec, statistic: str) -> str:

@@ -8,7 +8,10 @@ import pytest
 
 from tests.support import hub as hubs
 from tests.support import hub_content as content
+from tests.support.far import far, impatient, library, line, near, other, server
 from tests.support.models import save_tiny
+
+__all__ = ["far", "impatient", "library", "line", "near", "other", "server"]  # fixtures
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,19 @@ def url(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Files that are opened, in order."""
+    """Files that are opened or fetched, in order."""
     names: list[str] = []
-    real = MemoryFileSystem.open
+    real = {verb: getattr(MemoryFileSystem, verb) for verb in ("open", "cat_file")}
 
-    def noted(self: Any, path: str, *options: Any, **more: Any) -> Any:
-        names.append(path.removeprefix("/requests/"))
-        return real(self, path, *options, **more)
+    def noted(verb: str) -> Any:
+        def request(self: Any, path: str, *options: Any, **more: Any) -> Any:
+            names.append(path.removeprefix("/requests/"))
+            return real[verb](self, path, *options, **more)
 
-    monkeypatch.setattr(MemoryFileSystem, "open", noted)
+        return request
+
+    for verb in real:
+        monkeypatch.setattr(MemoryFileSystem, verb, noted(verb))
     return names
 
 

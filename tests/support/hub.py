@@ -15,6 +15,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +25,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
+
+from tests.support import hub_uploads
 
 KINDS = ("models", "datasets")
 
@@ -39,6 +42,10 @@ class Hub:
         """No repository yet."""
         self.repos: dict[str, dict[str, Path]] = {}  # "datasets/allenai/c4" -> commit -> folder
         self.gated: set[str] = set()  # repositories whose terms nobody accepted
+        self.private: set[str] = set()
+        self.blobs: dict[str, bytes] = {}  # large files by their SHA-256
+        self.uploads = Path()  # where what is uploaded lies
+        self.refuses = ""  # a part of paths that are answered by 503
         self.requests: list[str] = []  # "GET /api/models/…", in the order they came
         self.endpoint = ""
 
@@ -72,6 +79,13 @@ class Hub:
 def serve() -> Iterator[Hub]:
     """A hub without repositories that answers on a free port of this machine."""
     hub = Hub()
+    with tempfile.TemporaryDirectory() as uploads:
+        hub.uploads = Path(uploads)
+        yield from _serve(hub)
+
+
+def _serve(hub: Hub) -> Iterator[Hub]:
+    """The server of a hub, while it is looked at."""
     handler = type("HubHandler", (_Handler,), {"hub": hub})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         hub.endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -92,6 +106,7 @@ def client(endpoint: str, cache: Path, *, offline: bool = False) -> Iterator[Pro
         "HF_HOME": str(cache),
         "HF_HUB_OFFLINE": str(int(offline)),
         "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",  # uploads go by git LFS, which this hub speaks
         "NO_PROXY": "127.0.0.1",
     }
     spawn = multiprocessing.get_context("spawn")
@@ -126,7 +141,11 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def do_POST(self) -> None:
-        """A listing of chosen paths."""
+        """A listing of chosen paths; a commit, and what belongs to one."""
+        self._answer()
+
+    def do_PUT(self) -> None:
+        """A large file."""
         self._answer()
 
     def log_message(self, *args: object) -> None:
@@ -138,8 +157,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {unquote(url.path)}")
         steps = [unquote(step) for step in url.path.strip("/").split("/")]
         try:
-            if steps[0] == "api":
-                self._api(steps[1:], parse_qs(url.query), parse_qs(body.decode()))
+            if self.hub.refuses and self.hub.refuses in url.path:
+                self._send(b"", 503, {})
+            elif self.command == "PUT":
+                hub_uploads.keep(self.hub, steps[-1], body)
+                self._send(b"", 200, {})
+            elif self.command == "POST" and (done := hub_uploads.answer(self.hub, steps, body)):
+                self._send(json.dumps(done).encode(), 200, {"Content-Type": "application/json"})
+            elif steps[0] == "api":
+                self._api(steps[1:], parse_qs(url.query), parse_qs(body.decode(errors="replace")))
             else:
                 self._file(steps)
         except RefusedError as error:
@@ -167,6 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         if verb == "revision":
             siblings = [{"rfilename": name} for name, p in entries.items() if p.is_file()]
             document: Any = {"id": "/".join(steps[1:3]), "sha": commit, "siblings": siblings}
+            document["private"] = repo in self.hub.private
         elif verb == "tree":
             top = folder / "/".join(steps[5:])
             recursive = query.get("recursive", ["false"])[0].lower() in {"1", "true"}
@@ -174,10 +201,19 @@ class _Handler(BaseHTTPRequestHandler):
             if not inside and top != folder:
                 raise RefusedError("EntryNotFound")
             chosen = {n: p for n, p in inside.items() if recursive or p.parent == top}
-            document = [_entry(name, path) for name, path in chosen.items()]
+            document = [self._entry(name, path) for name, path in chosen.items()]
         else:
-            document = [_entry(n, entries[n]) for n in form.get("paths", []) if n in entries]
+            document = [self._entry(n, entries[n]) for n in form.get("paths", []) if n in entries]
         self._send(json.dumps(document).encode(), 200, {"Content-Type": "application/json"})
+
+    def _entry(self, name: str, path: Path) -> dict[str, Any]:
+        if path.is_dir():
+            return {"type": "directory", "oid": "0" * 40, "size": 0, "path": name}
+        size, sha256 = path.stat().st_size, hashlib.sha256(path.read_bytes()).hexdigest()
+        file = {"type": "file", "oid": _blob_id(path), "size": size, "path": name}
+        if sha256 in self.hub.blobs:  # its oid is the pointer's: nothing to go by
+            file |= {"oid": "1" * 40, "lfs": {"oid": sha256, "size": size, "pointerSize": 1}}
+        return file
 
     def _send(self, data: bytes, status: int, headers: dict[str, str]) -> None:
         self.send_response(HTTPStatus(status))
@@ -186,17 +222,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
-
-
-def _entry(name: str, path: Path) -> dict[str, Any]:
-    if path.is_dir():
-        return {"type": "directory", "oid": "0" * 40, "size": 0, "path": name}
-    return {
-        "type": "file",
-        "oid": _blob_id(path),
-        "size": path.stat().st_size,
-        "path": name,
-    }
 
 
 def _blob_id(path: Path) -> str:

@@ -132,6 +132,10 @@ class PruneConfig:
             is_recorded=False,
         ),
     ] = None
+    cache: Annotated[
+        Path | None,
+        Option(help="Keep what is read of a store far away here.", is_recorded=False),
+    ] = None
     shard: ShardOption = None
     allow_mismatch: Annotated[bool, Option(help="Prune weights that were not measured.")] = False
     overwrite: Overwrite = False

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from rich.console import Console
 
 from gradpipe.errors import GradpipeError
-from gradpipe.pipeline.places import REPORT, check_out
+from gradpipe.options import refuse_given
+from gradpipe.pipeline.places import REPORT, check_out, check_scratch
 from gradpipe.pipeline.progress import QUIET, counted, progress_bar
 from gradpipe.pipeline.prune.allocate import allocate
 from gradpipe.pipeline.prune.config import PruneConfig
@@ -56,13 +57,13 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
         0.5
     """
     checkpoint = Checkpoint.open(config.model)
-    plan = PrunePlan.of(config, checkpoint, GradientStore.open(config.store))
+    plan = PrunePlan.of(config, checkpoint, _open_store(config))
     if config.shard is not None:
         return _prune_shard(config, plan, config.shard, console)
     staging = Staging(config.out, lambda: _check_out(config, plan))
     staging.check()
     _verify(plan, console)
-    with staging.begun():
+    with staging.begun(), plan.reading_ahead():
         allocated = allocate(plan, console)
         written = Written()
         with progress_bar(console, "pruning", len(plan.layers), "layers") as advance:
@@ -74,10 +75,20 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     return results
 
 
+def _open_store(config: PruneConfig) -> GradientStore:
+    """The store; InputError if a cache is given that would be of no use."""
+    if config.cache is not None:
+        check_scratch(config.cache, "--cache")
+    store = GradientStore.open(config.store, cache=config.cache)
+    if store.local_folder is not None:
+        refuse_given(config, ("cache",), f"store {store.url} is read from this machine's disk")
+    return store
+
+
 def _check_out(config: PruneConfig, plan: PrunePlan) -> None:
     """Raises InputError if the output may not be written."""
-    local = plan.store.local_folder
-    sources = (plan.checkpoint.folder, *([local] if local else []))
+    read = (plan.checkpoint.folder, plan.store.local_folder, config.cache)
+    sources = tuple(folder for folder in read if folder is not None)
     check_out(config.out, overwrite=config.overwrite, sources=sources)
 
 
@@ -124,9 +135,12 @@ def _prune_shard(
     with SharedStaging(config.out, shard, shared, lambda: _is_done(config, plan)) as staging:
         if staging.is_published:
             return ()
-        allocated = allocate(plan, console)
         files = plan.checkpoint.files
-        with progress_bar(console, "pruning", len(plan.layers), "layers") as advance:
+        with (
+            plan.reading_ahead(),
+            progress_bar(console, "pruning", len(plan.layers), "layers") as advance,
+        ):
+            allocated = allocate(plan, console)
             for file in (files[index] for index in shard.part_of(len(files))):
                 if not staging.is_written(file):
                     written = write_file(allocated, file, staging.folder, advance)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from gradpipe.store.summary import OUTLIER_TIMES, QUANTILES, Summary
+
 if TYPE_CHECKING:
     from gradpipe.stages.collect.estimate import Estimate  # a store is shown without torch
 
@@ -237,3 +239,24 @@ class Health:
     free_memory: dict[str, int]  # bytes, of each device
     free_disk: int  # bytes, in the current folder
     model: ModelReport | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreStats:
+    """What a store's statistics look like, in the order of its blocks."""
+
+    store: str
+    digest: str
+    layers: tuple[Summary, ...]
+    blocks: tuple[Summary, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `--json` has it."""
+        return {
+            "store": self.store,
+            "digest": self.digest,
+            "quantiles": list(QUANTILES),
+            "outlier_times": OUTLIER_TIMES,
+            "layers": [x.to_json() for x in self.layers],
+            "blocks": [x.to_json() for x in self.blocks],
+        }

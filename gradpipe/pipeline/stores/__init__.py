@@ -1,0 +1,1 @@
+"""Runs over finished stores: copied, exported, described."""

@@ -1,0 +1,135 @@
+"""A store's statistics as a file that other tools read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from gradpipe.errors import GradpipeError, InputError
+from gradpipe.pipeline.places import check_local, holds, is_writable
+from gradpipe.pipeline.stores.config import IMATRIX, ExportConfig
+from gradpipe.pipeline.stores.layers import chosen_layers
+from gradpipe.store.objects import fsync
+from gradpipe.store.reader import GradientStore
+from gradpipe.store.schema import LayerSpec
+from gradpipe.store.statistics import STATISTICS, Sums, in_order
+from gradpipe.store.summary import square
+
+
+def export(config: ExportConfig) -> Path:
+    """Write the file, whole or not at all.
+
+    Raises InputError if it is there, or the store lacks what the format holds; StoreError if the
+    store is damaged.
+    """
+    store = GradientStore.open(config.store)
+    _check_out(config.out, store)
+    layers = chosen_layers(store, config.layer)
+    if config.format == IMATRIX:
+        from gradpipe.pipeline.stores.imatrix import (  # noqa: PLC0415 (of an extra)
+            Imatrix,
+        )
+
+        _written(config.out, Imatrix.of(store, layers).write)
+    else:
+        statistics = _statistics(config, store)
+        _written(config.out, lambda path: _write_safetensors(path, store, layers, statistics))
+    return config.out
+
+
+def _check_out(out: Path, store: GradientStore) -> None:
+    check_local("OUT", out)
+    if out.exists() or out.is_symlink():
+        raise InputError(f"OUT {out} exists: give another name")
+    if not out.absolute().parent.is_dir() or not is_writable(out):
+        raise InputError(f"OUT {out}: expected a file in a folder that exists and can be written")
+    if store.local_folder is not None and holds(store.local_folder, out):
+        raise InputError(f"OUT {out} is in the store: give another name")
+
+
+def _written(out: Path, write: Callable[[Path], None]) -> None:
+    """Write a file beside `out`, then rename it."""
+    temporary = out.with_name(f".{out.name}.tmp")
+    try:
+        write(temporary)
+        fsync(temporary)
+        temporary.replace(out)
+    except OSError as error:
+        raise GradpipeError(
+            f"cannot write {out}: {error.strerror or error}: make room or give another folder"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _statistics(config: ExportConfig, store: GradientStore) -> tuple[str, ...]:
+    if missing := [x for x in config.statistics if x not in store.spec.statistics]:
+        raise InputError(
+            f"--statistics {missing[0]}: store {store.url} has "
+            f"{', '.join(store.spec.statistics)}: choose among these"
+        )
+    return in_order(config.statistics) or store.spec.statistics
+
+
+def _write_safetensors(
+    path: Path, store: GradientStore, layers: tuple[LayerSpec, ...], statistics: tuple[str, ...]
+) -> None:
+    """Norms in float32, named `LAYER.STATISTIC`; second moments as whole matrices.
+
+    The library writes what is in memory at once; these are written one by one, behind a header that
+    is known before: github.com/huggingface/safetensors, "Format".
+    """
+    shapes = {
+        f"{layer.name}.{name}": STATISTICS[name].sum_shape(layer.shape)
+        for layer in layers
+        for name in layer.own(statistics)
+    }
+    header = _header(shapes, _metadata(store, layers, statistics))
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(header)) + header)
+        for norms in _norms(store, layers, statistics):
+            file.write(norms.astype("<f4").tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _norms(
+    store: GradientStore, layers: tuple[LayerSpec, ...], statistics: tuple[str, ...]
+) -> Iterator[Sums]:
+    with store.reading_ahead(layers):
+        for layer in layers:
+            for name in layer.own(statistics):
+                norms = store.read_norms(layer, name)
+                yield square(norms) if STATISTICS[name].is_symmetric else norms
+
+
+def _header(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name, shape in shapes.items():
+        stop = start + 4 * math.prod(shape)
+        entries[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, stop]}
+        start = stop
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8)
+
+
+def _metadata(
+    store: GradientStore, layers: tuple[LayerSpec, ...], statistics: tuple[str, ...]
+) -> dict[str, str]:
+    """Of what, and over how much; values are texts, as the format has it."""
+    tokens = {
+        f"{layer.name}.{name}": store.counts(layer, name).num_tokens
+        for layer in layers
+        for name in layer.own(statistics)
+    }
+    return {
+        "digest": store.digest,
+        "gradpipe": json.dumps(store.spec.to_json()),
+        "num_tokens": json.dumps(tokens),
+    }
