@@ -3,9 +3,9 @@
     make bench                                           # under 15 minutes on two cores
     python benchmarks/bench.py OUT.json --only startup,solvers
 
-It runs what `startup.py`, `prune.py`, `collect.py`, `streamed.py` and `solvers.py` run, fewer times.
-All figures are ratios of sides that take turns, so that a busy machine slows both; `before` is what
-was measured when the goals were set. What a part has found is kept if a later one fails.
+It runs what `startup.py`, `prune.py`, `collect.py`, `streamed.py` and `solvers.py` run, fewer
+times. All figures are ratios of sides that take turns, so that a busy machine slows both; `before`
+is what was measured when the goals were set. What a part has found is kept if a later one fails.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ Why: the figures of `make bench` and of `scripts/gpu_check.sh` are read by the s
 from __future__ import annotations
 
 import json
+import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.random_llama import machine, table, versions
+from benchmarks.random_llama import machine, peak_rss, table, versions
 
 SCHEMA = 1
 
@@ -117,3 +118,43 @@ class DeviceClock:
         for phase, read in self._spans:
             sums[phase] = sums.get(phase, 0.0) + read()
         return sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What some work took, in a process of its own."""
+
+    cpu_seconds: float
+    peak_bytes: int  # above the process as it was before
+    written_bytes: int  # to files, as the process gave them to the system
+
+
+def in_a_fork(work: Callable[[], object]) -> Cost:
+    """Do `work` in a fork of this process, which has imported all that it needs.
+
+    Raises ValueError if the work fails.
+    """
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+
+    def run() -> None:
+        before, peak, start = _written(), peak_rss(), time.process_time()
+        work()
+        sender.send((time.process_time() - start, peak_rss() - peak, _written() - before))
+
+    process = context.Process(target=run)
+    process.start()
+    sender.close()
+    try:
+        taken, peak, written = receiver.recv()
+    except EOFError:
+        raise ValueError("the work failed in its process: see above") from None
+    finally:
+        process.join()
+    return Cost(cpu_seconds=taken, peak_bytes=peak, written_bytes=written)
+
+
+def _written() -> int:
+    """Bytes that this process has written so far; Linux alone counts them."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(next(x for x in lines if x.startswith("wchar:")).split()[1])

@@ -279,13 +279,13 @@ def peak_of(script: str, *arguments: object) -> Usage:
 
 def report_peak(work: Callable[[], object]) -> None:
     """Do `work`, and print what it took for `peak_of` to read."""
-    before, start = _peak_rss(), time.perf_counter()
+    before, start = peak_rss(), time.perf_counter()
     work()
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_bytes": _peak_rss() - before}))
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_rss() - before}))
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
     """Peak resident bytes of this process.
 
     `ru_maxrss`, as gradpipe itself reports it, but for one flaw: on Linux a child's starts at its
