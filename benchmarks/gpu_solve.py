@@ -10,7 +10,7 @@ Shapes: N either width, T tokens.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +25,7 @@ from gradpipe.pipeline.recipes import RECIPES
 from gradpipe.stages.prune.layer import SolvedLayer
 from gradpipe.stages.prune.methods import ChosenMethod
 from gradpipe.stages.prune.score import LayerStatistics
-from gradpipe.stages.prune.target import Budget, Target
+from gradpipe.stages.prune.target import Target
 
 PAPER: Final = "257 s, A100"
 BUDGET: Final = Target(0.5).budget
@@ -75,21 +75,29 @@ def second_moment(width: int, device: torch.device) -> Tensor:
 
 def time_layer(
     shape: tuple[int, int],
-    moments: dict[int, Tensor],
+    moments: Mapping[int, Tensor],
     chosen: ChosenMethod,
     device: torch.device,
-    budget: Budget = BUDGET,
 ) -> float:
     """Seconds of one layer; its copies of the second moments are not counted."""
+    ready = [problem_of(shape, moments, chosen, device) for _ in range(2)]
+    return seconds_of(lambda: solve(*ready.pop(), chosen), device, repeats=1)
+
+
+def problem_of(
+    shape: tuple[int, int],
+    moments: Mapping[int, Tensor],
+    chosen: ChosenMethod,
+    device: torch.device,
+) -> tuple[Tensor, LayerStatistics]:
+    """A random weight, and copies of its second moments, which are used up."""
     weight = torch.randn(shape, dtype=torch.bfloat16, device=device)
     given = {"hessian": moments[shape[1]], "grad_cov": moments[shape[0]]}
-    ready = [{x: given[x].clone() for x in chosen.second_moments} for _ in range(2)]
+    values = {x: given[x].clone() for x in chosen.second_moments}
+    return weight, LayerStatistics(values=values, num_samples=dict.fromkeys(values, 128))
 
-    def solve() -> None:
-        statistics = LayerStatistics(
-            values=ready.pop(), num_samples=dict.fromkeys(chosen.second_moments, 128)
-        )
-        layer = SolvedLayer.of("layer", weight, statistics, chosen, [budget], transposed=False)
-        layer.to(budget)
 
-    return seconds_of(solve, device, repeats=1)
+def solve(weight_OI: Tensor, statistics: LayerStatistics, chosen: ChosenMethod) -> None:
+    """One layer to one budget, and to the host."""
+    layer = SolvedLayer.of("layer", weight_OI, statistics, chosen, [BUDGET], transposed=False)
+    layer.to(BUDGET)
