@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -143,7 +144,9 @@ def in_a_fork(work: Callable[[], object]) -> Cost:
         sender.send((time.process_time() - start, peak_rss() - peak, _written() - before))
 
     process = context.Process(target=run)
-    process.start()
+    with warnings.catch_warnings():  # Python 3.12 warns wherever there are threads: these only wait
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
     sender.close()
     try:
         taken, peak, written = receiver.recv()
