@@ -92,10 +92,11 @@ def distance(got: Mapping[str, Sums], expected: Mapping[str, Sums]) -> float:
     """The largest over layers of ‖got − expected‖ ÷ ‖expected‖; infinite for a layer that lacks."""
     if got.keys() != expected.keys():
         return float("inf")
-    return max(
-        float(np.linalg.norm(got[x] - expected[x]) / max(np.linalg.norm(expected[x]), 1e-30))
-        for x in expected
-    )
+    return max(_relative(got[x], expected[x]) for x in expected)
+
+
+def _relative(got: Sums, expected: Sums) -> float:
+    return float(np.linalg.norm(got - expected)) / max(float(np.linalg.norm(expected)), 1e-30)
 
 
 def compared(

@@ -9,7 +9,7 @@ added here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,9 @@ def measure(scale: Scale, device: torch.device, folder: Path) -> Iterator[Measur
     yield from _streamed(scale, device, skeleton, bare, folder / "scratch")
 
 
-def _whole_model(scale: Scale, device: torch.device, skeleton: Skeleton) -> Iterator[Measure]:
+def _whole_model(
+    scale: Scale, device: torch.device, skeleton: Skeleton
+) -> Generator[Measure, None, float]:
     """Bare, and resident with and without second moments; returns bare seconds a sample."""
     model = load_model(skeleton.checkpoint, skeleton.model.dtype, device)
     ids = samples(scale, scale.resident_samples)

@@ -70,7 +70,8 @@ def second_moment(width: int, device: torch.device) -> Tensor:
     values_TN *= torch.logspace(0, -2, width, device=device)
     mixing_NN = torch.randn(width, width, generator=generator, device=device)
     values_TN = values_TN @ (mixing_NN / width**0.5)
-    return values_TN.T @ values_TN
+    moment_NN: Tensor = values_TN.T @ values_TN
+    return moment_NN
 
 
 def time_layer(

@@ -11,6 +11,7 @@ Shapes: T tokens, O out, I in.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -65,8 +66,8 @@ def _products(
         name = f"{label}, {tokens} tokens"
         yield Measure(name=f"{name}: distance", value=off, unit="relative", goal=TOLERANCE)
         seconds = [
-            seconds_of(lambda w=w: _repeated(x_TI, w), device, scale.repeats)  # noqa: B023
-            for w in (weight_OI, sparse_OI)
+            seconds_of(partial(_repeated, x_TI, weight), device, scale.repeats)
+            for weight in (weight_OI, sparse_OI)
         ]
         yield Measure(name=f"{name}: dense", value=1e6 * seconds[0] / _CALLS, unit="µs")
         ratio = seconds[1] / seconds[0]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -61,7 +61,7 @@ AXES: Final[dict[str, tuple[int, ...]]] = {
     "ranks": (1, 2, 4, 8),
 }
 QUICK: Final = {"depth": 8, "width": 256, "samples": 16, "ranks": 1}  # what the others are at
-LLAMAS: Final[dict[str, dict[str, int]]] = {  # Llama-2-7B, Llama-3-70B, Llama-3.1-405B
+LLAMAS: Final[dict[str, dict[str, Any]]] = {  # Llama-2-7B, Llama-3-70B, Llama-3.1-405B
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
            "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
@@ -182,8 +182,16 @@ def points_table(points: Sequence[Point]) -> str:
     return table(header, rows)
 
 
+FORMS: Final[dict[str, tuple[str, float]]] = {  # what CPU seconds are a line of, and its power
+    "depth": ("depth", 1),
+    "width": ("width²", 2),
+    "samples": ("samples", 1),
+    "ranks": ("1 ÷ ranks", -1),
+}
+
+
 def fits_table(points: Sequence[Point]) -> str:
-    """Along each axis: powers of what was measured, and the line of CPU seconds."""
+    """Along each axis: powers of what was measured, and the lines of CPU seconds."""
     rows = []
     for axis, group in groupby(points, key=lambda x: x.axis):
         some = list(group)
@@ -195,11 +203,23 @@ def fits_table(points: Sequence[Point]) -> str:
             [x.prune.cpu_seconds for x in some],
             [float(x.prune.peak_bytes) for x in some],
         ]
-        start, slope = line(at, series[0])
+        form, power = FORMS[axis]
+        lines = [line([x**power for x in at], values) for values in (series[0], series[3])]
         powers = [f"{exponent(at, values):.2f}" for values in series]
-        rows.append([axis, *powers, f"{start:.2f} + {slope:.4f} · {axis}"])
-    header = ["axis", "collect, CPU", "its peak", "store", "prune, CPU", "its peak", "collect, s"]
+        rows.append(
+            [axis, *powers, *(f"{start:.2f} + {slope:.3g} · {form}" for start, slope in lines)]
+        )
+    header = [
+        "axis", "collect, CPU", "its peak", "store", "prune, CPU", "its peak",
+        "collect, CPU s", "prune, CPU s",
+    ]  # fmt: skip
     return table(header, rows)
+
+
+SHOWN: Final[tuple[tuple[str, Callable[[Cost], float]], ...]] = (
+    ("CPU s", lambda x: x.cpu_seconds),
+    ("peak, MB", lambda x: x.peak_bytes / MB),
+)
 
 
 def plot(points: Sequence[Point], path: Path) -> None:
@@ -214,9 +234,7 @@ def plot(points: Sequence[Point], path: Path) -> None:
     for column, axis in enumerate(AXES):
         some = [x for x in points if x.axis == axis]
         at = [x.at for x in some]
-        for row, (label, of) in enumerate(
-            (("CPU s", lambda x: x.cpu_seconds), ("peak, MB", lambda x: x.peak_bytes / MB))
-        ):
+        for row, (label, of) in enumerate(SHOWN):
             panel = grid[row][column]
             panel.loglog(at, [of(x.collect) for x in some], "o-", label="collect, streamed")
             panel.loglog(at, [of(x.prune) for x in some], "s--", label="prune, gblm 50 %")
@@ -249,7 +267,7 @@ def estimates(folder: Path) -> Iterator[list[str]]:
             yield [f"{name}, {label}", *values, f"{found.flops / 1e15:,.0f}"]
 
 
-def _estimate(folder: Path, config: dict[str, int], statistics: tuple[str, ...]) -> Estimate:
+def _estimate(folder: Path, config: dict[str, Any], statistics: tuple[str, ...]) -> Estimate:
     """From a config, as a checkpoint without weights has it."""
     if not folder.exists():
         full = LlamaConfig(

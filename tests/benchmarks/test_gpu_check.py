@@ -13,6 +13,7 @@ from benchmarks import gpu_agreement, gpu_check
 from benchmarks.gpu_agreement import BFLOAT16_TIMES, FLOAT32_TOLERANCE, compared
 from benchmarks.gpu_sparse import check_two_of_four
 from benchmarks.measures import Measure
+from gradpipe.stages.prune.mask import budget_mask
 
 MEASURE = {"name", "value", "unit", "goal", "before", "is_met"}
 
@@ -96,7 +97,7 @@ def test_a_solver_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_mask_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """One weight that differs is a disagreement."""
-    right, calls = gpu_agreement.budget_mask, iter(range(1000))
+    right, calls = budget_mask, iter(range(1000))
 
     def wrong(*arguments: object) -> torch.Tensor:
         mask = right(*arguments).clone()  # type: ignore[arg-type]
@@ -104,7 +105,7 @@ def test_a_mask_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
             mask[0, 0] ^= True
         return mask
 
-    monkeypatch.setattr(gpu_agreement, "budget_mask", wrong)
+    monkeypatch.setattr("benchmarks.gpu_agreement.budget_mask", wrong)
     measures = list(gpu_agreement.masks((16, 32), torch.device("cpu")))
     assert gpu_check.disagreements({"agreement": measures}) == ["mask, output"]
 
