@@ -279,13 +279,13 @@ def peak_of(script: str, *arguments: object) -> Usage:
 
 def report_peak(work: Callable[[], object]) -> None:
     """Do `work`, and print what it took for `peak_of` to read."""
-    before, start = _peak_rss(), time.perf_counter()
+    before, start = peak_rss(), time.perf_counter()
     work()
     seconds = time.perf_counter() - start
-    print(json.dumps({"seconds": seconds, "peak_bytes": _peak_rss() - before}))
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_rss() - before}))
 
 
-def _peak_rss() -> int:
+def peak_rss() -> int:
     """Peak resident bytes of this process.
 
     `ru_maxrss`, as gradpipe itself reports it, but for one flaw: on Linux a child's starts at its
@@ -303,23 +303,31 @@ def _peak_rss() -> int:
 
 def heading(title: str) -> str:
     """What was run, when, on what."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ("gradpipe", "torch", "transformers", "zarr", "numpy", "safetensors")
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
     script = Path(sys.argv[0]).name
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    machine = f"{_cpu_model()}, {cores}, {memory:.0f} GiB RAM"
-    system = f"{platform.system()} {platform.release()}, load {os.getloadavg()[0]:.1f} at the end"
     lines = (
         f"# {title}",
         "",
         f"- date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        f"- machine: {machine}; {system}",
-        f"- versions: Python {platform.python_version()}, {versions}",
+        f"- machine: {machine()}",
+        f"- versions: {', '.join(' '.join(x) for x in versions().items())}",
         f"- command: `python benchmarks/{' '.join([script, *sys.argv[1:]])}`",
         "",
     )
     return "\n".join(lines)
+
+
+def machine() -> str:
+    """Processor, cores, memory, system and load."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    system = f"{platform.system()} {platform.release()}, load {os.getloadavg()[0]:.1f} at the end"
+    return f"{_cpu_model()}, {cores}, {memory:.0f} GiB RAM; {system}"
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages that matter."""
+    packages = ("gradpipe", "torch", "transformers", "zarr", "numpy", "safetensors")
+    return {"Python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def _cpu_model() -> str:

@@ -343,10 +343,9 @@ def reference_owl(
     return _around(keep, scores, sparsity)
 
 
-def reference_dlp(
-    scores: Mapping[str, Tensor], sparsity: float, alpha: float = 0.15
-) -> dict[str, float]:
-    """DLP's sparsity of each block, for blocks that need no clipping."""
+def reference_dlp(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, float]:
+    """DLP's sparsity of each block, for blocks that need no clipping; at 50, 60 or 70 %."""
+    alpha = {0.5: 0.04, 0.6: 0.1, 0.7: 0.15}[sparsity]  # its scripts give no others
     medians = {k: sorted(x.tolist())[(len(x) - 1) // 2] for k, x in scores.items()}
     importance = {k: 1 - x / sum(medians.values()) for k, x in medians.items()}
     low, high = min(importance.values()), max(importance.values())

@@ -14,6 +14,7 @@ import torch
 from gradpipe.errors import InputError
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.layers import check_statistics, check_widths, place_of, select_layers
+from gradpipe.pipeline.prune.wide import check_decompositions
 from gradpipe.pipeline.prune.workers import worker_count
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import TensorInfo
@@ -54,6 +55,7 @@ class PrunePlan:
     statistics: tuple[str, ...]  # read from the store
     device: torch.device
     workers: int  # layers worked on at once
+    warning: str | None  # what the user should know before it begins
     allow_mismatch: bool  # prune weights that were not measured
 
     @classmethod
@@ -91,6 +93,7 @@ class PrunePlan:
             statistics=statistics,
             device=device,
             workers=worker_count(config.workers, device),
+            warning=check_decompositions(layers.values(), config.method, chosen, device),
             allow_mismatch=config.allow_mismatch,
         )
 

@@ -58,6 +58,8 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     """
     checkpoint = Checkpoint.open(config.model)
     plan = PrunePlan.of(config, checkpoint, _open_store(config))
+    if plan.warning is not None:
+        console.print(plan.warning, highlight=False)
     if config.shard is not None:
         return _prune_shard(config, plan, config.shard, console)
     staging = Staging(config.out, lambda: _check_out(config, plan))

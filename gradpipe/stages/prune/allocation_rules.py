@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
 OWL_LAMBDA, OWL_OUTLIERS = 0.08, 5.0  # λ, M: Yin et al., 2024
-DLP_ALPHA = 0.15  # Chen et al., 2025
+DLP_ALPHAS = ((0.5, 0.04), (0.6, 0.1), (0.7, 0.15))  # sparsity, α: Chen et al., 2025, its scripts
 SENSITIVITY = 0.5  # how far from uniform to global
 _BISECTIONS = 100
 _SUMS = 2048  # kept in a search for whole numbers: far more than blocks of a few sizes make
@@ -40,7 +41,16 @@ def dlp(
     """Sparsities by DLP: a block whose median score is a small part of all keeps more."""
     total = sum(medians.values())
     importance = {key: 1 - (x / total if total else 0) for key, x in medians.items()}
-    return _spread(importance, sizes, sparsity, 2 * DLP_ALPHA)
+    return _spread(importance, sizes, sparsity, 2 * dlp_alpha(sparsity))
+
+
+def dlp_alpha(sparsity: float) -> float:
+    """DLP's α: its scripts' where they give one; a line between, and beyond as at the nearest."""
+    for (low, at_low), (high, at_high) in pairwise(DLP_ALPHAS):
+        if sparsity <= high:
+            part = max(sparsity - low, 0.0) / (high - low)
+            return (1 - part) * at_low + part * at_high
+    return DLP_ALPHAS[-1][1]
 
 
 def _spread(

@@ -41,6 +41,7 @@ class Method:
     group: str = "output"  # the weights compared, unless the user says otherwise
     compares: str | None = None  # in words, by a solver whose grouping is its own: no --group
     whole_counts: bool = False  # counts are of single weights, whatever the group
+    decomposes: bool = False  # its second moments, into eigenvectors: dear where they are wide
 
     def __post_init__(self) -> None:
         """Refuse an entry that says nothing, or two things, of how to pick: no name falls through.
@@ -78,7 +79,10 @@ METHODS = {
         whole_counts=True,
     ),
     "alps": Method(  # Meng et al., 2024
-        solver=_imported("alps", "Alps"), curvatures=("input", "kfac"), group="layer"
+        solver=_imported("alps", "Alps"),
+        curvatures=("input", "kfac"),
+        group="layer",
+        decomposes=True,
     ),
 }
 

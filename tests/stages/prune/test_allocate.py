@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gradpipe import InputError, collect, open_store, prune
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.prune.allocation_rules import dlp, owl, rounded, shifted
+from gradpipe.stages.prune.allocation_rules import dlp, dlp_alpha, owl, rounded, shifted
 from gradpipe.stages.prune.thresholds import Thresholds
 from tests.support.cases import collecting, pruning
 from tests.support.models import save_tiny
@@ -74,8 +74,9 @@ def test_equal_blocks_share_alike(rule: Any) -> None:
         assert got == pytest.approx({"a": 0.6, "b": 0.6})
 
 
-def test_owl_and_dlp_are_their_papers() -> None:
-    """Against each one's definition, on scores with outliers."""
+@pytest.mark.parametrize("sparsity", [0.5, 0.6, 0.7])
+def test_owl_and_dlp_are_their_papers(sparsity: float) -> None:
+    """Against each one's definition, on scores with outliers; DLP's α is its scripts'."""
     generator = torch.Generator().manual_seed(0)
     scores = {
         name: torch.rand(size, generator=generator) ** power
@@ -83,9 +84,19 @@ def test_owl_and_dlp_are_their_papers() -> None:
     }
     sizes = {name: len(x) for name, x in scores.items()}
     outliers = {k: float((x > 5 * x.double().mean()).double().mean()) for k, x in scores.items()}
-    assert owl(outliers, sizes, 0.7) == pytest.approx(reference_owl(scores, 0.7), abs=1e-9)
+    assert owl(outliers, sizes, sparsity) == pytest.approx(
+        reference_owl(scores, sparsity), abs=1e-9
+    )
     medians = {k: sorted(x.tolist())[(len(x) - 1) // 2] for k, x in scores.items()}
-    assert dlp(medians, sizes, 0.7) == pytest.approx(reference_dlp(scores, 0.7), abs=1e-9)
+    assert dlp(medians, sizes, sparsity) == pytest.approx(reference_dlp(scores, sparsity), abs=1e-9)
+
+
+def test_dlp_spreads_little_where_little_is_pruned() -> None:
+    """α rises from 50 % to 70 % without a jump, and stays where no script gives one."""
+    alphas = [dlp_alpha(x / 1000) for x in range(1000)]
+    assert alphas == sorted(alphas)
+    assert max(b - a for a, b in pairwise(alphas)) < 0.001
+    assert (alphas[0], alphas[-1]) == (0.04, 0.15)
 
 
 def test_owl_at_an_extreme_is_clipped_and_moved_again() -> None:
