@@ -25,6 +25,7 @@ _HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
     "PruneResult": "pipeline.reports.results",
     "Shard": "store.shard",
     "StoreError": "errors",
+    "Verified": "pipeline.verify",
     "classify": "pipeline.evaluate",
     "collect": "pipeline.collect.run",
     "collect_shard": "pipeline.collect.run",
@@ -35,6 +36,7 @@ _HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
     "open_store": "store.reader",
     "plan": "pipeline.collect.run",
     "prune": "pipeline.prune.run",
+    "verify": "pipeline.verify",
 }
 __all__ = list(_HOMES)
 

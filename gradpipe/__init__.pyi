@@ -15,6 +15,7 @@ from gradpipe.pipeline.reports.results import (
     Metrics,
     PruneResult,
 )
+from gradpipe.pipeline.verify import Verified, verify
 from gradpipe.stages.data.config import DataConfig
 from gradpipe.store.reader import GradientStore, open_store
 from gradpipe.store.shard import Shard
@@ -36,6 +37,7 @@ __all__ = [
     "PruneResult",
     "Shard",
     "StoreError",
+    "Verified",
     "classify",
     "collect",
     "collect_shard",
@@ -46,4 +48,5 @@ __all__ = [
     "open_store",
     "plan",
     "prune",
+    "verify",
 ]

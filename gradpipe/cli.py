@@ -22,6 +22,7 @@ from gradpipe.options import Option
 from gradpipe.pipeline.collect.config import CollectConfig, ImportConfig
 from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.interrupt import loading
+from gradpipe.pipeline.options import Model
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.signatures import command
 from gradpipe.stages.checkpoint.place import locate
@@ -118,6 +119,23 @@ def evaluate(config: EvalConfig, json_file: Json = None) -> None:
 
     metrics = evaluating.measure(config, stderr())
     output.show(dataclasses.asdict(metrics), metrics.summary)
+
+
+@command(app)
+def verify(
+    model: Model,
+    base: Annotated[
+        str | None, Option(help="The dense model that it was made from: compare what was kept.")
+    ] = None,
+) -> None:
+    """Hold a pruned checkpoint against its pruning.json; exit 1 if a tensor is otherwise."""
+    for name in (model, base):
+        if name is not None:
+            locate(name)
+    with loading():
+        from gradpipe.pipeline import verify as verifying
+
+    say(stdout(), verifying.verify(model, base, stderr()).summary)
 
 
 @command(app)
