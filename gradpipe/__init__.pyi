@@ -6,6 +6,7 @@ from gradpipe.pipeline.collect.run import collect, collect_shard, plan
 from gradpipe.pipeline.demo import demo
 from gradpipe.pipeline.evaluate import classify, evaluate
 from gradpipe.pipeline.evaluate_config import EvalConfig
+from gradpipe.pipeline.masks import apply_masks, export_masks
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.run import prune
 from gradpipe.pipeline.reports.results import (
@@ -38,11 +39,13 @@ __all__ = [
     "Shard",
     "StoreError",
     "Verified",
+    "apply_masks",
     "classify",
     "collect",
     "collect_shard",
     "demo",
     "evaluate",
+    "export_masks",
     "import_gblm",
     "merge",
     "open_store",

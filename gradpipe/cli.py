@@ -22,7 +22,7 @@ from gradpipe.options import Option
 from gradpipe.pipeline.collect.config import CollectConfig, ImportConfig
 from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.interrupt import loading
-from gradpipe.pipeline.options import Model
+from gradpipe.pipeline.options import Model, Overwrite
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.signatures import command
 from gradpipe.stages.checkpoint.place import locate
@@ -40,6 +40,8 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="Look at, check and import gradient stores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+mask_app = typer.Typer(help="Masks of a pruned checkpoint, on their own.", no_args_is_help=True)
+app.add_typer(mask_app, name="mask")
 
 
 def _print_version(wanted: bool) -> None:
@@ -172,6 +174,35 @@ def demo(
     result = demonstrating.demo(out, stderr())
     stdout().print(demo_table(result))
     say(stdout(), f"store and checkpoints: {result.folder}")
+
+
+@command(mask_app, "export")
+def mask_export(
+    model: Model, masks: Annotated[Path, Option(help="File to create.", is_argument=True)]
+) -> None:
+    """Write where a pruned checkpoint's layers are not zero: one bit a weight."""
+    locate(model)
+    with loading():
+        from gradpipe.pipeline import masks as masking
+
+    say(stdout(), f"{masks}: masks of {masking.export_masks(model, masks)} layers")
+
+
+@command(mask_app, "apply")
+def mask_apply(
+    model: Model,
+    masks: Annotated[Path, Option(help="What export wrote.", is_argument=True)],
+    out: Annotated[Path, Option(help="Folder to create.", is_argument=True)],
+    overwrite: Overwrite = False,
+) -> None:
+    """Give a fine-tuned checkpoint its zeros back."""
+    locate(model)
+    with loading():
+        from gradpipe.pipeline import masks as masking
+        from gradpipe.pipeline.reports.tables import layer_table
+
+    done = masking.apply_masks(model, masks, out, overwrite=overwrite, console=stderr())
+    stdout().print(layer_table(done))
 
 
 @command(store_app, "info")

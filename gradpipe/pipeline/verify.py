@@ -19,6 +19,7 @@ from gradpipe.pipeline.reports.recorded import Recorded
 from gradpipe.pipeline.reports.results import LayerResult, Zeros
 from gradpipe.stages.checkpoint import soundness
 from gradpipe.stages.checkpoint.folder import INDEX_NAME, SINGLE_NAME, Checkpoint
+from gradpipe.stages.checkpoint.layer_names import find_layer
 from gradpipe.stages.checkpoint.place import locate
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo, as_tensor, count_zeros
 from gradpipe.stages.checkpoint.tied import tied_to
@@ -96,7 +97,9 @@ class _Checks:
         self._recorded = recorded
         self._pruned = pruned
         self._dense = dense
-        self._places = {name: _place(pruned, layer) for name, layer in recorded.layers.items()}
+        self._places = {
+            x.name: find_layer(pruned, x.name, x.size) for x in recorded.layers.values()
+        }
         self._found: list[Zeros] = []
 
     def names(self) -> Iterator[str]:
@@ -185,32 +188,6 @@ class _Checks:
             update is None or update.make is not None
         )
         return solves and layer not in self._recorded.unseen
-
-
-def _place(pruned: Checkpoint, layer: LayerResult) -> TensorInfo | None:
-    """Where a layer lies: in a tensor of its name, or as a numbered part of one."""
-    stem, _, index = layer.name.rpartition(".")
-    for key in (f"{layer.name}.weight", layer.name):
-        if key in pruned.tensors:
-            info = pruned.tensors[key]
-            return info if _size(info) == layer.size and info.dtype in FLOAT_TYPES else None
-    for key in (f"{stem}.weight", stem):
-        info = pruned.tensors.get(key)
-        if info and index.isdecimal() and info.dtype in FLOAT_TYPES:
-            return _part(info, int(index), layer.size)
-    return None
-
-
-def _part(info: TensorInfo, index: int, size: int) -> TensorInfo | None:
-    count, rest = divmod(_size(info), size)
-    try:
-        return None if rest else info.part(index, count)
-    except InputError:
-        return None
-
-
-def _size(info: TensorInfo) -> int:
-    return (info.stop - info.start) // FLOAT_TYPES[info.dtype].itemsize
 
 
 def _keeps(weight: Tensor, name: str) -> bool:

@@ -22,7 +22,9 @@ class Recorded:
     unseen: frozenset[str]  # names of layers that no calibration token reached
     method: str
     update: str
+    requested: float  # sparsity, over all pruned layers
     file_sparsity: float
+    dense: Mapping[str, int]  # matrices of the blocks -> weights of theirs that no layer covers
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -35,7 +37,7 @@ class Recorded:
             )
         try:
             return cls.of(json.loads(path.read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"{path} is not what pipe prune wrote ({type(error).__name__}: "
                 f"{str(error)[:80]}): restore it"
@@ -50,7 +52,9 @@ class Recorded:
             unseen=frozenset(map(str, document["unseen_layers"])),
             method=str(document["method"]),
             update=str(document["update"]),
+            requested=float(document["requested_sparsity"]),
             file_sparsity=float(document["file_sparsity"]),
+            dense={str(key): int(x) for key, x in document["dense_weights"].items()},
         )
 
 
