@@ -38,7 +38,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = DataConfig(name="stdlib")
     collect(
         CollectConfig(
-            model="embedded", store=root / "store", data=data, num_samples=96, seq_len=SEQ_LEN
+            model="embedded",
+            store=root / "store",
+            data=data,
+            num_samples=96,
+            seq_len=SEQ_LEN,
+            statistics=("act_l2",),
         )
     )
     prune(
@@ -46,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model="embedded",
             store=str(root / "store"),
             out=root / "out",
-            method="gblm",
+            method="wanda",
             sparsities=(0.7,),
         )
     )
