@@ -199,10 +199,10 @@ def mask_apply(
     locate(model)
     with loading():
         from gradpipe.pipeline import masks as masking
-        from gradpipe.pipeline.reports.tables import layer_table
+        from gradpipe.pipeline.reports.tables import prune_table
 
     done = masking.apply_masks(model, masks, out, overwrite=overwrite, console=stderr())
-    stdout().print(layer_table(done))
+    stdout().print(prune_table(f"{out}", [done]))
 
 
 @command(store_app, "info")

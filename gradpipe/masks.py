@@ -66,13 +66,16 @@ class HoldZeros(TrainerCallback):
         """`masks` in place of the model's own zeros, such as `read_masks` gives."""
         self._masks = masks
 
-    def on_train_begin(self, *_: object, model: nn.Module, **__: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find the masks, and put them where the weights are."""
+        del args, state, control
+        model: nn.Module = kwargs["model"]
         masks = find_masks(model) if self._masks is None else self._masks
         device = next(model.parameters()).device
         self._masks = {name: mask.to(device) for name, mask in masks.items()}
         hold_zeros(model, self._masks)
 
-    def on_optimizer_step(self, *_: object, model: nn.Module, **__: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take back what the step did to the zeros."""
-        hold_zeros(model, self._masks or {})
+        del args, state, control
+        hold_zeros(kwargs["model"], self._masks or {})

@@ -114,8 +114,8 @@ def test_a_fine_tuned_model_gains_and_keeps_every_zero(made: Path, tmp_path: Pat
 @pytest.mark.parametrize("optimizer", [torch.optim.AdamW, torch.optim.SGD])
 def test_the_plain_function_takes_back_what_a_step_did(optimizer: Any) -> None:
     """After any optimizer's step: without it the zeros go, with it all stay, as +0.0."""
-    model = tiny_model("llama")
-    weight = model.get_submodule("model.layers.0.mlp.up_proj").weight
+    model: Any = tiny_model("llama")
+    weight: Any = model.get_submodule("model.layers.0.mlp.up_proj").weight
     with torch.no_grad():
         weight[:, ::2] = 0
     masks = find_masks(model)
@@ -132,7 +132,7 @@ def test_the_plain_function_takes_back_what_a_step_did(optimizer: Any) -> None:
 
 def test_new_matrices_of_zeros_are_left_to_learn() -> None:
     """An adapter starts at zero: that is no pruning."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with torch.no_grad():
         model[0].weight[0, 0] = 0
         model[1].weight.zero_()
@@ -153,7 +153,7 @@ def test_masks_of_a_file_hold_as_those_of_the_model(made: Path, tmp_path: Path) 
     with torch.no_grad():
         for parameter in dense.parameters():
             parameter.add_(1)
-    HoldZeros(masks).on_train_begin(model=dense)
+    HoldZeros(masks).on_train_begin(None, None, None, model=dense)
     for name, mask in masks.items():
         assert torch.equal(dense.get_parameter(name) != 0, mask)
 

@@ -40,9 +40,25 @@ METHOD = "mask"  # in `pruning.json`: zeros by a file, all other weights as they
 
 
 def export_masks(model: str, file: Path) -> int:
-    """Write the masks of a pruned checkpoint to `file`; returns how many layers they are of.
+    """Write where the layers of a pruned checkpoint are not zero: one bit a weight.
 
-    InputError if the checkpoint or its record cannot be read, or the file exists.
+    Args:
+        model: A folder that `prune` or `apply_masks` wrote.
+        file: The safetensors file to create.
+
+    Returns:
+        How many layers the masks are of.
+
+    Raises:
+        InputError: If the checkpoint or its record cannot be read, or the file exists.
+        GradpipeError: If the disk fails; the file is then not there.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import PruneConfig, export_masks, prune
+        >>> pruned = prune(PruneConfig(model="embedded", store="store", out=Path("exported")))
+        >>> export_masks("exported", Path("exported.safetensors"))
+        28
     """
     check_local("masks", file)
     if file.exists() or not file.parent.is_dir():
@@ -63,10 +79,29 @@ def export_masks(model: str, file: Path) -> int:
 def apply_masks(
     model: str, masks: Path, out: Path, *, overwrite: bool = False, console: Console = QUIET
 ) -> PruneResult:
-    """Write a checkpoint with zeros where a file of masks has them, into `out`.
+    """Give a fine-tuned checkpoint the zeros of a pruned one. On any error nothing is left behind.
 
-    InputError if checkpoint and masks are not of one model, or `out` may not be written. On any
-    error nothing is left behind.
+    Args:
+        model: The checkpoint; its tensors have the names and shapes of the pruned one's.
+        masks: What `export_masks` wrote.
+        out: The folder to create.
+        overwrite: Whether `out` may be replaced, if it is a pruned checkpoint.
+        console: Where progress is shown; nowhere by default.
+
+    Returns:
+        The written checkpoint, read back.
+
+    Raises:
+        InputError: If checkpoint and masks are not of one model, or `out` may not be written.
+        GradpipeError: If the disk fails.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import PruneConfig, apply_masks, export_masks, prune
+        >>> pruned = prune(PruneConfig(model="embedded", store="store", out=Path("masked")))
+        >>> layers = export_masks("masked", Path("masks.safetensors"))
+        >>> apply_masks("embedded", Path("masks.safetensors"), Path("masked-again")).achieved
+        0.5
     """
     checkpoint, file = Checkpoint.open(model), MaskFile.open(masks)
     applied = _Applied(checkpoint, file, *_understood(checkpoint, file))

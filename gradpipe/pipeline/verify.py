@@ -48,10 +48,28 @@ class Verified:
 
 
 def verify(model: str, base: str | None = None, console: Console = QUIET) -> Verified:
-    """Read every tensor of a pruned checkpoint, and hold it against its record and the `base`.
+    """Read every tensor of a pruned checkpoint, and hold it against its record and its base.
 
-    InputError if there is no such checkpoint or no record. GradpipeError with the name of the first
-    tensor that is not as it should be, and how many others are not.
+    Args:
+        model: A folder that `prune` or `apply_masks` wrote.
+        base: The dense checkpoint that it was made from: what was kept is compared with it.
+        console: Where progress is shown; nowhere by default.
+
+    Returns:
+        How much was found to be as it should.
+
+    Raises:
+        InputError: If there is no such checkpoint, or no `pruning.json` in it.
+        GradpipeError: With the name of the first tensor that is not as it should be, and how many
+            others are not.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import PruneConfig, prune, verify
+        >>> config = PruneConfig(model="embedded", store="store", out=Path("verified"))
+        >>> pruned = prune(config)
+        >>> verify("verified", base="embedded").num_layers
+        28
     """
     recorded = Recorded.read(locate(model)[0])
     pruned, dense = _open(model), None if base is None else Checkpoint.open(base)

@@ -115,7 +115,8 @@ def _header(
         "digests": json.dumps(digests),
         "report": json.dumps(report),
     }
-    entries, end = {"__metadata__": metadata}, 0
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
     for key, shape in shapes.items():
         start, end = end, end + _packed_size(shape)
         entries[key] = {"dtype": "U8", "shape": [end - start], "data_offsets": [start, end]}
