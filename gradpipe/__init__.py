@@ -25,16 +25,20 @@ _HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
     "PruneResult": "pipeline.reports.results",
     "Shard": "store.shard",
     "StoreError": "errors",
+    "Verified": "pipeline.verify",
+    "apply_masks": "pipeline.masks",
     "classify": "pipeline.evaluate",
     "collect": "pipeline.collect.run",
     "collect_shard": "pipeline.collect.run",
     "demo": "pipeline.demo",
     "evaluate": "pipeline.evaluate",
+    "export_masks": "pipeline.masks",
     "import_gblm": "pipeline.collect.import_gblm",
     "merge": "pipeline.collect.merge",
     "open_store": "store.reader",
     "plan": "pipeline.collect.run",
     "prune": "pipeline.prune.run",
+    "verify": "pipeline.verify",
 }
 __all__ = list(_HOMES)
 

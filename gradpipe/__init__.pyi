@@ -6,6 +6,7 @@ from gradpipe.pipeline.collect.run import collect, collect_shard, plan
 from gradpipe.pipeline.demo import demo
 from gradpipe.pipeline.evaluate import classify, evaluate
 from gradpipe.pipeline.evaluate_config import EvalConfig
+from gradpipe.pipeline.masks import apply_masks, export_masks
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.run import prune
 from gradpipe.pipeline.reports.results import (
@@ -15,6 +16,7 @@ from gradpipe.pipeline.reports.results import (
     Metrics,
     PruneResult,
 )
+from gradpipe.pipeline.verify import Verified, verify
 from gradpipe.stages.data.config import DataConfig
 from gradpipe.store.reader import GradientStore, open_store
 from gradpipe.store.shard import Shard
@@ -36,14 +38,18 @@ __all__ = [
     "PruneResult",
     "Shard",
     "StoreError",
+    "Verified",
+    "apply_masks",
     "classify",
     "collect",
     "collect_shard",
     "demo",
     "evaluate",
+    "export_masks",
     "import_gblm",
     "merge",
     "open_store",
     "plan",
     "prune",
+    "verify",
 ]

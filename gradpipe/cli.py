@@ -22,6 +22,7 @@ from gradpipe.options import Option
 from gradpipe.pipeline.collect.config import CollectConfig, ImportConfig
 from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.interrupt import loading
+from gradpipe.pipeline.options import Model, Overwrite
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.stores.config import CopyConfig, ExportConfig, StatsConfig
 from gradpipe.signatures import command
@@ -40,6 +41,8 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="Look at, check and import gradient stores.", no_args_is_help=True)
 app.add_typer(store_app, name="store")
+mask_app = typer.Typer(help="Masks of a pruned checkpoint, on their own.", no_args_is_help=True)
+app.add_typer(mask_app, name="mask")
 
 
 def _print_version(wanted: bool) -> None:
@@ -122,6 +125,23 @@ def evaluate(config: EvalConfig, json_file: Json = None) -> None:
 
 
 @command(app)
+def verify(
+    model: Model,
+    base: Annotated[
+        str | None, Option(help="The dense model that it was made from: compare what was kept.")
+    ] = None,
+) -> None:
+    """Hold a pruned checkpoint against its pruning.json; exit 1 if a tensor is otherwise."""
+    for name in (model, base):
+        if name is not None:
+            locate(name)
+    with loading():
+        from gradpipe.pipeline import verify as verifying
+
+    say(stdout(), verifying.verify(model, base, stderr()).summary)
+
+
+@command(app)
 def doctor(
     model: Annotated[
         str | None,
@@ -155,6 +175,35 @@ def demo(
     result = demonstrating.demo(out, stderr())
     stdout().print(demo_table(result))
     say(stdout(), f"store and checkpoints: {result.folder}")
+
+
+@command(mask_app, "export")
+def mask_export(
+    model: Model, masks: Annotated[Path, Option(help="File to create.", is_argument=True)]
+) -> None:
+    """Write where a pruned checkpoint's layers are not zero: one bit a weight."""
+    locate(model)
+    with loading():
+        from gradpipe.pipeline import masks as masking
+
+    say(stdout(), f"{masks}: masks of {masking.export_masks(model, masks)} layers")
+
+
+@command(mask_app, "apply")
+def mask_apply(
+    model: Model,
+    masks: Annotated[Path, Option(help="What export wrote.", is_argument=True)],
+    out: Annotated[Path, Option(help="Folder to create.", is_argument=True)],
+    overwrite: Overwrite = False,
+) -> None:
+    """Give a fine-tuned checkpoint its zeros back."""
+    locate(model)
+    with loading():
+        from gradpipe.pipeline import masks as masking
+        from gradpipe.pipeline.reports.tables import prune_table
+
+    done = masking.apply_masks(model, masks, out, overwrite=overwrite, console=stderr())
+    stdout().print(prune_table(f"{out}", [done]))
 
 
 @command(store_app, "info")

@@ -26,6 +26,7 @@ TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the comma
     ),
     "Which weights go": ("method", "score", "alpha", "grad-norm", "group", "update", "curvature"),
     "Which layers": ("blocks", "include", "exclude", "layer"),
+    "What it is compared with": ("base", "compare"),
     "The machine": (
         *("device", "dtype", "batch-size", "schedule", "scratch", "workers", "checkpoint-every"),
         "cache",
@@ -46,6 +47,9 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {  # by the words that call a command
         "pipe prune embedded store out --method wanda --allocation owl --sparsity 0.7",
     ),
     "eval": ("pipe eval out/s0.50 --dataset stdlib --seq-len 256",),
+    "verify": ("pipe verify out/s0.50 --base embedded",),
+    "mask export": ("pipe mask export out/s0.50 masks.safetensors",),
+    "mask apply": ("pipe mask apply tuned masks.safetensors tuned-and-pruned",),
     "report": ("pipe report out store --html report.html",),
     "doctor": ("pipe doctor embedded",),
     "demo": ("pipe demo demo-out",),

@@ -75,9 +75,7 @@ def finish(
     uncovered = Uncovered.of(plan)
     for target in plan.targets:
         folder = plan.folder(staging, target)
-        for path in plan.checkpoint.companions():
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(plan.checkpoint.folder / path, folder / path)
+        copy_companions(plan.checkpoint, folder)
         layers = _read_back(allocated, target, folder, written)
         blocks, file = uncovered.shares(plan, layers)
         report = PruneReport(
@@ -100,6 +98,13 @@ def finish(
             PruneResult(folder=plan.folder(config.out, target), label=target.label, report=report)
         )
     return tuple(results)
+
+
+def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy what is not weights."""
+    for path in checkpoint.companions():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.folder / path, folder / path)
 
 
 def _read_back(

@@ -1,0 +1,249 @@
+"""Masks on their own: taken from a pruned checkpoint, and put on a fine-tuned one.
+
+Applying rewrites files as pruning does: byte for byte but for the zeros, beside OUT, then renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from gradpipe.errors import GradpipeError, InputError
+from gradpipe.options import recorded_command
+from gradpipe.pipeline.places import check_local, check_out
+from gradpipe.pipeline.progress import QUIET, progress_bar
+from gradpipe.pipeline.prune.layers import list_of
+from gradpipe.pipeline.prune.outcome import copy_companions
+from gradpipe.pipeline.prune.staging import Staging
+from gradpipe.pipeline.reports.checkpoint import write_report
+from gradpipe.pipeline.reports.recorded import Recorded
+from gradpipe.pipeline.reports.results import (
+    LayerResult,
+    PruneOrder,
+    PruneReport,
+    PruneResult,
+    Zeros,
+)
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.layer_names import find_layer
+from gradpipe.stages.checkpoint.mask_file import MaskFile, masked, write_masks
+from gradpipe.stages.checkpoint.rewrite import rewriting
+from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo, as_tensor, count_zeros
+from gradpipe.store.objects import digest
+
+METHOD = "mask"  # in `pruning.json`: zeros by a file, all other weights as they were
+
+
+def export_masks(model: str, file: Path) -> int:
+    """Write where the layers of a pruned checkpoint are not zero: one bit a weight.
+
+    Args:
+        model: A folder that `prune` or `apply_masks` wrote.
+        file: The safetensors file to create.
+
+    Returns:
+        How many layers the masks are of.
+
+    Raises:
+        InputError: If the checkpoint or its record cannot be read, or the file exists.
+        GradpipeError: If the disk fails; the file is then not there.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import PruneConfig, export_masks, prune
+        >>> pruned = prune(PruneConfig(model="embedded", store="store", out=Path("exported")))
+        >>> export_masks("exported", Path("exported.safetensors"))
+        28
+    """
+    check_local("masks", file)
+    if file.exists() or not file.parent.is_dir():
+        raise InputError(f"masks {file}: expected a new file, in a folder that exists")
+    checkpoint = Checkpoint.open(model)
+    recorded = Recorded.read(checkpoint.folder)
+    places = _places(recorded, checkpoint)
+    keys = dict.fromkeys(place.key for place in places.values())
+    try:
+        write_masks(file, checkpoint, keys, dict(recorded.document))
+    except OSError as error:
+        raise GradpipeError(
+            f"cannot write masks {file}: {error.strerror or error}: make room, or give another name"
+        ) from error
+    return len(places)
+
+
+def apply_masks(
+    model: str, masks: Path, out: Path, *, overwrite: bool = False, console: Console = QUIET
+) -> PruneResult:
+    """Give a fine-tuned checkpoint the zeros of a pruned one. On any error nothing is left behind.
+
+    Args:
+        model: The checkpoint; its tensors have the names and shapes of the pruned one's.
+        masks: What `export_masks` wrote.
+        out: The folder to create.
+        overwrite: Whether `out` may be replaced, if it is a pruned checkpoint.
+        console: Where progress is shown; nowhere by default.
+
+    Returns:
+        The written checkpoint, read back.
+
+    Raises:
+        InputError: If checkpoint and masks are not of one model, or `out` may not be written.
+        GradpipeError: If the disk fails.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import PruneConfig, apply_masks, export_masks, prune
+        >>> pruned = prune(PruneConfig(model="embedded", store="store", out=Path("masked")))
+        >>> layers = export_masks("masked", Path("masks.safetensors"))
+        >>> apply_masks("embedded", Path("masks.safetensors"), Path("masked-again")).achieved
+        0.5
+    """
+    checkpoint, file = Checkpoint.open(model), MaskFile.open(masks)
+    applied = _Applied(checkpoint, file, *_understood(checkpoint, file))
+    sources = (checkpoint.folder, masks)
+    staging = Staging(out, lambda: check_out(out, overwrite=overwrite, sources=sources))
+    staging.check()
+    with staging.begun():
+        with progress_bar(console, "applying masks", len(file.shapes), "tensors") as advance:
+            written = applied.write(staging.folder, advance)
+        copy_companions(checkpoint, staging.folder)
+        report = applied.report(staging.folder, written)
+        write_report(staging.folder, report)
+        staging.publish()
+    return PruneResult(folder=out, label=out.name, report=report)
+
+
+def _places(recorded: Recorded, checkpoint: Checkpoint) -> dict[str, TensorInfo]:
+    """Where each recorded layer lies; InputError if one does not."""
+    places = {}
+    for name, layer in recorded.layers.items():
+        place = find_layer(checkpoint, name, layer.size)
+        if place is None:
+            raise InputError(
+                f"{checkpoint.name} has no layer {name} of {layer.size} weights, as the record of "
+                "its pruning says: give a checkpoint of the model that was pruned"
+            )
+        places[name] = place
+    return places
+
+
+def _understood(checkpoint: Checkpoint, file: MaskFile) -> tuple[Recorded, PruneOrder]:
+    """The record among the masks, and what that of a checkpoint with them will say."""
+    try:
+        recorded = Recorded.of(file.report)
+        return recorded, _order(checkpoint, file.path, recorded.document)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file.path}: its report is no pruning.json: export the masks again"
+        ) from error
+
+
+def _order(checkpoint: Checkpoint, masks: Path, was: Mapping[str, Any]) -> PruneOrder:
+    """As recorded where it is of the zeros; the weights are this checkpoint's own."""
+    return PruneOrder(
+        gradpipe=version("gradpipe"),
+        model=checkpoint.label,
+        revision=checkpoint.revision,
+        store=str(was["store"]),
+        method=METHOD,
+        score=None,
+        update="none",
+        curvature=str(was["curvature"]),
+        allocation=str(was["allocation"]),
+        statistics=(),
+        alpha=float(was["alpha"]),
+        grad_norm=str(was["grad_norm"]),
+        group=str(was["group"]),
+        pattern=str(was["pattern"]),
+        command=recorded_command("mask apply", (checkpoint.label, masks.name, "OUT"), {}),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Applied:
+    """Masks on a checkpoint that they fit."""
+
+    checkpoint: Checkpoint
+    file: MaskFile
+    recorded: Recorded
+    order: PruneOrder
+
+    def __post_init__(self) -> None:
+        for key, shape in self.file.shapes.items():
+            info = self.checkpoint.tensors.get(key)
+            if info is None or info.shape != shape or info.dtype not in FLOAT_TYPES:
+                found = "none" if info is None else f"{info.dtype} {info.shape}"
+                raise InputError(
+                    f"{self.checkpoint.name}: {key} is {found}, and {self.file.path} has a mask "
+                    f"of {shape}: give a checkpoint of the model that was pruned"
+                )
+        _places(self.recorded, self.checkpoint)
+
+    def write(self, folder: Path, advance: Callable[[int], None]) -> dict[str, str]:
+        """Write every file; the digests of the tensors that have masks."""
+        digests = {}
+        for name in self.checkpoint.files:
+            infos = [self.checkpoint.tensors[key] for key in self.file.shapes]
+            places = [info for info in infos if info.file == name]
+            with rewriting(self.checkpoint.folder / name, [folder / name], places) as rewritten:
+                for place in places:
+                    tensor = masked(self.checkpoint.read(place.key), self.file.read(place.key))
+                    [digests[place.key]] = rewritten.replace(place, [tensor])
+                    advance(1)
+                rewritten.copy_rest()
+        return digests
+
+    def report(self, folder: Path, written: Mapping[str, str]) -> PruneReport:
+        """What the written files hold, read back."""
+        out = Checkpoint.open(str(folder))
+        layers, places = dict[str, LayerResult](), _places(self.recorded, out)
+        blocks, outside = list[Zeros](), list[Zeros]()
+        lists = {list_of(place.key) for place in places.values()} - {None}
+        for info in out.tensors.values():
+            if info.dtype not in FLOAT_TYPES:
+                continue
+            data = out.read_bytes(info.key)
+            if digest(data) != written.get(info.key, digest(data)):
+                raise GradpipeError(f"{info.key} reads back otherwise than it was written")
+            layers |= self._layers(info, data, places)
+            tensor = as_tensor(data, info)
+            found = Zeros(zeros=count_zeros(tensor), size=tensor.numel())
+            (blocks if list_of(info.key) in lists else outside).append(found)
+        return PruneReport(
+            order=self.order,
+            requested=self.recorded.requested,
+            layers=tuple(layers[name] for name in self.recorded.layers),
+            blocks=Zeros.sum(blocks),
+            file=Zeros.sum([*blocks, *outside]),
+            dense=self.recorded.dense,
+            mismatched_layers=(),
+            unseen_layers=(),
+            notes=(self._note(),),
+        )
+
+    def _layers(
+        self, info: TensorInfo, data: memoryview, places: Mapping[str, TensorInfo]
+    ) -> dict[str, LayerResult]:
+        """The layers in one tensor."""
+        inside = {name: place for name, place in places.items() if place.key == info.key}
+        return {
+            name: LayerResult(
+                name=name,
+                requested=self.recorded.layers[name].requested,
+                pattern=self.recorded.layers[name].pattern,
+                zeros=count_zeros(
+                    as_tensor(data[place.start - info.start : place.stop - info.start], place)
+                ),
+                size=self.recorded.layers[name].size,
+            )
+            for name, place in inside.items()
+        }
+
+    def _note(self) -> str:
+        was = self.recorded.document
+        return f"zeros by masks of {was['model']}, which was pruned by {was['command']}"
