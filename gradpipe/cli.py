@@ -110,7 +110,7 @@ def prune(
     for result in results if verbose else ():
         stdout().print(layer_table(result))
     stdout().print(prune_table(f"{config.out}", results))
-    say(stdout(), f"each layer: --verbose, or {REPORT}")
+    say(stdout(), f"each layer: --verbose, or {REPORT}; as a page: pipe report {config.out}")
 
 
 @command(app, "eval")

@@ -54,6 +54,6 @@ def shown(cell: Cell) -> str:
     if cell is None:
         return ""
     if isinstance(cell, float):
-        digits = ".4f" if abs(cell) <= 1 else ".2f" if abs(cell) < 10_000 else ".4g"
+        digits = ".4f" if abs(cell) <= 1 else ",.2f" if abs(cell) < 1e6 else ".4g"
         return f"{cell:{digits}}"
     return f"{cell:,}" if isinstance(cell, int) else cell

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ from gradpipe.pipeline.reports.series import Series, Sweep
 
 _TALLEST = 12.0  # inches
 _LONGEST = 42  # letters of a name in a picture
+_LINES = ("-", "--", "-.")
 _MAP = "cividis"  # dark to bright, and alike for the colour-blind
 
 
@@ -41,30 +43,40 @@ def curves(sweep: Sweep, name: str) -> Picture:
 
 def _draw_curves(sweep: Sweep, figure: Figure) -> None:
     axes = figure.add_subplot()
-    for number, series in enumerate(sweep.series):
-        _line(axes, number, series)
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(x.name for x in sweep.series))}
+    for series in sweep.series:
+        _line(axes, numbers[series.name], series)
     if sweep.dense is not None:
-        axes.axhline(sweep.dense, linestyle=":", color=axes.xaxis.label.get_color(), label="dense")
+        axes.axhline(sweep.dense, linestyle=":", color=_ink(axes), label="dense")
     values = [value for series in sweep.series for value in series.values if value > 0]
     if values and max(values) > 10 * min(values) and not sweep.is_better_higher:
         axes.set_yscale("log")
     if sweep.axis == "α":
         axes.set_xscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel(sweep.axis)
     axes.set_ylabel(sweep.measure)
     figure.legend(loc="outside lower center", ncols=2)
 
 
 def _line(axes: Axes, number: int, series: Series) -> None:
-    """Points of a pattern are no curve: they stand alone."""
+    """Points of a pattern are no curve: they stand alone, hollow, in the colour of their line."""
+    colours = (*COLOURS, _ink(axes))
     axes.plot(
         series.points,
         series.values,
-        color=COLOURS[number % len(COLOURS)],
+        color=colours[number % len(colours)],
         marker=MARKERS[number % len(MARKERS)],
-        linestyle="none" if series.is_pattern else "-",
-        label=_short(series.name),
+        fillstyle="none" if series.is_pattern else "full",
+        linestyle="none" if series.is_pattern else _LINES[number // len(colours) % len(_LINES)],
+        label=_short(series.name + (", n:m" if series.is_pattern else "")),
     )
+
+
+def _ink(axes: Axes) -> Any:
+    """The colour of the text, which a page decides."""
+    return axes.xaxis.label.get_color()
 
 
 def by_block(
@@ -194,13 +206,13 @@ def scores(layer: str, fact: ScoreFact, name: str) -> Picture:
             (fact.kept, COLOURS[0], "kept", None),
         ):
             axes.stairs(
-                counts, fact.edges, fill=True, alpha=0.55, color=colour, label=label, hatch=hatch
+                counts, fact.edges, fill=True, alpha=0.7, color=colour, label=label, hatch=hatch
             )
         if fact.cuts is not None:
             low, middle, high = fact.cuts
-            ink = axes.xaxis.label.get_color()
-            axes.axvline(middle, linestyle="--", color=ink, label="cut (median of groups)")
-            axes.axvspan(low, high, color=ink, alpha=0.12, label="cuts, 5 % to 95 % of groups")
+            axes.axvline(middle, linestyle="--", color=_ink(axes), label="cut (median of groups)")
+            label = "cuts, 5 % to 95 % of groups"
+            axes.axvspan(low, high, color=_ink(axes), alpha=0.12, label=label)
         axes.set_xlabel("log₁₀ of the score")
         axes.set_ylabel("weights")
         figure.legend(loc="outside lower center", ncols=2)

@@ -27,8 +27,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _INK = "#123456"  # stands for the colour of the text, which a page decides
 _PAPER_INK = "#222222"  # in files
 _STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 10,
+    "font.size": 11,
+    "axes.titlesize": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -50,7 +50,7 @@ class Picture:
     title: str
     alt: str  # what is to be seen, for those who do not see it
     draw: Callable[[Figure], None]
-    width: float = 5.6  # inches: letters are as large as the page's on a phone
+    width: float = 5.0  # inches: letters are as large as the page's on a phone
     height: float = 3.3
 
     def inline(self) -> Markup:

@@ -117,7 +117,7 @@ def _sweep(number: int, sweep: Sweep) -> Section:
         name=f"sweep-{number}", caption=f"Points of {sweep.title}", columns=columns, rows=rows
     )
     pictures = (figures.curves(sweep, f"curves-{number}"),) if sweep.series else ()
-    return Section(title=f"Sweep {sweep.title}", pictures=pictures, tables=(table,))
+    return Section(title=f"Sweep: {sweep.title}", pictures=pictures, tables=(table,))
 
 
 def _sweep_rows(sweep: Sweep) -> Iterator[tuple[Cell, ...]]:
@@ -125,11 +125,13 @@ def _sweep_rows(sweep: Sweep) -> Iterator[tuple[Cell, ...]]:
     for result in sweep.results:
         seconds = [x for x in result.seconds.values() if isinstance(x, int | float)]
         rest = (_number(result.zeros.get("blocks")), sum(map(float, seconds)))
+        is_alpha = sweep.axis == "α"
         if result.point is None:
-            yield ("dense", 0.0, "dense", result.metric.value, *rest)
+            yield ("dense", None if is_alpha else 0.0, "dense", result.metric.value, *rest)
             continue
-        x = result.point.alpha if sweep.axis == "α" else share_of(result)
-        yield (series_name(result, pruned), x, result.target, result.metric.value, *rest)
+        name = series_name(result, pruned, without="alpha" if is_alpha else None)
+        x = result.point.alpha if is_alpha else share_of(result)
+        yield (name, x, result.target, result.metric.value, *rest)
 
 
 def _pruned(found: Found) -> Section:

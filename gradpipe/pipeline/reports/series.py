@@ -91,8 +91,7 @@ def _series(results: Sequence[PointResult], *, is_alpha: bool) -> list[Series]:
             name = series_name(result, results, without="alpha" if is_alpha else None)
             found.setdefault((name, is_pattern), {})[x] = value
     return [
-        Series(name + (", n:m" if is_pattern else ""), *_sorted(values), is_pattern)
-        for (name, is_pattern), values in found.items()
+        Series(name, *_sorted(values), is_pattern) for (name, is_pattern), values in found.items()
     ]
 
 
