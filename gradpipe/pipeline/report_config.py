@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from gradpipe.errors import InputError
 from gradpipe.options import Option, check_options, refuse_given
 from gradpipe.pipeline.options import Device, Overwrite
 
@@ -47,5 +48,11 @@ class ReportConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         check_options(self)
+        for given in self.out:
+            if "://" not in given and not Path(given).is_dir():
+                raise InputError(
+                    f"OUT {given}: no such folder, expected what pipe prune, pipe sweep or pipe "
+                    "collect-grads wrote"
+                )
         if self.format != "html":
             refuse_given(self, ("html",), f"--format {self.format} is written to stdout")

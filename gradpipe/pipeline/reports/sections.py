@@ -39,6 +39,7 @@ _RANKS = (
     "(tr M)² / ‖M‖², between 1 and the layer's width: how many directions the inputs (hessian) or "
     "the outputs' gradients (grad_cov) use."
 )
+_ROUNDING = 0.02  # of a share: rows have whole numbers of weights
 _MANY = 1000  # layers: beyond, a table of them all is left out of the page
 
 
@@ -143,7 +144,7 @@ def _pruned(found: Found) -> Section:
     cells = [
         figures.by_layer(f"pruned-{i}", f"Pruned share by layer, {name}", "share of zeros", of)
         for i, (name, of) in enumerate(shares.items(), 1)
-        if len({round(x, 3) for x in of.values()}) > 1
+        if max(of.values()) - min(of.values()) > _ROUNDING
     ]
     return Section(title="Pruned share", pictures=tuple(lines + cells) if means else ())
 
