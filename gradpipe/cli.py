@@ -24,6 +24,7 @@ from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.interrupt import loading
 from gradpipe.pipeline.options import Model, Overwrite
 from gradpipe.pipeline.prune.config import PruneConfig
+from gradpipe.pipeline.report_config import ReportConfig
 from gradpipe.pipeline.stores.config import CopyConfig, ExportConfig, StatsConfig
 from gradpipe.signatures import command
 from gradpipe.stages.checkpoint.place import locate
@@ -109,7 +110,7 @@ def prune(
     for result in results if verbose else ():
         stdout().print(layer_table(result))
     stdout().print(prune_table(f"{config.out}", results))
-    say(stdout(), f"each layer: --verbose, or {REPORT}")
+    say(stdout(), f"each layer: --verbose, or {REPORT}; as a page: pipe report {config.out}")
 
 
 @command(app, "eval")
@@ -139,6 +140,21 @@ def verify(
         from gradpipe.pipeline import verify as verifying
 
     say(stdout(), verifying.verify(model, base, stderr()).summary)
+
+
+@command(app)
+def report(config: ReportConfig) -> None:
+    """One page of what was pruned, swept or collected: curves, tables, masks, provenance."""
+    if config.model is not None:
+        locate(config.model)
+    with loading():
+        from gradpipe.pipeline import report as reporting
+
+    written = reporting.report(config, stderr())
+    if config.format == "html":
+        say(stdout(), f"report: {written}")
+    else:
+        sys.stdout.write(written)
 
 
 @command(app)

@@ -26,7 +26,7 @@ TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the comma
     ),
     "Which weights go": ("method", "score", "alpha", "grad-norm", "group", "update", "curvature"),
     "Which layers": ("blocks", "include", "exclude", "layer"),
-    "What it is compared with": ("base", "compare"),
+    "What it is compared with": ("base", "compare", "model"),
     "The machine": (
         *("device", "dtype", "batch-size", "schedule", "scratch", "workers", "checkpoint-every"),
         "cache",

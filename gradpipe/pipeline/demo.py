@@ -69,6 +69,7 @@ def demo(out: Path, console: Console = QUIET) -> DemoResult:
         >>> result = demo(Path("demo"))  # doctest: +SKIP
         >>> result.perplexities["gblm l1"]["s0.50"] > result.dense  # doctest: +SKIP
         True
+
     """
     store = out / "store"
     if out.exists() and not (is_begun(store) or is_complete(store)):

@@ -59,6 +59,7 @@ def classify(config: EvalConfig, console: Console = QUIET) -> Accuracy:
         >>> images = DataConfig(name="imagenette/val")
         >>> classify(EvalConfig(model="deit", data=images)).top1  # doctest: +SKIP
         0.799
+
     """
     checkpoint = Checkpoint.open(config.model)
     find_task(checkpoint, IMAGE_CLASSIFICATION)
@@ -84,6 +85,7 @@ def evaluate(config: EvalConfig, console: Console = QUIET) -> Metrics:
         >>> metrics = evaluate(EvalConfig(model="embedded", data=text, seq_len=64, max_windows=8))
         >>> metrics.num_tokens, metrics.perplexity < 60
         (512, True)
+
     """
     return next(evaluate_each([config.model], config, console))
 

@@ -216,6 +216,7 @@ def open_store(
         >>> layer = store.spec.layers[0]
         >>> store.read_norms(layer, "grad_l1").shape  # (out, in)
         (128, 128)
+
     """
     return GradientStore.open(url, options, cache)
 

@@ -146,7 +146,7 @@ def test_a_pruning_prints_a_line_a_kind_of_layer(pipe: Pipe) -> None:
     out = pipe("prune model store out --sparsity 0.5 --pattern 2:4")
     assert len(re.findall("q_proj", out)) == 1
     assert re.search(r"self_attn\.q_proj +│ +2 │ 0\.5000 │ 0\.5000 │", out)
-    assert out.splitlines()[-1].startswith("each layer: --verbose, or pruning.json")
+    assert out.splitlines()[-1].startswith("each layer: --verbose, or pruning.json; ")
     out = pipe("prune model store verbose --sparsity 0.5 --verbose")
     assert "model.layers.1.self_attn.q_proj" in out
 

@@ -40,6 +40,7 @@ def import_gblm(config: ImportConfig) -> GradientStore:
         ...     model="llama-2-7b", store=Path("store"), l1=Path("gradients_l1.pth")
         ... )
         >>> store = import_gblm(config)  # doctest: +SKIP
+
     """
     activations = None if config.activations is None else GradientStore.open(config.activations)
     taken_from = None if activations is None else activations.local_folder

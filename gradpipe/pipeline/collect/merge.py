@@ -46,6 +46,7 @@ def merge(stores: Sequence[Path]) -> GradientStore:
         ...     unfinished = collect_shard(config)
         >>> merge([Path("part-0"), Path("part-1")]).spec.samples.num_samples
         4
+
     """
     target = stores[0]
     _check_unfinished(target)

@@ -71,6 +71,7 @@ def collect(config: CollectConfig, console: Console = QUIET) -> GradientStore:
         >>> layer = store.spec.layers[0]
         >>> layer.name, store.read_norms(layer, "grad_l1").shape
         ('model.layers.0.self_attn.q_proj', (128, 128))
+
     """
     if config.shard is not None:
         raise InputError("--shard: use collect_shard, which may leave the store unfinished")
@@ -112,6 +113,7 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
         ...     print(index, finished is not None)
         0 False
         1 True
+
     """
     if config.shard is None:
         raise InputError("--shard: expected I/N, the job's number among N")
@@ -141,6 +143,7 @@ def plan(config: CollectConfig) -> Estimate:
         >>> estimate = plan(CollectConfig(model="embedded", store=Path("store"), seq_len=32))
         >>> estimate.schedule
         'resident'
+
     """
     return examine(config).estimate
 

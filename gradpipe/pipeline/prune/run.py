@@ -55,6 +55,7 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
         ... )
         >>> half.achieved
         0.5
+
     """
     checkpoint = Checkpoint.open(config.model)
     plan = PrunePlan.of(config, checkpoint, _open_store(config))

@@ -45,7 +45,7 @@ def summary(layers: Sequence[LayerResult], *, by_kind: bool) -> list[Line]:
     groups: dict[str, list[LayerResult]] = {}
     for layer in layers:
         groups.setdefault(group_of(layer.name), []).append(layer)
-    names = groups if by_kind else sorted(groups, key=_by_number)
+    names = groups if by_kind else sorted(groups, key=by_number)
     return [Line.of(name, groups[name]) for name in names]
 
 
@@ -58,6 +58,6 @@ def is_alike(layers: Iterable[LayerResult]) -> bool:
     )
 
 
-def _by_number(name: str) -> list[tuple[int, str]]:
+def by_number(name: str) -> list[tuple[int, str]]:
     """Block 2 before block 10."""
     return [(int(x) if x.isdecimal() else -1, x) for x in name.split(".")]

@@ -1,0 +1,101 @@
+"""A report of outputs, sweeps and stores: found, measured, drawn, written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from gradpipe.errors import InputError
+from gradpipe.pipeline.places import REPORT, check_local, is_writable
+from gradpipe.pipeline.progress import QUIET
+from gradpipe.pipeline.report_config import ReportConfig
+from gradpipe.pipeline.report_facts import measure
+from gradpipe.pipeline.reports.recorded import Recorded
+from gradpipe.pipeline.reports.series import RESULTS, Sweep
+from gradpipe.store.objects import write_durably
+from gradpipe.store.reader import GradientStore
+
+try:
+    from gradpipe.pipeline.reports import page
+    from gradpipe.pipeline.reports.sections import Found, document_of
+except ImportError as error:
+    raise InputError(
+        f"pipe report needs matplotlib and jinja2: pip install 'gradpipe[report]' ({error})"
+    ) from error
+
+
+def report(config: ReportConfig, console: Console = QUIET) -> str:
+    """Write the page and the pictures; returns Markdown, or where the page is.
+
+    Raises InputError if something given is no output, sweep or store, or the page may not be
+    written; StoreError if a store is damaged.
+    """
+    target = config.html or Path("report.html")
+    if config.format == "html":
+        _check_page(target, overwrite=config.overwrite)
+    if config.figures is not None:
+        _check_figures(config.figures, overwrite=config.overwrite)
+    document = document_of(_found(config, console))
+    if config.figures is not None:
+        config.figures.mkdir(parents=True, exist_ok=True)
+        for picture in document.pictures:
+            picture.save(config.figures)
+    if config.format == "md":
+        return page.markdown(document, config.figures)
+    write_durably(target, page.html(document).encode())
+    return str(target)
+
+
+def _found(config: ReportConfig, console: Console) -> Found:
+    outputs: dict[str, Recorded] = {}
+    sweeps: list[Sweep] = []
+    stores: dict[str, GradientStore] = {}
+    for given in dict.fromkeys(config.out):
+        folders = _outputs_in(given)
+        outputs |= {str(folder): Recorded.read(folder) for folder in folders}
+        if (Path(given) / RESULTS).is_file():
+            sweeps.append(Sweep.read(Path(given), given))
+        elif not folders:
+            stores[given] = _open_store(given)
+    return Found(
+        outputs=outputs,
+        sweeps=tuple(sweeps),
+        stores=stores,
+        facts=measure(config, outputs, stores, console),
+    )
+
+
+def _outputs_in(given: str) -> list[Path]:
+    """The checkpoints that a pruning wrote there: one, or one for each of several targets."""
+    folder = Path(given)
+    if (folder / REPORT).is_file():
+        return [folder]
+    return sorted(path.parent for path in folder.glob(f"*/{REPORT}"))
+
+
+def _open_store(given: str) -> GradientStore:
+    """InputError, in words of a report, for a folder that is nothing of ours."""
+    is_local = "://" not in given
+    if is_local and not (Path(given) / "zarr.json").is_file():
+        raise InputError(
+            f"OUT {given}: expected what pipe prune, pipe sweep or pipe collect-grads wrote: a "
+            f"folder with {REPORT}, {RESULTS} or a store"
+        )
+    return GradientStore.open(given)
+
+
+def _check_page(path: Path, *, overwrite: bool) -> None:
+    check_local("--html", path)
+    if path.is_dir() or not path.absolute().parent.is_dir() or not is_writable(path):
+        raise InputError(f"--html {path}: expected a file to write, in a folder that exists")
+    if path.exists() and not overwrite:
+        raise InputError(f"--html {path} exists: give another name or --overwrite")
+
+
+def _check_figures(folder: Path, *, overwrite: bool) -> None:
+    check_local("--figures", folder)
+    if (folder.exists() and not folder.is_dir()) or not is_writable(folder):
+        raise InputError(f"--figures {folder}: expected a folder that can be created or written to")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise InputError(f"--figures {folder} is not empty: give another or --overwrite")

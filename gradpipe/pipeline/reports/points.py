@@ -1,0 +1,172 @@
+"""What a sweep finds of each point: a line of `results.jsonl`, and the table of many.
+
+A line is one JSON object, of these fields in this order; `docs/sweeps.md` says what each means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from gradpipe.errors import InputError, StoreError, printable
+from gradpipe.store.schema import JsonSpec
+
+FORMAT = 1  # of a line
+SAMPLES = "--num-samples"  # among a line's options: how many the store is of
+_OBJECTS = ("options", "zeros", "layers", "seconds", "versions")  # of a line
+_NAMED = ("grad_norm", "alpha", "group", "allocation", "update", "samples")  # after the method
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointSpec(JsonSpec):
+    """What tells a pruning from others; None where it has no say in it."""
+
+    method: str  # or a formula
+    sparsity: float | None
+    pattern: str | None
+    grad_norm: str | None
+    alpha: float | None
+    group: str | None
+    allocation: str | None
+    update: str | None
+    recipe: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Named(JsonSpec):
+    """A model or a store: its name, and the digest of what it holds."""
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric(JsonSpec):
+    """What was measured, and on how much."""
+
+    name: str  # perplexity or top1
+    value: float | None  # None where it is beyond a float, or no number
+    tokens: int | None = None
+    images: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Tokens or images, whichever there are."""
+        return {key: x for key, x in asdict(self).items() if x is not None or key == "value"}
+
+    @property
+    def shown(self) -> str:
+        """As tables have it."""
+        if self.value is None:
+            return "none"
+        return f"{100 * self.value:.2f} %" if self.name == "top1" else f"{self.value:.2f}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointResult:
+    """One point: the dense model, or a pruning of it."""
+
+    key: str  # digest of what was asked: point, model, store, how it is measured
+    study: str | None
+    point: PointSpec | None  # None: the dense model
+    options: Mapping[str, Any]  # by flag, those of `pipe prune` that differ from its defaults
+    model: Named
+    store: Named
+    metric: Metric
+    zeros: Mapping[str, float]  # shares: of the pruned layers, of the blocks, of the file
+    layers: Mapping[str, float]  # shares of zeros
+    seconds: Mapping[str, float]
+    versions: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The line, as plain JSON values."""
+        document = {"format": FORMAT} | {x.name: getattr(self, x.name) for x in fields(self)}
+        document["point"] = None if self.point is None else asdict(self.point)
+        specs = {"model": self.model, "store": self.store, "metric": self.metric}
+        return document | {name: spec.to_json() for name, spec in specs.items()}
+
+    @classmethod
+    def from_json(cls, document: object) -> Self:
+        """The result in a line; InputError for anything else."""
+        values = dict(document) if isinstance(document, dict) else {}
+        is_sound = values.pop("format", None) == FORMAT and isinstance(values.get("key"), str)
+        mistake = InputError(f"not a point of a sweep in format {FORMAT}")
+        if not is_sound or not all(isinstance(values.get(name), dict) for name in _OBJECTS):
+            raise mistake
+        try:
+            point = values.pop("point")
+            return cls(
+                point=None if point is None else PointSpec.from_json(point),
+                metric=Metric.from_json(values.pop("metric")),
+                model=Named.from_json(values.pop("model")),
+                store=Named.from_json(values.pop("store")),
+                **values,
+            )
+        except (StoreError, TypeError, KeyError) as error:
+            raise mistake from error
+
+    @property
+    def target(self) -> str:
+        """`2:4`, or `50 %`."""
+        if self.point is None:
+            return "dense"
+        return self.point.pattern or f"{100 * (self.point.sparsity or 0):g} %"
+
+    def value_of(self, field: str) -> str | None:
+        """A field as tables have it; `target` and `samples` beside those of the point."""
+        value = {"target": self.target, "samples": self.options.get(SAMPLES)}.get(field)
+        value = getattr(self.point, field, None) if value is None else value
+        if value is None:
+            return None
+        return f"α {value:g}" if field == "alpha" else str(value)
+
+
+def sweep_table(results: Sequence[PointResult], x: str = "target", *, plain: bool = False) -> Table:
+    """A row for each way to prune, a column for each value of `x`; `plain` is Markdown.
+
+    A field is named where points of one method differ in it.
+    """
+    pruned = [result for result in results if result.point is not None]
+    told = _told_apart(pruned, x)
+    columns = dict.fromkeys(result.value_of(x) or "" for result in pruned)
+    cells: dict[str, dict[str, str]] = {}
+    for result in pruned:
+        row = " ".join(value for f in told[_row(result)] if (value := result.value_of(f)))
+        name = f"{_row(result)} {row}".strip()
+        cells.setdefault(name, {})[result.value_of(x) or ""] = result.metric.shown
+    table = Table(box=box.MARKDOWN if plain else box.HEAVY_HEAD)
+    table.add_column(next((result.metric.name for result in results), ""))
+    for column in columns:
+        table.add_column(_text(column), justify="right")
+    for dense in (result for result in results if result.point is None):
+        table.add_row("dense", *[dense.metric.shown] * len(columns))
+    for name, row_cells in cells.items():
+        table.add_row(_text(name), *(row_cells.get(column, "") for column in columns))
+    return table
+
+
+def _row(result: PointResult) -> str:
+    """What a point is called first: its recipe or method."""
+    return "" if result.point is None else result.point.recipe or result.point.method
+
+
+def _told_apart(results: Iterable[PointResult], x: str) -> dict[str, list[str]]:
+    """The fields, beside `x`, in which points of the same name differ."""
+    values: dict[str, dict[str, set[str]]] = {}
+    for result in results:
+        of_row = values.setdefault(_row(result), {field: set() for field in _NAMED if field != x})
+        for field in of_row:
+            of_row[field] |= {value} if (value := result.value_of(field)) else set()
+    return {
+        row: [field for field, found in of_row.items() if len(found) > 1]
+        for row, of_row in values.items()
+    }
+
+
+def _text(words: str) -> Text:
+    """A user's words, or a file's: no markup, nothing that a terminal would obey."""
+    return Text(printable(words))

@@ -1,0 +1,94 @@
+"""What a pruned layer is told by: masks as pictures, scores by what became of them, errors, ranks.
+
+Shapes: O out, I in, N either; R, C cells of a picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from gradpipe.stages.prune.target import Group
+
+_BINS = 60
+_PERCENTILES = (5.0, 50.0, 95.0)
+
+
+def shrunk(mask_OI: Tensor, most: int) -> Tensor:
+    """The share of True in each of at most `most` x `most` cells, float32 (R, C).
+
+    Cells are equal but for rounding: rows i·O/R to (i+1)·O/R.
+    """
+    sums = mask_OI.double().cpu()
+    for axis in (0, 1):
+        size = sums.shape[axis]
+        cells = min(size, most)
+        edges = torch.arange(cells + 1) * size // cells
+        totals = torch.cat([torch.zeros_like(sums.narrow(axis, 0, 1)), sums.cumsum(axis)], axis)
+        parts = totals.index_select(axis, edges).diff(dim=axis)
+        sums = parts / edges.diff().view([-1, 1] if axis == 0 else [1, -1])
+    return sums.float()
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Counts of weights by log₁₀ of their score."""
+
+    edges: npt.NDArray[np.float32]
+    kept: npt.NDArray[np.int64]
+    pruned: npt.NDArray[np.int64]
+    num_zero: int  # scores of 0, which have no logarithm
+
+
+def histogram(score_OI: Tensor, kept_OI: Tensor) -> Histogram:
+    """Scores of what was kept and of what was pruned, in the same bins."""
+    scores, kept = score_OI.double().flatten().cpu().numpy(), kept_OI.flatten().cpu().numpy()
+    positive = scores > 0
+    logs = np.log10(scores[positive])
+    edges = np.histogram_bin_edges(logs, _BINS) if len(logs) else np.array([0.0, 1.0])
+    parts = [np.histogram(logs[kept[positive] == x], edges)[0] for x in (True, False)]
+    return Histogram(edges.astype(np.float32), parts[0], parts[1], int((~positive).sum()))
+
+
+def cuts(score_OI: Tensor, pruned_share: float, group: Group) -> tuple[float, float, float]:
+    """Where the groups' thresholds lie, log₁₀: percentiles 5, 50 and 95 over all groups.
+
+    The threshold of a group is the highest score among the share that goes.
+    """
+    if group.axis == 1:
+        score_OI = score_OI.T
+    size = len(score_OI) if group.axis is None else group.size
+    found = []
+    for part in score_OI.split(size):
+        rank = max(1, round(pruned_share * part.numel()))
+        found.append(float(part.flatten().kthvalue(rank).values))
+    logs = np.log10(np.maximum(found, np.finfo(np.float32).tiny))
+    low, middle, high = np.percentile(logs, _PERCENTILES)
+    return float(low), float(middle), float(high)
+
+
+def relative_error(weight_OI: Tensor, pruned_OI: Tensor, moment: Tensor) -> float:
+    """‖(W − Ŵ) Xᵀ‖ / ‖W Xᵀ‖, by Σxxᵀ (I, I); by √Σx² (I,) as if inputs were uncorrelated."""
+    change_OI = weight_OI.float() - pruned_OI.float()
+    moved, whole = (_energy(x, moment) for x in (change_OI, weight_OI.float()))
+    return float((moved / whole).clamp_min(0).sqrt()) if whole > 0 else 0.0
+
+
+def _energy(matrix_OI: Tensor, moment: Tensor) -> Tensor:
+    if moment.ndim == 1:
+        return (matrix_OI * moment).square().sum(dtype=torch.float64)
+    return ((matrix_OI @ moment) * matrix_OI).sum(dtype=torch.float64)
+
+
+def effective_rank(moment_NN: Tensor) -> float:
+    """(tr M)² / ‖M‖²: N if all directions weigh the same, 1 if one holds everything.
+
+    The participation ratio of the eigenvalues, which needs none of them.
+    """
+    trace = moment_NN.diagonal().sum(dtype=torch.float64)
+    norm = moment_NN.square().sum(dtype=torch.float64)
+    return float(trace.square() / norm) if norm > 0 else 0.0

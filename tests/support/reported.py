@@ -1,0 +1,36 @@
+"""Points of sweeps as `pipe sweep` writes them, and text that means harm."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+HOSTILE = "$\\alpha$ <img src=x onerror=document.title='taken'> </script>|`[a](b)"
+_NOTHING = dict.fromkeys(
+    ("sparsity", "pattern", "grad_norm", "alpha", "group", "allocation", "update", "recipe")
+)
+
+
+def point(spec: dict[str, Any] | None, value: float | None) -> dict[str, Any]:
+    """A line of `results.jsonl`."""
+    return {
+        "format": 1,
+        "key": json.dumps(spec),
+        "study": None,
+        "point": None if spec is None else _NOTHING | spec,
+        "options": {},
+        "model": {"name": "embedded", "digest": "ab" * 16},
+        "store": {"name": "store", "digest": "cd" * 16},
+        "metric": {"name": "perplexity", "value": value, "tokens": 4096},
+        "zeros": {"pruned": 0.5, "blocks": 0.49, "file": 0.3},
+        "layers": {},
+        "seconds": {"prune": 0.1, "evaluate": 1.5},
+        "versions": {"gradpipe": "0.1.0"},
+    }
+
+
+def write_points(folder: Path, points: Iterable[dict[str, Any]], torn: str = "") -> None:
+    """A sweep's folder."""
+    folder.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(x) + "\n" for x in points)
+    (folder / "results.jsonl").write_text(lines + torn)
