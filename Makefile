@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # scripts/ and benchmarks/ are checked as soon as they hold a Python file.
 SOURCES := gradpipe tests $(sort $(patsubst %/,%,$(dir $(wildcard scripts/*.py benchmarks/*.py))))
 
-.PHONY: demo test models bench lint clean
+.PHONY: demo test models site bench lint clean
 
 demo: $(STAMP)
 	rm -rf demo-out
@@ -29,9 +29,13 @@ lint: $(STAMP)
 	.venv/bin/mypy $(SOURCES)
 	.venv/bin/lint-imports --no-cache
 
+# The documentation as a site, in site/; a link or an anchor that leads nowhere fails.
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+
 # Back to a fresh clone: the environment, the caches and the demo's output go.
 clean:
-	rm -rf .venv build dist demo-out .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist demo-out site .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find gradpipe tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is touched last: an interrupted installation is taken up again.
