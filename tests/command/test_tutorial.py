@@ -37,9 +37,7 @@ def test_every_command_of_the_tutorial_does_what_it_says(
                 perplexities.append(float(re.findall(r"perplexity:? (\d+\.\d+)", out)[0]))
     dense, wanda, best = perplexities
     assert dense < best < (dense + wanda) / 2
-    assert isinstance(
-        opened["model"], AutoModelForCausalLM.from_pretrained("wanda/s0.50").__class__
-    )
+    assert type(opened["model"]).__name__ == "LlamaForCausalLM"
     assert Path("report.html").stat().st_size < 3e6
 
 
