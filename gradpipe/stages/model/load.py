@@ -36,6 +36,7 @@ def sequence_length(asked: int | None, checkpoint: Checkpoint) -> int:
     config = _read_config(checkpoint)
     with _loading(checkpoint):
         limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = limit if limit and limit > 0 else None  # XLNet says -1: any number
     if asked is not None and limit is not None and asked > limit:
         raise InputError(
             f"--seq-len {asked}: {checkpoint.name} has {limit} positions: give at most that"
