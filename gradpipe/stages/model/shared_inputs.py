@@ -73,7 +73,8 @@ def image_tokens(model: Any, blocks: Blocks) -> int:
     handle.remove()
     if not seen:
         raise InputError(
-            f"{kind} given an image alone, without values, does not come to its block {first}{error}"
+            f"{kind}, given an image alone and without weights, does not come to its block {first}"
+            f"{error}"
         )
     if seen[0][0].ndim != 3:
         raise InputError(
