@@ -111,8 +111,8 @@ class TensorFile:
 
 def _axes(tensor: Tensor) -> list[int]:
     """The axes in the order in which they lie in memory; as they are where they lie with gaps."""
-    natural = list(range(tensor.ndim))
-    axes = sorted(natural, key=lambda axis: -tensor.stride(axis))
+    natural, strides = list(range(tensor.ndim)), tensor.stride()
+    axes = sorted(natural, key=lambda axis: -strides[axis])
     is_dense = not tensor.is_contiguous() and tensor.permute(axes).is_contiguous()
     return axes if is_dense else natural
 
