@@ -169,6 +169,17 @@ class Checkpoint:
         return as_tensor(self.read_bytes(key), self.tensors[key])
 
 
+def check_unquantized(checkpoint: Checkpoint) -> None:
+    """Raises InputError for codes: they have no gradients, and cannot be pruned as weights."""
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise InputError(
+            f"{checkpoint.name} is quantized ({method or 'quantization_config'} in its "
+            "config.json), expected float weights: give the model before it was quantized"
+        )
+
+
 def _weight_files(name: str, folder: Path) -> tuple[str, ...]:
     """Names of the safetensors files, all of them present; as transformers, one file first."""
     if (folder / SINGLE_NAME).is_file():
