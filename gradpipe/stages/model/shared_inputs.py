@@ -69,7 +69,8 @@ def image_tokens(model: Any, blocks: Blocks) -> int:
         with torch.no_grad():
             on_meta(pixel_values=torch.zeros(1, *image_shape(model), device="meta"))
     except Exception as raised:  # noqa: BLE001 (a model's code raises what it likes)
-        error = f": {type(raised).__name__}: {str(raised).strip().partition(chr(10))[0]}"
+        says = f"{type(raised).__name__}: {str(raised).strip().partition(chr(10))[0]}"
+        error = ": its code asks for values on the way" if "meta tensor" in says else f": {says}"
     handle.remove()
     if not seen:
         raise InputError(
