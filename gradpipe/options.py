@@ -153,12 +153,25 @@ def _fields_of(config: Any) -> dict[str, OptionField]:
 
 
 def check_options(config: Any) -> None:
-    """Raises InputError for a field whose value can be meant in no combination."""
+    """Raises InputError for a field whose value can be meant in no combination.
+
+    A path may be given as text, and text as a path: the field gets what it is declared as.
+    """
     for field in _fields_of(config).values():
-        value = getattr(config, field.name)
+        value = _declared(field.kind, getattr(config, field.name))
+        object.__setattr__(config, field.name, value)
         for item in value if isinstance(value, tuple) else (value,):
             if item is not None:
                 field.check(item)
+
+
+def _declared(kind: Any, value: Any) -> Any:
+    """A path for text and text for a path, where a field is of the other kind."""
+    kinds = typing.get_args(kind) or (kind,)
+    if isinstance(value, str) and Path in kinds and str not in kinds:
+        return Path(value)
+    is_path = isinstance(value, Path) and str in kinds and Path not in kinds
+    return str(value) if is_path else value
 
 
 def is_given(config: Any, name: str) -> bool:

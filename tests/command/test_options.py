@@ -336,3 +336,13 @@ def test_nothing_is_imported_that_an_answer_does_not_need(
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_path_may_be_given_as_text_and_text_as_a_path(tmp_path: Path) -> None:
+    """From Python: a config has what its field is declared as."""
+    text: Any = {"store": "s9", "scratch": str(tmp_path)}
+    collected = CollectConfig(model="embedded", **text)
+    assert (collected.store, collected.scratch) == (Path("s9"), tmp_path)
+    paths: Any = {"model": tmp_path / "model", "store": tmp_path}
+    pruned = PruneConfig(**paths, out=Path("out"))
+    assert (pruned.model, pruned.store) == (str(tmp_path / "model"), str(tmp_path))

@@ -206,7 +206,7 @@ def _autograd(
     sums: dict[str, Tensor] = {}
     for loss in _losses(model, store):
         model.zero_grad()
-        loss.backward()
+        loss.backward(retain_graph=True)  # LeViT keeps what it makes of its biases for later passes
         gradients = {
             name: torch.zeros_like(x) if x.grad is None else x.grad.clone()
             for name, x in model.named_parameters()

@@ -209,6 +209,11 @@ _CHANGES: dict[str, dict[str, Any]] = {
         "mamba_expand": 1,
         "mamba_chunk_size": 8,
     },
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_num_heads": 2,
+        "linear_head_dim": 8,
+    },
     "nemotron_h": {
         "hybrid_override_pattern": "M*ME",
         "mamba_num_heads": 8,

@@ -89,6 +89,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "imagegpt": {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 65, "n_positions": 64},
     "levit": {
+        "patch_size": 16,
         "hidden_sizes": [16, 24, 32],
         "num_attention_heads": [2, 2, 2],
         "depths": [1, 1, 1],

@@ -25,7 +25,7 @@ from gradpipe.stages.model.layers import Layer, measured
 from gradpipe.stages.model.load import check_tokens, dtype_name, load_tokenizer
 from gradpipe.stages.model.shared_inputs import image_tokens
 from gradpipe.stages.model.skeleton import Skeleton
-from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
+from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.folder import (
     LOCK_NAME,
     PARTIAL,
@@ -165,7 +165,6 @@ def _draw(config: CollectConfig, skeleton: Skeleton, console: Console) -> Sample
 
 def _draw_images(config: CollectConfig, skeleton: Skeleton, console: Console) -> Samples:
     model, checkpoint = skeleton.model, skeleton.checkpoint
-    check_loss_of_labels(model)
     num_tokens = image_tokens(model, skeleton.blocks)
     processor = Processor(checkpoint, model)
     images = load_images(config.data, "calibration", checkpoint, model)

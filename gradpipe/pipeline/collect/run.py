@@ -157,7 +157,6 @@ def examine(config: CollectConfig) -> ModelReport:
     device, shard = resolve_device(config.device), config.shard or Shard(0, 1)
     skeleton = _skeleton(config, checkpoint, with_couplings=False)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
-        check_loss_of_labels(skeleton.model)
         seq_len = image_tokens(skeleton.model, skeleton.blocks)
     else:
         seq_len = window_length(config.data.name, config.seq_len, checkpoint)
@@ -186,7 +185,7 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
     skeleton = _skeleton(config, checkpoint, with_couplings=True)
     for line in dense_lines(skeleton.left_out):
         console.print(line, highlight=False, markup=False)
-    if find_task(checkpoint) == CAUSAL_LM and (config.overwrite or not is_begun(config.store)):
+    if config.overwrite or not is_begun(config.store):
         probe(skeleton, device)
     with ExitStack() as held:
         begun = begin(config, shard, skeleton, held, console)
@@ -236,6 +235,9 @@ def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_couplings: 
     dtype = resolve_dtype(config.dtype, checkpoint)
     asked = Selection(include=config.include, exclude=config.exclude)
     found = take_apart(checkpoint, dtype, config.blocks, asked)
+    if find_task(checkpoint) == IMAGE_CLASSIFICATION:
+        check_loss_of_labels(found.model)
+        image_tokens(found.model, found.blocks)
     check_shared(found)
     layers = share_inputs(found.model, found.layers)
     couplings = find_couplings(found.model, found.blocks, layers) if with_couplings else ()

@@ -22,6 +22,7 @@ class Uncovered:
     outside: Zeros
     matrices: Mapping[str, int]  # of the blocks: tensor -> its weights that stay dense
     unmeasured: tuple[str, ...]  # of those, the tensors that are no layers of the store
+    other_lists: Mapping[str, int]  # lists that the store has nothing of, as a tower's: weights
 
     @classmethod
     def of(cls, plan: PrunePlan) -> Self:
@@ -40,11 +41,19 @@ class Uncovered:
                 if in_blocks and len(info.shape) > 1:
                     matrices[info.key] = size
         measured = {layer.weight_key for layer in plan.store.spec.layers}
+        other_lists: Counter[str] = Counter()
+        for info in plan.checkpoint.tensors.values():
+            name = list_of(info.key)
+            if name and len(info.shape) > 1 and info.dtype in FLOAT_TYPES:
+                other_lists[name] += prod(info.shape)
+        for key in measured:
+            other_lists.pop(list_of(key) or "", None)
         return cls(
             in_blocks=Zeros.sum(found[True]),
             outside=Zeros.sum(found[False]),
             matrices=matrices,
             unmeasured=tuple(key for key in matrices if key not in measured),
+            other_lists=other_lists,
         )
 
     def shares(self, plan: PrunePlan, layers: Iterable[LayerResult]) -> tuple[Zeros, Zeros]:
@@ -57,13 +66,18 @@ class Uncovered:
         return blocks, Zeros.sum([*own[False], self.outside, blocks])
 
     def lines(self) -> list[str]:
-        """A line if matrices of the blocks are no layers of the store."""
+        """A line if matrices of the blocks are no layers of the store, and one for each tower."""
+        lines = [
+            f"stays dense: {name}, {size:,} weights: the store has no layers of it"
+            for name, size in self.other_lists.items()
+        ]
         if not self.unmeasured:
-            return []
+            return lines
         more = len(self.unmeasured) - 1
         size = sum(self.matrices[key] for key in self.unmeasured)
         name = self.unmeasured[0] + (f" and {more} more" if more else "")
-        return [f"stays dense: {name}, {size:,} weights of the blocks: no layers of the store"]
+        own = f"stays dense: {name}, {size:,} weights of the blocks: no layers of the store"
+        return [own, *lines]
 
 
 def _zeros(plan: PrunePlan, info: TensorInfo) -> int:

@@ -16,6 +16,7 @@ from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS, is_of_activations
 
 _PLAIN = ("none", "input", "uniform")  # values of options that ask for nothing
+_SEQUENTIAL_HEAD = re.compile(r"\w+\.\d+\.weight")  # `classifier.0.weight`
 _HEADS = ("lm_head", "embed_out")  # as transformers names them
 
 
@@ -27,7 +28,8 @@ def select_layers(
     measured = {layer.weight_key for layer in store.spec.layers}
     for info in checkpoint.tensors.values():
         is_bare = info.key not in measured and info.is_matrix and info.key.endswith(".weight")
-        if is_bare and list_of(info.key) is None:  # an embedding, a head: not a part of a tower
+        is_apart = list_of(info.key) is None or _SEQUENTIAL_HEAD.fullmatch(info.key)
+        if is_bare and is_apart:  # an embedding, a head: not a part of a tower
             layer = checkpoint.layer_spec(info.key, block=None)
             candidates[layer.name] = layer
     _check_patterns(config, checkpoint, [*candidates.values()])

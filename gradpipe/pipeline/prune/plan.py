@@ -16,7 +16,7 @@ from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.layers import check_statistics, check_widths, place_of, select_layers
 from gradpipe.pipeline.prune.wide import check_decompositions
 from gradpipe.pipeline.prune.workers import worker_count
-from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.folder import Checkpoint, check_unquantized
 from gradpipe.stages.checkpoint.tensors import TensorInfo
 from gradpipe.stages.device import resolve_device
 from gradpipe.stages.prune.allocation import (
@@ -61,6 +61,7 @@ class PrunePlan:
     @classmethod
     def of(cls, config: PruneConfig, checkpoint: Checkpoint, store: GradientStore) -> Self:
         """Decide everything; InputError if checkpoint, store and options do not fit together."""
+        check_unquantized(checkpoint)
         file = _read_allocation(config)
         targets = _targets(config, file)
         chosen = _chosen(config)

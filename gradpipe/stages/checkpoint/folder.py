@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
+import torch
 from torch import Tensor
 
 from gradpipe.errors import InputError
@@ -156,8 +156,8 @@ class Checkpoint:
         return self.read_place(self.tensors[key])
 
     def read_place(self, info: TensorInfo) -> memoryview:
-        """The raw bytes of a tensor, or of a part of one."""
-        data = np.empty(info.stop - info.start, dtype=np.uint8).data
+        """The raw bytes of a tensor, or of a part of one, where PyTorch would have them begin."""
+        data = torch.empty(info.stop - info.start, dtype=torch.uint8).numpy().data
         with (self.folder / info.file).open("rb") as file:
             file.seek(info.start)
             if file.readinto(data) != len(data):
@@ -167,6 +167,17 @@ class Checkpoint:
     def read(self, key: str) -> Tensor:
         """One tensor, on the CPU, in its own dtype and shape."""
         return as_tensor(self.read_bytes(key), self.tensors[key])
+
+
+def check_unquantized(checkpoint: Checkpoint) -> None:
+    """Raises InputError for codes: they have no gradients, and cannot be pruned as weights."""
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise InputError(
+            f"{checkpoint.name} is quantized ({method or 'quantization_config'} in its "
+            "config.json), expected float weights: give the model before it was quantized"
+        )
 
 
 def _weight_files(name: str, folder: Path) -> tuple[str, ...]:

@@ -18,6 +18,11 @@ def locate(name: str, fetched: tuple[str, ...] = ("config.json",)) -> tuple[Path
     folder = EMBEDDED_MODEL if name == EMBEDDED_NAME else Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise InputError(
+                    f"{name} is an adapter alone (adapter_config.json): merge it into the model "
+                    "that it is for, and give the result"
+                )
             raise InputError(f"{name} is not a model directory: it has no config.json")
         return folder, None
     if folder.exists():

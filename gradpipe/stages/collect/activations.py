@@ -10,7 +10,8 @@ Of N blocks there are N + 1 boundaries, the last one before the model's head. In
     outside-0003    the gradient with respect to those of block 3's arguments that come from
                     collected layers outside the blocks
 
-Each holds named tensors of any shape for each micro-batch, and is whole or not there at all.
+Each holds named tensors of any shape for each micro-batch, and is whole or not there at all. The
+order of axes in memory is kept: products of a transposed tensor may have other last bits.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class TensorFile:
         self.path = path
         self._sizes = sizes
         self._part = path.with_name(path.name + ".part")
-        self._index: list[dict[str, Any]] = []  # of each micro-batch: name -> type, shape, start
+        self._index: list[dict[str, Any]] = []  # by micro-batch: name -> type, shape, start, axes
         self._end = 0
 
     def exists(self) -> bool:
@@ -60,12 +61,13 @@ class TensorFile:
         with _disk_errors(self._part), self._part.open("r+b" if self._index else "wb") as file:
             file.seek(self._end)
             for name, tensor in tensors.items():
+                axes = _axes(tensor)
                 if id(tensor) not in places:
-                    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+                    in_order = tensor.detach().cpu().permute(axes).contiguous()
                     places[id(tensor)] = self._end
-                    self._end += file.write(raw.data)
+                    self._end += file.write(in_order.flatten().view(torch.uint8).numpy().data)
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                entries[name] = (dtype, list(tensor.shape), places[id(tensor)])
+                entries[name] = (dtype, list(tensor.shape), places[id(tensor)], axes)
         self._index.append(entries)
 
     def publish(self) -> None:
@@ -107,15 +109,24 @@ class TensorFile:
         self._index, self._end = document["index"], document["end"]
 
 
-def _read(file: Any, dtype: str, shape: list[int], start: int) -> Tensor:
+def _axes(tensor: Tensor) -> list[int]:
+    """The axes in the order in which they lie in memory; as they are where they lie with gaps."""
+    natural, strides = list(range(tensor.ndim)), tensor.stride()
+    axes = sorted(natural, key=lambda axis: -strides[axis])
+    is_dense = not tensor.is_contiguous() and tensor.permute(axes).is_contiguous()
+    return axes if is_dense else natural
+
+
+def _read(file: Any, dtype: str, shape: list[int], start: int, axes: list[int]) -> Tensor:
     kind = getattr(torch, dtype)
     data = bytearray(torch.Size(shape).numel() * kind.itemsize)
     file.seek(start)
     if file.readinto(data) != len(data):
         raise OSError("it became shorter")
-    return (
-        torch.frombuffer(data, dtype=kind).view(shape) if data else torch.empty(shape, dtype=kind)
-    )
+    if not data:
+        return torch.empty(shape, dtype=kind)
+    in_order = torch.frombuffer(data, dtype=kind).view([shape[axis] for axis in axes])
+    return in_order.permute([axes.index(axis) for axis in range(len(axes))])
 
 
 class Activations:

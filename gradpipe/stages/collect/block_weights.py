@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, as_tensor, tensor_bytes
+from gradpipe.stages.model.buffers import fill_padding
 from gradpipe.stages.model.experts import RoutedLinear
 from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.objects import digest
@@ -67,6 +68,7 @@ class WeightLoader:
             tensors = source.make(read, self._model)
             made |= {x: nn.Parameter(t, requires_grad=False) for x, t in tensors.items()}
         self._set(name, made[target])
+        fill_padding(self._model, name)
 
     def _read(self, key: str, dtype: torch.dtype) -> Tensor:
         data, whole = self._checkpoint.read_bytes(key), self._checkpoint.tensors[key]

@@ -1,7 +1,7 @@
 """A short pass of the real model before a collection, to see that it is what it is taken for.
 
-Only the first blocks run, one of each class, and the weights of one at a time are in memory: the
-same for either schedule, so that both give the same verdict.
+Of a language model only the first blocks run, one of each class. The weights of one block at a time
+are in memory: the same for either schedule, so that both give the same verdict.
 """
 
 from __future__ import annotations
@@ -15,15 +15,24 @@ from torch import nn
 
 from gradpipe.stages.collect.block_weights import WeightLoader
 from gradpipe.stages.model.next_token import check_next_token
+from gradpipe.stages.model.one_image import check_one_image
 from gradpipe.stages.model.skeleton import Skeleton
+from gradpipe.stages.model.tasks import find_task
+from gradpipe.store.schema import IMAGE_CLASSIFICATION
 
 
 def probe(skeleton: Skeleton, device: torch.device) -> None:
-    """Raises InputError for a model that does not guess next tokens, or whose loss is another."""
-    loader = WeightLoader(skeleton, device)
-    outside = loader.loaded("", excluded=skeleton.blocks.path + ".")
-    with outside, _loading_blocks(skeleton, loader), _shortened(skeleton):
-        check_next_token(skeleton.model, skeleton.checkpoint.name, device)
+    """Raises InputError for a model that does not run, or whose loss is not its task's."""
+    loader, name = WeightLoader(skeleton, device), skeleton.checkpoint.name
+    with (
+        loader.loaded("", excluded=skeleton.blocks.path + "."),
+        _loading_blocks(skeleton, loader),
+    ):
+        if find_task(skeleton.checkpoint) == IMAGE_CLASSIFICATION:
+            check_one_image(skeleton.model, name, device)
+            return
+        with _shortened(skeleton):
+            check_next_token(skeleton.model, name, device)
 
 
 @contextmanager

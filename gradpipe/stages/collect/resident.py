@@ -23,6 +23,8 @@ from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.experts import is_split, split_experts
 from gradpipe.stages.model.load import load_model
 from gradpipe.stages.model.skeleton import Skeleton
+from gradpipe.stages.model.tasks import find_task
+from gradpipe.store.schema import IMAGE_CLASSIFICATION
 
 
 class Resident:
@@ -67,8 +69,9 @@ class Resident:
         checkpoint = self._skeleton.checkpoint
         model = load_model(checkpoint, self._skeleton.model.dtype, self._device)
         split_experts(model, self._skeleton.sources)
-        for experts in filter(is_split, model.modules()):
-            for parameter in experts.parameters():
+        is_of_images = find_task(checkpoint) == IMAGE_CLASSIFICATION  # the head reads one vector
+        for part in [model] if is_of_images else filter(is_split, model.modules()):
+            for parameter in part.parameters():
                 parameter.data = aligned(parameter.data)
         check_loaded(model, self._skeleton)
         return model

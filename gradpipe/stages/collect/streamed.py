@@ -88,7 +88,7 @@ class Streamed:
             backward=self._backward,
         )
         for index in todo.forward:
-            self._forward(index, advance)
+            self._forward(index, fed.get(index, []), advance)
         outside = self._zeroed(_OUTSIDE, wanted)
         if todo.head:
             self._run_head({p: x for p, x in outside.items() if p not in before}, before)
@@ -161,16 +161,24 @@ class Streamed:
     def _to_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
+    def _tracked(self, index: int, number: int, fed: list[str]) -> dict[str, Tensor]:
+        """The same, what requires gradients when the whole model runs as leaves that do."""
+        fixed = {name: self._calls.constant(self._sizes[number], name) for name in fed}
+        given = fixed | self._given(index, number, self._files.inputs(index))
+        wanted = {x: given[x] for x in (*self._calls.carried(index), *fed)}
+        return given | _leaves(wanted, requires_grad=self._backward)
+
     # Forward: what every block gives.
 
-    @torch.no_grad()
-    def _forward(self, index: int, advance: Callable[[int], None]) -> None:
-        source, target = self._files.inputs(index), self._files.inputs(index + 1)
-        names = self._calls.carried(index + 1)
-        with self._block_weights(index):
+    def _forward(self, index: int, fed: list[str], advance: Callable[[int], None]) -> None:
+        """As a pass that goes back: PyTorch may compute otherwise where no gradient is wanted."""
+        target, names = self._files.inputs(index + 1), self._calls.carried(index + 1)
+        inside = [layer.path for layer in self._layers if layer.spec.block == index]
+        with self._block_weights(index), torch.set_grad_enabled(self._backward):
             for number, size in enumerate(self._sizes):
-                found = self._given(index, number, source)
-                found |= self._calls.run(index, size, found)
+                found = self._tracked(index, number, fed)
+                with runs(self._model, inside, in_graph=self._backward):
+                    found |= self._calls.run(index, size, found)
                 target.write({name: found[name] for name in names})
                 advance(size)
         target.publish()
@@ -221,39 +229,38 @@ class Streamed:
         fed: list[str],
         advance: Callable[[int], None],
     ) -> None:
-        files = self._files
-        source, above = files.inputs(index), files.gradient(index + 1)
-        below, outside = files.gradient(index), files.outside(index)
+        above, below = self._files.gradient(index + 1), self._files.gradient(index)
+        outside = self._files.outside(index)
         with self._block_weights(index):
             for number, size in enumerate(self._sizes):
-                fixed = {name: self._calls.constant(size, name) for name in fed}
-                given = fixed | self._given(index, number, source)
-                given |= _leaves(
-                    {x: given[x] for x in (*self._calls.carried(index), *fed)},
-                    requires_grad=self._backward,
-                )
+                given = self._tracked(index, number, fed)
                 with (
                     LayerHooks(self._model, sums, size, self._scale),
                     torch.set_grad_enabled(self._backward),
                 ):
                     answer = self._calls.run(index, size, given)
                     if self._backward:
-                        gradients = self._differentiate(index, answer, given, above.read(number))
-                        below.write({x: gradients[x] for x in gradients if x not in fed})
-                        if fed:
-                            outside.write({x: gradients[x] for x in gradients if x in fed})
+                        gradients = self._differentiate(answer, given, above.read(number))
+                if self._backward:
+                    self._check_passed(index, gradients)
+                    below.write({x: gradients[x] for x in gradients if x not in fed})
+                    if fed:
+                        outside.write({x: gradients[x] for x in gradients if x in fed})
                 advance(size)
         if self._backward:
             below.publish()
             if fed:
                 outside.publish()
 
+    def _check_passed(self, index: int, gradients: dict[str, Tensor]) -> None:
+        """Raises GradpipeError if blocks before this one would get none, whose layers wait."""
+        if index and not gradients:
+            raise GradpipeError(
+                f"no gradient passes block {self._blocks.paths[index]}: give --statistics act_l2"
+            )
+
     def _differentiate(
-        self,
-        index: int,
-        answer: dict[str, Tensor],
-        given: dict[str, Tensor],
-        after: dict[str, Tensor],
+        self, answer: dict[str, Tensor], given: dict[str, Tensor], after: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Gradients of what a block is given, from those `after` it of what it gives.
 
@@ -263,10 +270,6 @@ class Streamed:
         roots = [name for name in answer if name in after and answer[name].requires_grad]
         if roots:
             torch.autograd.backward([answer[x] for x in roots], [after[x] for x in roots])
-        elif index:
-            raise GradpipeError(
-                f"no gradient passes block {self._blocks.paths[index]}: give --statistics act_l2"
-            )
         passing = {name: after[name] for name in after if name not in answer}
         own = _gradients(given)
         both = {name: passing[name] + own[name] for name in passing if name in own}

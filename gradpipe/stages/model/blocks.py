@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -67,8 +68,24 @@ def find_blocks(
             f"no blocks found in {type(model).__name__}: looked for an nn.ModuleList whose "
             "modules hold linear layers; name its path with --blocks PATH"
         )
-    largest = max(running or outer, key=lambda name: _num_parameters(model.get_submodule(name)))
-    return _running(largest, lists[largest], trial)
+    sizes = {name: _num_parameters(model.get_submodule(name)) for name in outer}
+    near = {name: 0 if running else _steps_with_embedding(model, name) for name in outer}
+    found = max(running or outer, key=lambda name: (near[name], sizes[name]))
+    return _running(found, lists[found], trial)
+
+
+def _steps_with_embedding(model: Any, path: str) -> int:
+    """How far the way to a list is that to the tokens' embedding: text runs through what is near.
+
+    It tells where a pass without values does not come as far as the blocks.
+    """
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # of a model that reads no tokens
+        return 0
+    places = [name for name, module in model.named_modules() if module is embedding]
+    beside = (zip(place.split("."), path.split("."), strict=False) for place in places)
+    return max((sum(a == b for a, b in pairs) for pairs in beside), default=0)
 
 
 def _running(path: str, count: int, trial: Trial) -> Blocks:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.initialization import guard_torch_init_functions
 
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
@@ -47,3 +48,21 @@ def _filled(model: Any, names: list[str], fill: int) -> dict[str, Tensor]:
     with torch.random.fork_rng(devices=[]):
         model.initialize_weights()
     return {name: model.get_buffer(name).clone() for name in names}
+
+
+@torch.no_grad()
+def fill_padding(model: Any, name: str) -> None:
+    """Do to a loaded parameter what `from_pretrained` does: some classes empty the padding's row.
+
+    Youtu is one, whose head is tied to the embedding: its row of weights is not what the file has.
+    """
+    path, _, _ = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        steps = path.split(".")
+        above = (model.get_submodule(".".join(steps[:end])) for end in reversed(range(len(steps))))
+        owner: Any = next(x for x in above if hasattr(x, "_init_weights"))
+        for parameter in module.parameters():
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001
+        with guard_torch_init_functions():
+            owner._init_weights(module)  # noqa: SLF001 (from_pretrained's way)

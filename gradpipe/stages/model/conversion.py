@@ -31,6 +31,7 @@ from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import TYPES, TensorInfo, check_type
 
+_ADAPTER = re.compile(r"\.lora_[A-Za-z]\w*(\.|$)|\.lora_magnitude_vector")
 _WRAPPERS = {"base_model.model.": "PEFT", "_orig_mod.": "torch.compile", "module.": "DataParallel"}
 
 
@@ -112,6 +113,7 @@ def find_sources(model: Any, checkpoint: Checkpoint) -> Sources:
         if name not in found and id(tensor) in by_identity:
             found[name] = by_identity[id(tensor)]
     _check_whole(model, checkpoint, stored.keys() - found.keys())
+    _check_no_adapter(model, checkpoint, {key for x in found.values() for key in x.keys})
     return Sources(checkpoint=checkpoint, by_name=found)
 
 
@@ -194,8 +196,24 @@ def _check_whole(model: Any, checkpoint: Checkpoint, missing: set[str]) -> None:
         raise missing_weights(checkpoint, type(model).__name__, missing)
 
 
+def _check_no_adapter(model: Any, checkpoint: Checkpoint, taken: set[str]) -> None:
+    """Refuse an adapter's tensors among the weights: transformers would leave them out."""
+    ignored = model._keys_to_ignore_on_load_unexpected or ()  # noqa: SLF001 (from_pretrained's way)
+    for key in sorted(checkpoint.tensors.keys() - taken):
+        if _ADAPTER.search(key) and not any(re.search(x, key) for x in ignored):
+            raise InputError(
+                f"{checkpoint.name} holds an adapter beside its weights ({key}), which "
+                "transformers leaves out: merge it into them"
+            )
+
+
 def missing_weights(checkpoint: Checkpoint, kind: str, missing: set[str]) -> InputError:
     """The error of weights that the model needs and the checkpoint has not: what it has instead."""
+    if wrapped := next((x for x in checkpoint.tensors if ".base_layer." in x), None):
+        return InputError(
+            f"{checkpoint.name}: {wrapped} and its like are named as PEFT wraps them: merge the "
+            "adapter into the weights (merge_and_unload), and save the model"
+        )
     first, given = min(missing, key=dot_natural_key), next(iter(checkpoint.tensors), "none")
     for prefix, author in _WRAPPERS.items():
         if given.startswith(prefix):

@@ -63,7 +63,8 @@ def find_layers(
 ) -> tuple[tuple[Layer, ...], tuple[LeftOut, ...]]:
     """Every linear map in the blocks, and those outside that are asked for; what is left out.
 
-    Raises InputError for a regex without a match, and for weights that are no floats.
+    Raises InputError for a regex without a match, for weights that are no floats, and for a model
+    in which nothing is a layer.
     """
     prefix = blocks.path + "."
     keys = {name: _key(name, module, sources) for name, module in linears.items()}
@@ -90,7 +91,20 @@ def find_layers(
                 key, blocks.index(name), transposed=place.transposed, part=place.part
             )
             layers.append(Layer(path=name, spec=spec))
+    if not layers:
+        raise InputError(_none(sources.checkpoint, blocks, wanted, reasons))
     return tuple(layers), _left_out(model, blocks, linears, reasons)
+
+
+def _none(
+    checkpoint: Checkpoint, blocks: Blocks, wanted: list[str], reasons: dict[str, str]
+) -> str:
+    """What to say where nothing is a layer: the first linear map's reason."""
+    first = next((f": {x}: {reasons[x]}" for x in wanted if x in reasons), "")
+    return (
+        f"{checkpoint.name}: none of the {len(wanted)} linear maps in {blocks.path} can be pruned"
+        f"{first}: name other blocks by --blocks"
+    )
 
 
 def measured(layers: Iterable[Layer], checkpoint: Checkpoint) -> tuple[Layer, ...]:
@@ -141,6 +155,8 @@ def _reasons(
             reasons[path] = "its tensor is used by several modules"
         elif times > 1:
             reasons[path] = f"called {times} times by a pass over a sample"
+        elif path in trial.mixed and not isinstance(module, RoutedLinear):
+            reasons[path] = "what it reads does not lie sample by sample"
         elif is_known and not times:
             reasons[path] = "not called by a pass over a sample"
         elif is_known and _weight_name(path, module) not in trial.reached:

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils import logging as hf_logging
 
 from gradpipe.errors import GradpipeError, InputError, did_you_mean
-from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.folder import Checkpoint, check_unquantized
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo
 from gradpipe.stages.device import is_out_of_memory
 from gradpipe.stages.model.buffers import fill_buffers
@@ -36,6 +36,7 @@ def sequence_length(asked: int | None, checkpoint: Checkpoint) -> int:
     config = _read_config(checkpoint)
     with _loading(checkpoint):
         limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = limit if limit and limit > 0 else None  # XLNet says -1: any number
     if asked is not None and limit is not None and asked > limit:
         raise InputError(
             f"--seq-len {asked}: {checkpoint.name} has {limit} positions: give at most that"
@@ -125,7 +126,7 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Sou
     It costs no memory and reads no weights. Remote code is never run. InputError if the
     checkpoint's weights are quantized, or are not the model's.
     """
-    _check_unquantized(checkpoint)
+    check_unquantized(checkpoint)
     config = _read_config(checkpoint)
     with _loading(checkpoint):
         with torch.device("meta"):
@@ -150,17 +151,6 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
                 tensor.data = tensor.data.to(torch.float32)
 
 
-def _check_unquantized(checkpoint: Checkpoint) -> None:
-    """Codes have no gradients, and cannot be pruned."""
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise InputError(
-            f"{checkpoint.name} is quantized ({method or 'quantization_config'} in its "
-            "config.json), expected float weights: give the model before it was quantized"
-        )
-
-
 def _check_method(checkpoint: Checkpoint, quantization: Any) -> None:
     """Raises InputError for a quantization that transformers would pass by, and read the codes."""
     with _loading(checkpoint):  # it raises if no method is named
@@ -177,7 +167,7 @@ def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
 
     They have names, types and shapes, and lie in no file.
     """
-    _check_unquantized(outline)
+    check_unquantized(outline)
     config = _read_config(outline)
     with _loading(outline):
         with torch.device("meta"):

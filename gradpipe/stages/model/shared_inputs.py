@@ -57,14 +57,31 @@ def _first_readers(model: Any, layers: Sequence[Layer]) -> dict[str, str]:
 
 
 def image_tokens(model: Any, blocks: Blocks) -> int:
-    """How many tokens the blocks see of an image; InputError if a pass does not tell."""
-    on_meta = copy.deepcopy(model).to("meta")
+    """How many tokens the blocks see of an image.
+
+    Raises InputError if a pass does not come to them, or they work on something else than tokens.
+    """
+    on_meta, kind, first = copy.deepcopy(model).to("meta"), type(model).__name__, blocks.paths[0]
     seen: list[tuple[Tensor, str]] = []
-    _record(on_meta, blocks.paths[0], seen)
-    with suppress(Exception), torch.no_grad():  # what has run until then is known
-        on_meta(**_attempts(model)[0])
-    if not seen or seen[0][0].ndim != 3:
-        raise InputError(f"blocks {blocks.path} of {type(model).__name__} do not work on tokens")
+    handle = _record(on_meta, first, seen)
+    error = ""
+    try:
+        with torch.no_grad():
+            on_meta(pixel_values=torch.zeros(1, *image_shape(model), device="meta"))
+    except Exception as raised:  # noqa: BLE001 (a model's code raises what it likes)
+        says = f"{type(raised).__name__}: {str(raised).strip().partition(chr(10))[0]}"
+        error = ": its code asks for values on the way" if "meta tensor" in says else f": {says}"
+    handle.remove()
+    if not seen:
+        raise InputError(
+            f"{kind}, given an image alone and without weights, does not come to its block {first}"
+            f"{error}"
+        )
+    if seen[0][0].ndim != 3:
+        raise InputError(
+            f"block {first} of {kind} reads {tuple(seen[0][0].shape)}, expected (images, tokens, "
+            "width): name a list of blocks that work on tokens by --blocks"
+        )
     return seen[0][0].shape[1]
 
 

@@ -8,8 +8,8 @@ for values stops half-way; what has run until then is known.
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ class Trial:
 
     times: Mapping[str, int]  # path of each module that ran -> how often it did
     reached: frozenset[str]  # parameters that a gradient of the logits comes to
+    mixed: frozenset[str]  # modules whose input does not grow along its first axis with samples
     error: str | None  # what stopped it; None: it went through, and back
 
     def runs(self, path: str) -> bool:
@@ -42,33 +43,51 @@ def try_forward(model: Any) -> Trial:
         if hasattr(module, "is_concatenated"):  # fused experts: which get a token is a value
             module.config._experts_implementation = "batched_mm"  # noqa: SLF001
     trials = []
-    for inputs in _attempts(model):
-        trials.append(_try(on_meta, inputs))
+    for one, two in zip(_attempts(model, 1), _attempts(model, 2), strict=True):
+        trials.append(_try(on_meta, one, two))
         if trials[-1].error is None:
             return trials[-1]
     return max(trials, key=lambda trial: len(trial.times))
 
 
-def _try(model: Any, inputs: Mapping[str, Any]) -> Trial:
-    calls: Counter[nn.Module] = Counter()
-    handles = [
-        module.register_forward_pre_hook(lambda called, _: calls.update([called]))
-        for module in model.modules()
-    ]
+def _try(model: Any, one: Mapping[str, Any], two: Mapping[str, Any]) -> Trial:
+    """Forward and back on one sample, then forward on two."""
+    alone: dict[nn.Module, list[int]] = {}  # of each module that ran, the lengths of its inputs
+    pair: dict[nn.Module, list[int]] = {}
     error = None
     try:
-        model(**inputs).logits.sum().backward()
+        with _noted(model, alone):
+            model(**one).logits.sum().backward()
+        with _noted(model, pair), torch.no_grad():
+            model(**two)
     except Exception as raised:  # noqa: BLE001 (a model's code raises what it likes)
         error = f"{type(raised).__name__}: {raised}"
-    finally:
-        for handle in handles:
-            handle.remove()
-    paths = model.named_modules(remove_duplicate=False)
-    times = {path: calls[module] for path, module in paths if module in calls}
+    paths = dict(model.named_modules(remove_duplicate=False))
     parameters = model.named_parameters(remove_duplicate=False)
     reached = frozenset(name for name, x in parameters if x.grad is not None)
     model.zero_grad()
-    return Trial(times=times, reached=reached, error=error)
+    return Trial(
+        times={path: len(alone[module]) for path, module in paths.items() if module in alone},
+        reached=reached,
+        mixed=frozenset(x for x, m in paths.items() if m in alone and alone[m] == pair.get(m)),
+        error=error,
+    )
+
+
+@contextmanager
+def _noted(model: nn.Module, lengths: dict[nn.Module, list[int]]) -> Iterator[None]:
+    """Meanwhile, how long the first axis is of what each module reads."""
+
+    def note(called: nn.Module, arguments: tuple[Any, ...]) -> None:
+        is_read = bool(arguments) and isinstance(arguments[0], torch.Tensor)
+        lengths.setdefault(called, []).append(len(arguments[0]) if is_read else 0)
+
+    handles = [module.register_forward_pre_hook(note) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def image_shape(model: Any) -> tuple[int, int, int]:
@@ -79,13 +98,14 @@ def image_shape(model: Any) -> tuple[int, int, int]:
     return getattr(config, "num_channels", 3), height, width
 
 
-def _attempts(model: Any) -> tuple[Mapping[str, Any], ...]:
+def _attempts(model: Any, num_samples: int) -> tuple[Mapping[str, Any], ...]:
     """What to call a model with.
 
     Most language models need a ready mask not to look into it; a few build theirs without looking.
     """
     if model.main_input_name == "pixel_values":
-        return ({"pixel_values": torch.zeros(1, *image_shape(model), device="meta")},)
-    ids_BT = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
+        return ({"pixel_values": torch.zeros(num_samples, *image_shape(model), device="meta")},)
+    ids_BT = torch.zeros(num_samples, _TOKENS, dtype=torch.long, device="meta")
+    mask_B1TT = torch.zeros(num_samples, 1, _TOKENS, _TOKENS, device="meta")
     text = {"input_ids": ids_BT, "use_cache": False}
-    return (text, text | {"attention_mask": torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta")})
+    return (text, text | {"attention_mask": mask_B1TT})

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gradpipe import InputError, Shard, collect, prune
@@ -71,6 +73,24 @@ def test_include_and_exclude_choose_layers(workplace: Path, tmp_path: Path) -> N
         )
     )
     assert [layer.name for layer in head.layers] == ["lm_head", "model.embed_tokens"]
+
+
+def test_a_head_in_a_sequence_can_be_included_and_no_other_list(tmp_path: Path) -> None:
+    """`mlp` means the store's blocks, not those of a tower or of more heads that lie beside."""
+    save_tiny("llama", tmp_path / "model")
+    write_text(tmp_path / "text.txt")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(file)
+    up = tensors["model.layers.0.mlp.up_proj.weight"]
+    beside = ("mtp.layers.0.mlp.up_proj", "vision.mlp.0", "vision.blocks.0.mlp.0", "score.0")
+    save_file(tensors | {f"{name}.weight": up.clone() for name in beside}, file, {"format": "pt"})
+    collect(collecting(tmp_path, num_samples=2, seq_len=8))
+    wish = pruning(tmp_path, tmp_path / "out", method="magnitude", include=("mlp", "score"))
+    (result,) = prune(wish)
+    assert {x.name for x in result.layers if "model.layers" not in x.name} == {"score.0"}
+    pruned = load_file(result.folder / "model.safetensors")
+    for name in beside[:-1]:
+        assert torch.equal(pruned[f"{name}.weight"], up)
 
 
 def test_a_tied_head_is_pruned_once_for_both_uses(tmp_path: Path) -> None:

@@ -55,6 +55,20 @@ def test_only_what_is_missing_runs(
     assert left(frozenset(blocks), inputs, gradients) == expected
 
 
+@pytest.mark.parametrize("axes", [(0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 0, 2)])
+def test_tensors_come_back_as_they_lay_in_memory(axes: tuple[int, ...], tmp_path: Path) -> None:
+    """Of a transposed tensor a product may have other last bits than of its copy in order."""
+    tensor = torch.arange(24.0).reshape(2, 3, 4).permute(axes)
+    file = TensorFile(tmp_path / "inputs", (1,))
+    file.write({"a": tensor, "every second": tensor[..., ::2], "one": tensor[:1]})
+    file.publish()
+    found = TensorFile(tmp_path / "inputs", (1,)).read(0)
+    assert found["a"].stride() == tensor.stride()
+    assert torch.equal(found["a"], tensor)
+    assert torch.equal(found["every second"], tensor[..., ::2])
+    assert torch.equal(found["one"], tensor[:1])
+
+
 def test_whatever_is_kept_each_step_has_what_it_needs() -> None:
     """For every set of files and of blocks, a run in order never lacks an input or a gradient."""
     boundaries = range(1, DEPTH + 1)

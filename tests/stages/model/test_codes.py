@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.support.workplace import EVAL, KEY, Refused, edit_config, edit_weights, succeed
+from tests.support.workplace import (
+    COLLECT,
+    EVAL,
+    KEY,
+    PRUNE,
+    Refused,
+    edit_config,
+    edit_weights,
+    succeed,
+)
 
 
 def _quantize(tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -48,6 +57,16 @@ def test_a_method_that_transformers_does_not_know_is_refused(
     model = shutil.copytree(workplace / "model", tmp_path / "model")
     edit_config(model, quantization_config=quantization)
     refused(EVAL.replace("model", str(model), 1), says=(str(model), says))
+
+
+def test_a_config_of_a_quantization_is_refused_by_both_stages(
+    refused: Refused, workplace: Path, tmp_path: Path
+) -> None:
+    """Also where the tensors are floats: loading would quantize what was pruned."""
+    model = shutil.copytree(workplace / "model", tmp_path / "model")
+    edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    for command in (COLLECT, PRUNE):
+        refused(command.replace("model", str(model), 1), says=("is quantized (gptq", "before it"))
 
 
 def test_whole_numbers_where_the_model_has_them_are_no_codes(

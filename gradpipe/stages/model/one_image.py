@@ -1,0 +1,36 @@
+"""Whether an image classifier runs on an image alone, and its loss is that of the image's class.
+
+Some take more than an image, as a text beside it or the size of its parts; some give a loss of
+something else. One short pass tells, before anything is begun.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from gradpipe.errors import InputError
+from gradpipe.stages.model.batch import Batch
+from gradpipe.stages.model.next_token import check_loss_is
+from gradpipe.stages.model.trial import image_shape
+
+
+@torch.no_grad()
+def check_one_image(model: Any, name: str, device: torch.device) -> None:
+    """Raises InputError unless the model gives logits of classes, and their cross-entropy."""
+    shape, kind = image_shape(model), type(model).__name__
+    pixels_1CHW = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
+    batch = Batch.of_images(pixels_1CHW, torch.zeros(1, dtype=torch.long)).to(device)
+    try:
+        output = batch.forward(model)
+    except Exception as error:
+        raise InputError(
+            f"{name}: {kind} cannot run on an image of {' x '.join(map(str, shape))} alone: "
+            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    if getattr(output, "loss", None) is None or getattr(output, "logits", None) is None:
+        raise InputError(f"{name}: {kind} gives no loss of an image's class")
+    expected = float(cross_entropy(output.logits.float(), batch.inputs["labels"]))
+    check_loss_is(float(output.loss), expected, model, name, "the class's")
