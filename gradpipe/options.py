@@ -147,14 +147,15 @@ def option_fields(config: type) -> dict[str, OptionField]:
     }
 
 
-def _fields_of(config: Any) -> dict[str, OptionField]:
+def fields_of(config: Any) -> dict[str, OptionField]:
+    """As `option_fields`, of a config's own class."""
     kind: Any = type(config)
     return option_fields(kind)
 
 
 def check_options(config: Any) -> None:
     """Raises InputError for a field whose value can be meant in no combination."""
-    for field in _fields_of(config).values():
+    for field in fields_of(config).values():
         value = getattr(config, field.name)
         for item in value if isinstance(value, tuple) else (value,):
             if item is not None:
@@ -163,7 +164,7 @@ def check_options(config: Any) -> None:
 
 def is_given(config: Any, name: str) -> bool:
     """Whether a field's value was asked for, be it the default's."""
-    value, default = getattr(config, name), _fields_of(config)[name].default
+    value, default = getattr(config, name), fields_of(config)[name].default
     assert isinstance(default, _Unasked) or not default, f"{name}: its default is not marked"
     return (
         value is not None and value is not False and value != () and not isinstance(value, _Unasked)
@@ -172,12 +173,12 @@ def is_given(config: Any, name: str) -> bool:
 
 def default_of(config: Any, name: str) -> Any:
     """What a field is where it is not given."""
-    return _fields_of(config)[name].default
+    return fields_of(config)[name].default
 
 
 def spelled(config: Any, name: str) -> str:
     """A field as the command line has it: `--seed 1`, `--finalize`."""
-    return " ".join(_words(_fields_of(config)[name], getattr(config, name)))
+    return " ".join(_words(fields_of(config)[name], getattr(config, name)))
 
 
 def refuse_given(config: Any, names: Collection[str], why: str) -> None:
@@ -190,7 +191,7 @@ def refuse_given(config: Any, names: Collection[str], why: str) -> None:
 def recorded_options(config: Any) -> dict[str, Any]:
     """By flag, the options that shape a result and differ from their defaults."""
     found = {}
-    for field in _fields_of(config).values():
+    for field in fields_of(config).values():
         value = getattr(config, field.name)
         if field.option.is_recorded and value != field.default:
             is_path = field.option.is_path and value is not None
