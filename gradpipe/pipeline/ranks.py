@@ -166,7 +166,7 @@ def common_facts(config: Any, checkpoint: Checkpoint, *, but: Sequence[str] = ()
     return facts
 
 
-_OF_A_HOST = ("scratch", "device", "workers", "rank_timeout")  # may differ between ranks
+_OF_A_HOST = ("scratch", "device", "workers", "cache", "rank_timeout")  # may differ between ranks
 
 
 def _values(config: Any) -> list[Any]:

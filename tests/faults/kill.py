@@ -170,7 +170,7 @@ class Bench:
             sys.argv = ["pipe", *arguments]
             for number, (owner, name) in enumerate(PHASES.values(), 1):
                 setattr(owner, name, self._marked(getattr(owner, name), number))
-            code = _exit_code()
+            code = exit_code()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -251,7 +251,8 @@ class Bench:
         return _NAMES[self.phase[0]] if code < 0 else "finished"
 
 
-def _exit_code() -> int:
+def exit_code() -> int:
+    """What `pipe` would end with, run in this process."""
     try:
         gradpipe.cli.main()
     except SystemExit as error:

@@ -14,18 +14,22 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start(pipes: Processes, count: int, *arguments: object, **variables: str) -> list[int]:
-    """The ids of `count` processes that are the ranks of one `pipe` command."""
+def start(
+    pipes: Processes, count: int, *arguments: object, others: Sequence[object] = ()
+) -> list[int]:
+    """The ids of `count` processes that are the ranks of one `pipe` command.
+
+    All but the first may have `others` for arguments.
+    """
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         pipes.start(
-            *arguments,
+            *(others if others and rank else arguments),
             **meeting,
             RANK=str(rank),
             LOCAL_RANK=str(rank),
             WORLD_SIZE=str(count),
             LOCAL_WORLD_SIZE=str(count),
-            **variables,
         )
         for rank in range(count)
     ]
@@ -38,7 +42,7 @@ def run(pipes: Processes, count: int, *arguments: object) -> str:
     said = [pipes.output(pid) for pid in ids]
     assert codes == [0] * count, said
     assert said[1:] == [""] * (count - 1)
-    return said[0]
+    return "".join(line for line in said[0].splitlines(True) if not line.startswith("schedule "))
 
 
 def lines(pipes: Processes, ids: Sequence[int]) -> list[tuple[int, str]]:
