@@ -251,10 +251,10 @@ class Bench:
         return _NAMES[self.phase[0]] if code < 0 else "finished"
 
 
-def exit_code() -> int:
+def exit_code(run: Callable[[], None] = gradpipe.cli.main) -> int:
     """What `pipe` would end with, run in this process."""
     try:
-        gradpipe.cli.main()
+        run()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 0

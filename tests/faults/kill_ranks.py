@@ -40,6 +40,7 @@ import typer
 from rich.console import Console
 
 from gradpipe import open_store
+from gradpipe.__main__ import main as main_of_pipe
 from tests.support.models import save_tiny
 from tests.support.phases import PHASES
 from tests.support.ranked import free_port
@@ -91,6 +92,8 @@ class Bench:
         """Make the inputs, and run every scenario once without a kill."""
         self.folder = folder
         self.phases = mmap.mmap(-1, RANKS)
+        self.visits = mmap.mmap(-1, RANKS * len(_NAMES))  # of each phase, by rank
+        self.usual: dict[str, bytes] = {}  # the visits of an uninterrupted run
         self.references: dict[str, dict[str, str]] = {}
         save_tiny("llama", folder / "model")
         write_text(folder / "text.txt")
@@ -100,6 +103,7 @@ class Bench:
             if codes := [code for code, _ in self.ends(self.start(scenario, out, RANKS)) if code]:
                 raise RuntimeError(f"{scenario.name} ended with {codes}: {self.said(0)}")
             self.references[scenario.name] = listing(out)
+            self.usual[scenario.name] = self.visits[:]
 
     def arguments(self, scenario: Scenario, out: Path) -> list[str]:
         """The command of a scenario."""
@@ -113,7 +117,7 @@ class Bench:
     def start(self, scenario: Scenario, out: Path, count: int) -> list[int]:
         """Process ids of the ranks of a command."""
         arguments, port = self.arguments(scenario, out), str(free_port())
-        self.phases[:] = bytes(RANKS)
+        self.phases[:], self.visits[:] = bytes(RANKS), bytes(RANKS * len(_NAMES))
         return [os.fork() or self._become(rank, count, port, arguments) for rank in range(count)]
 
     def _become(self, rank: int, count: int, port: str, arguments: list[str]) -> int:
@@ -127,7 +131,7 @@ class Bench:
             sys.argv = ["pipe", *arguments]
             for number, (owner, name) in enumerate(PHASES.values(), 1):
                 setattr(owner, name, self._marked(getattr(owner, name), rank, number))
-            code = exit_code()
+            code = exit_code(main_of_pipe)
         except BaseException:  # noqa: BLE001 (nothing may return into the parent's code)
             traceback.print_exc()
         finally:
@@ -141,6 +145,8 @@ class Bench:
         @functools.wraps(function)
         def marked(*arguments: Any, **options: Any) -> Any:
             before, self.phases[rank] = self.phases[rank], number
+            place = rank * len(_NAMES) + number
+            self.visits[place] = min(self.visits[place] + 1, 255)
             try:
                 return function(*arguments, **options)
             finally:
@@ -175,15 +181,13 @@ class Bench:
         """Run the command, kill a rank; where it was, and how long the others took to end."""
         victim = 0 if phase in _ON_FIRST else generator.randrange(RANKS)
         how = signal.SIGTERM if generator.random() < 0.25 else signal.SIGKILL
-        number, pause = _NAMES.index(phase), generator.random() * 0.01
-        visits, seen, before = generator.randrange(1, 4), 0, 0
+        place = victim * len(_NAMES) + _NAMES.index(phase)
+        visit = generator.randint(1, max(self.usual[scenario.name][place], 1))
+        pause = generator.random() * generator.choice((0.0, 0.001, 0.01))
         ids = self.start(scenario, out, RANKS)
-        while seen < visits and not os.waitid(
+        while self.visits[place] < visit and not os.waitid(
             os.P_PID, ids[victim], os.WEXITED | os.WNOHANG | os.WNOWAIT
         ):
-            now = self.phases[victim]
-            seen += now == number != before
-            before = now
             time.sleep(0.0001)
         time.sleep(pause)
         os.kill(ids[victim], how)

@@ -42,18 +42,15 @@ def run(pipes: Processes, count: int, *arguments: object) -> str:
     said = [pipes.output(pid) for pid in ids]
     assert codes == [0] * count, said
     assert said[1:] == [""] * (count - 1)
-    return "".join(line for line in said[0].splitlines(True) if not line.startswith("schedule "))
+    return _less_schedule(said[0])
 
 
 def lines(pipes: Processes, ids: Sequence[int]) -> list[tuple[int, str]]:
     """Each rank's exit code, and its lines, less that on the schedule."""
     codes = [pipes.wait(pid) for pid in ids]
-    said = [
-        "".join(
-            line
-            for line in pipes.output(pid).splitlines(keepends=True)
-            if not line.startswith("schedule ")
-        )
-        for pid in ids
-    ]
-    return list(zip(codes, said, strict=True))
+    return [(code, _less_schedule(pipes.output(pid))) for code, pid in zip(codes, ids, strict=True)]
+
+
+def _less_schedule(said: str) -> str:
+    kept = [line for line in said.splitlines(keepends=True) if not line.startswith("schedule ")]
+    return "".join(kept)
