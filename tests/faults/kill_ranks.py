@@ -111,8 +111,9 @@ class Bench:
             store = self.folder / "streamed reference" / "store"
             paths = [self.folder / "model", store, out / "pruned"]
             return ["prune", *map(str, paths), *scenario.options]
-        paths = [self.folder / "model", out / "store", "--dataset", self.folder / "text.txt"]
-        return ["collect-grads", *map(str, paths), *SETTINGS, *scenario.options]
+        paths = [str(self.folder / "model"), str(out / "store")]
+        data = ["--dataset", str(self.folder / "text.txt")]
+        return ["collect-grads", *paths, *data, *SETTINGS, *scenario.options]
 
     def start(self, scenario: Scenario, out: Path, count: int) -> list[int]:
         """Process ids of the ranks of a command."""
@@ -207,7 +208,8 @@ def is_near(one: Path, other: Path) -> bool:
     stores = [open_store(path / "store") for path in (one, other)]
     for layer in stores[0].spec.layers:
         for name in stores[0].spec.statistics:
-            if not np.allclose(*(x.read_norms(layer, name) for x in stores), 1e-5, 1e-7):
+            ours, theirs = (store.read_norms(layer, name) for store in stores)
+            if not np.allclose(ours, theirs, rtol=1e-5, atol=1e-7):
                 return False
     return True
 

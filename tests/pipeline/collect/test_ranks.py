@@ -42,8 +42,8 @@ def assert_close(one: GradientStore, other: GradientStore) -> None:
     """The same sums, up to the order of their addition in float32."""
     for layer in one.spec.layers:
         for statistic in one.spec.statistics:
-            norms = [store.read_norms(layer, statistic) for store in (one, other)]
-            np.testing.assert_allclose(*norms, rtol=1e-5, atol=1e-7)
+            ours, theirs = (store.read_norms(layer, statistic) for store in (one, other))
+            np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 def wait_for(found: Callable[[], bool], pipes: Processes, ids: Sequence[int]) -> None:
