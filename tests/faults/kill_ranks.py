@@ -107,13 +107,12 @@ class Bench:
 
     def arguments(self, scenario: Scenario, out: Path) -> list[str]:
         """The command of a scenario."""
+        model = str(self.folder / "model")
         if scenario.name == "prune":
             store = self.folder / "streamed reference" / "store"
-            paths = [self.folder / "model", store, out / "pruned"]
-            return ["prune", *map(str, paths), *scenario.options]
-        paths = [str(self.folder / "model"), str(out / "store")]
+            return ["prune", model, str(store), str(out / "pruned"), *scenario.options]
         data = ["--dataset", str(self.folder / "text.txt")]
-        return ["collect-grads", *paths, *data, *SETTINGS, *scenario.options]
+        return ["collect-grads", model, str(out / "store"), *data, *SETTINGS, *scenario.options]
 
     def start(self, scenario: Scenario, out: Path, count: int) -> list[int]:
         """Process ids of the ranks of a command."""
