@@ -258,6 +258,7 @@ def main(
                 was, seconds = trial(bench, scenario, phase, generator)
                 counts[scenario.name, was] += 1
                 slowest = max(slowest, seconds)
+                console.print(f"{number:4} {scenario.name}: {was}, others ended in {seconds:.2f} s")
             except RuntimeError as error:
                 failures += 1
                 counts[scenario.name, phase] += 1
