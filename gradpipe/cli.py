@@ -315,7 +315,8 @@ def main() -> None:
             sys.exit(75)
         raise
     except GradpipeError as error:
-        complain(str(error))
+        if not error.is_told:
+            complain(str(error))
         sys.exit(codes.get(type(error), 1))
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:

@@ -24,6 +24,8 @@ _CREDENTIALS = re.compile(
 class GradpipeError(Exception):
     """Something went wrong that gradpipe can name: a full disk, a model that yields NaN."""
 
+    is_told = False  # another rank says it
+
 
 class InputError(GradpipeError):
     """The user's mistake: an option, a path or a file that cannot be what was meant."""

@@ -31,7 +31,7 @@ TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the comma
         *("device", "dtype", "batch-size", "schedule", "scratch", "workers", "checkpoint-every"),
         "cache",
     ),
-    "Several jobs": ("shard", "finalize"),
+    "Several jobs": ("shard", "finalize", "rank-timeout"),
     "What is written": (
         *("html", "figures", "format", "json", "verbose", "dry-run"),
         *("overwrite", "allow-mismatch", "private"),

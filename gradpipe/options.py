@@ -147,7 +147,8 @@ def option_fields(config: type) -> dict[str, OptionField]:
     }
 
 
-def _fields_of(config: Any) -> dict[str, OptionField]:
+def fields_of(config: Any) -> dict[str, OptionField]:
+    """As `option_fields`, of a config's own class."""
     kind: Any = type(config)
     return option_fields(kind)
 
@@ -157,7 +158,7 @@ def check_options(config: Any) -> None:
 
     A path may be given as text, and text as a path: the field gets what it is declared as.
     """
-    for field in _fields_of(config).values():
+    for field in fields_of(config).values():
         value = _declared(field.kind, getattr(config, field.name))
         object.__setattr__(config, field.name, value)
         for item in value if isinstance(value, tuple) else (value,):
@@ -176,7 +177,7 @@ def _declared(kind: Any, value: Any) -> Any:
 
 def is_given(config: Any, name: str) -> bool:
     """Whether a field's value was asked for, be it the default's."""
-    value, default = getattr(config, name), _fields_of(config)[name].default
+    value, default = getattr(config, name), fields_of(config)[name].default
     assert isinstance(default, _Unasked) or not default, f"{name}: its default is not marked"
     return (
         value is not None and value is not False and value != () and not isinstance(value, _Unasked)
@@ -185,12 +186,12 @@ def is_given(config: Any, name: str) -> bool:
 
 def default_of(config: Any, name: str) -> Any:
     """What a field is where it is not given."""
-    return _fields_of(config)[name].default
+    return fields_of(config)[name].default
 
 
 def spelled(config: Any, name: str) -> str:
     """A field as the command line has it: `--seed 1`, `--finalize`."""
-    return " ".join(_words(_fields_of(config)[name], getattr(config, name)))
+    return " ".join(_words(fields_of(config)[name], getattr(config, name)))
 
 
 def refuse_given(config: Any, names: Collection[str], why: str) -> None:
@@ -203,7 +204,7 @@ def refuse_given(config: Any, names: Collection[str], why: str) -> None:
 def recorded_options(config: Any) -> dict[str, Any]:
     """By flag, the options that shape a result and differ from their defaults."""
     found = {}
-    for field in _fields_of(config).values():
+    for field in fields_of(config).values():
         value = getattr(config, field.name)
         if field.option.is_recorded and value != field.default:
             is_path = field.option.is_path and value is not None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from gradpipe.errors import GradpipeError, InputError, printable
 from gradpipe.options import Option
+from gradpipe.pipeline.launch import Launch
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,10 +38,10 @@ def prepare_streams() -> None:
 
 
 def stdout() -> Console:
-    """For data."""
+    """For data; of several ranks the first writes it."""
     from rich.console import Console
 
-    return Console(markup=False, emoji=False, highlight=False)
+    return Console(markup=False, emoji=False, highlight=False, quiet=_is_silent())
 
 
 def stderr() -> Console:
@@ -98,6 +99,10 @@ class Output:
             raise GradpipeError(
                 f"cannot write --json {self._path}: {error.strerror}: the result is on stdout"
             ) from error
+
+
+def _is_silent() -> bool:
+    return Launch.of(os.environ).index > 0
 
 
 def _print(shown: str | Table) -> None:

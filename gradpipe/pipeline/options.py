@@ -67,4 +67,13 @@ ShardOption = Annotated[
     ),
 ]
 
+RankTimeout = Annotated[
+    int,
+    Option(
+        help="Under torchrun, seconds to wait for a rank that does not answer.",
+        least=1,
+        is_recorded=False,
+    ),
+]
+
 Overwrite = Annotated[bool, Option(help="Replace what exists.", is_recorded=False)]

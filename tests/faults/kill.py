@@ -170,7 +170,7 @@ class Bench:
             sys.argv = ["pipe", *arguments]
             for number, (owner, name) in enumerate(PHASES.values(), 1):
                 setattr(owner, name, self._marked(getattr(owner, name), number))
-            code = _exit_code()
+            code = exit_code()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
@@ -251,9 +251,10 @@ class Bench:
         return _NAMES[self.phase[0]] if code < 0 else "finished"
 
 
-def _exit_code() -> int:
+def exit_code(run: Callable[[], None] = gradpipe.cli.main) -> int:
+    """What `pipe` would end with, run in this process."""
     try:
-        gradpipe.cli.main()
+        run()
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else int(error.code is not None)
     return 0

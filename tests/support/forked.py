@@ -69,8 +69,11 @@ def processes(logs: Path) -> Iterator[Processes]:
 
 
 def _serve() -> None:
-    import torch  # noqa: PLC0415 (the server alone needs it)
+    import torch  # noqa: PLC0415 (the server alone needs all of these)
+    import transformers.models.llama.modeling_llama  # noqa: F401, PLC0415
 
+    import gradpipe.pipeline.collect.run  # noqa: PLC0415
+    import gradpipe.pipeline.prune.run  # noqa: F401, PLC0415
     from gradpipe.__main__ import main  # noqa: PLC0415
 
     torch.set_num_threads(1)

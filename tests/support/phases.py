@@ -13,6 +13,7 @@ import gradpipe.pipeline.collect.resume
 import gradpipe.pipeline.collect.run
 import gradpipe.pipeline.prune.run
 import gradpipe.pipeline.prune.staging
+import gradpipe.pipeline.ranks
 import gradpipe.stages.collect.resident
 import gradpipe.stages.collect.streamed
 import gradpipe.store.writer
@@ -31,6 +32,8 @@ PHASES: Mapping[str, tuple[Any, str]] = {
     "streaming backward": (gradpipe.stages.collect.streamed.Streamed, "_run_block"),
     "finishing from blocks": (gradpipe.pipeline.collect.resume.ByBlocks, "finish"),
     "writing a layer": (gradpipe.store.writer.StoreWriter, "write_encoded"),
+    "sending": (gradpipe.pipeline.ranks.Ranks, "send"),
+    "receiving": (gradpipe.pipeline.ranks.Ranks, "received"),
     "committing": (gradpipe.store.writer.StoreWriter, "commit"),
     "tidying": (gradpipe.store.writer, "tidy"),
     "pruning": (gradpipe.pipeline.prune.run, "write_file"),

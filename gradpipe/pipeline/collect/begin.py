@@ -15,7 +15,9 @@ from gradpipe.errors import InputError, StoreError
 from gradpipe.options import recorded_command, recorded_options
 from gradpipe.pipeline.collect.config import CollectConfig
 from gradpipe.pipeline.collect.merge import check_same
+from gradpipe.pipeline.collect.resume import parts_in, share_of
 from gradpipe.pipeline.progress import counted, progress_bar
+from gradpipe.pipeline.ranks import Ranks
 from gradpipe.stages.data.images import Processor, draw_images, load_images
 from gradpipe.stages.data.samples import Samples
 from gradpipe.stages.data.text import load_text
@@ -78,13 +80,36 @@ def store_state(folder: Path, *, overwrite: bool) -> State:
 
 
 def begin(
-    config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack, console: Console
+    config: CollectConfig,
+    shard: Shard,
+    ranks: Ranks,
+    skeleton: Skeleton,
+    held: ExitStack,
+    console: Console,
 ) -> tuple[StoreSpec, Calibration] | None:
     """Fix the samples, or find them fixed; None if the same command has finished before.
 
-    The shard's lock, taken under the store's, is left with `held`. Whoever fixes the samples reads
-    all weights once, for their digests; everyone checks those of the weights that it loads.
+    The lock of this process's share, taken under the store's, is left with `held`. Whoever fixes
+    the samples reads all weights once, for their digests; everyone checks those of the weights that
+    it loads. Of several ranks the first does this, and the others find it done.
     """
+    share, found = share_of(shard, ranks), None
+
+    def fix() -> bool:
+        nonlocal found
+        found = _begin(config, share, skeleton, held, console)
+        return found is not None
+
+    if not ranks.first(fix):
+        return None
+    if ranks.count > 1:
+        ranks.together(lambda: None if found else _join(config, share, skeleton, held))
+    return found or read_begun(config.store)
+
+
+def _begin(
+    config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack, console: Console
+) -> tuple[StoreSpec, Calibration] | None:
     folder, drawn = config.store, None
     match store_state(folder, overwrite=config.overwrite):
         case State.COMPLETE:
@@ -103,11 +128,30 @@ def begin(
                 layers = measured(_counted(skeleton, console), skeleton.checkpoint)
                 spec = _spec(config, replace(skeleton, layers=layers), drawn[0])
                 StoreWriter(folder, spec).begin(drawn[1])
-        _check_count(folder, shard)
-        spec, calibration = read_begun(folder)
-        check_same(folder, _expected(config, skeleton, spec), spec)
-        held.enter_context(locked(Snapshots(folder, shard).lock, of=folder, wait=False))
-        return spec, calibration
+        return _take(config, shard, skeleton, held)
+
+
+def _join(config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack) -> None:
+    """Take a rank's share of what the first has begun; InputError if this is another folder."""
+    with locked(config.store / LOCK_NAME, of=config.store, wait=True):
+        if not is_begun(config.store):
+            raise InputError(
+                f"store {config.store} is not there, which rank 0 has begun: expected a folder "
+                "that all hosts share"
+            )
+        _take(config, shard, skeleton, held)
+
+
+def _take(
+    config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack
+) -> tuple[StoreSpec, Calibration]:
+    """A share of a begun store, whose lock the caller has, and the share's lock."""
+    folder = config.store
+    _check_count(folder, shard, may_be_blocks=config.shard is None)
+    spec, calibration = read_begun(folder)
+    check_same(folder, _expected(config, skeleton, spec), spec)
+    held.enter_context(locked(Snapshots(folder, shard).lock, of=folder, wait=False))
+    return spec, calibration
 
 
 def _counted(skeleton: Skeleton, console: Console) -> Iterator[Layer]:
@@ -142,17 +186,23 @@ def with_digests_of(skeleton: Skeleton, spec: StoreSpec) -> Skeleton:
     return replace(skeleton, layers=tuple(layers))
 
 
-def _check_count(folder: Path, shard: Shard) -> None:
-    """Raises InputError if shards of another number have been begun: they do not add up."""
-    other = sorted(x.count for x in begun_shards(folder) if x.count != shard.count)
+def _check_count(folder: Path, shard: Shard, *, may_be_blocks: bool) -> None:
+    """Raises InputError if shards, or ranks, of another number have been begun.
+
+    Their sums do not add up with these. Ranks go on from blocks, which are all ranks' together.
+    """
+    whole = parts_in(Snapshots(folder, Shard(0, 1))).values()
+    is_of_blocks = may_be_blocks and not any(part.is_cumulative for part in whole)
+    ours = {shard.count, 1} if is_of_blocks else {shard.count}
+    other = sorted(x.count for x in begun_shards(folder) if x.count not in ours)
     for lock in (folder / PARTIAL).glob("*-of-*.lock"):
         if not lock.stem.endswith(f"-of-{shard.count}"):
             with locked(lock, of=folder, wait=False):
                 pass  # or raise that it is at work
     if other:
         raise InputError(
-            f"store {folder} was begun as {other[0]} shards, not {shard.count}: go on with "
-            "that many, give another store or --overwrite"
+            f"store {folder} was begun as {other[0]} shards or ranks, not {shard.count}: go on "
+            "with that many, give another store or --overwrite"
         )
 
 

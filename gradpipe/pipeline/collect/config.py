@@ -15,6 +15,7 @@ from gradpipe.pipeline.options import (
     Include,
     Model,
     Overwrite,
+    RankTimeout,
     RecipeName,
     SeqLen,
     ShardOption,
@@ -76,6 +77,7 @@ class CollectConfig:
     finalize: Annotated[
         bool, Option(help="If this shard is the last to finish, merge them.", is_recorded=False)
     ] = False
+    rank_timeout: RankTimeout = 1800
     overwrite: Overwrite = False
 
     def __post_init__(self) -> None:

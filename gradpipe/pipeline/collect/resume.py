@@ -6,18 +6,23 @@ The other gives out one block after the other, whole: each is written, into the 
 this worker is alone, and committed.
 
 Alone, a worker also finishes the store; as one of several shards it leaves raw sums to be merged.
+Ranks do together what one worker does alone: sums are added before they are encoded. Blocks are
+saved as a lone worker saves them, so that any number of ranks goes on; snapshots are each rank's,
+of its own samples, as shards have them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from gradpipe.errors import Interrupted, StoreError
+from gradpipe.pipeline.collect.reduce import added
+from gradpipe.pipeline.ranks import Ranks
 from gradpipe.stages.collect.schedule import Part, Schedule
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.store.folder import LOCK_NAME, Calibration
@@ -41,26 +46,33 @@ class Place:
     spec: StoreSpec
     calibration: Calibration
     shard: Shard
+    ranks: Ranks
 
     @property
     def samples(self) -> range:
         """Ids of the samples that are this worker's."""
-        return self.shard.part_of(self.spec.samples.num_samples)
+        return share_of(self.shard, self.ranks).part_of(self.spec.samples.num_samples)
 
     @property
     def is_alone(self) -> bool:
-        """True if this worker's sums are the store's."""
+        """True if the sums of this worker, and of the ranks beside it, are the store's."""
         return self.shard.count == 1
 
     @property
-    def snapshots(self) -> Snapshots:
-        """What the worker has saved."""
+    def blocks(self) -> Snapshots:
+        """Whole blocks that the worker has saved, with all ranks'."""
         return Snapshots(self.store, self.shard)
 
-    def begun_parts(self) -> dict[str, Part]:
-        """Parts that are saved, by their snapshots' names, in order."""
-        found = {name: Part.parse(name) for name in self.snapshots.names()}
-        return {name: part for name, part in found.items() if part is not None}
+    @property
+    def snapshots(self) -> Snapshots:
+        """Sums over its own samples that the worker has saved."""
+        return Snapshots(self.store, share_of(self.shard, self.ranks))
+
+    @property
+    def scratch(self) -> Path:
+        """The folder in the store for this worker's activations."""
+        folder = self.blocks.folder / SCRATCH
+        return folder if self.ranks.count == 1 else folder / share_of(self.shard, self.ranks).name
 
     @contextmanager
     def finished_store(self) -> Iterator[StoreWriter]:
@@ -70,6 +82,17 @@ class Place:
             writer.begin(self.calibration)
             yield writer
             writer.commit()
+
+
+def share_of(shard: Shard, ranks: Ranks) -> Shard:
+    """The part of the samples that is one process's: its rank's, or its shard's."""
+    return shard if ranks.count == 1 else Shard(ranks.index, ranks.count)
+
+
+def parts_in(snapshots: Snapshots) -> dict[str, Part]:
+    """Parts that are saved, by their snapshots' names, in order."""
+    found = {name: Part.parse(name) for name in snapshots.names()}
+    return {name: part for name, part in found.items() if part is not None}
 
 
 class Progress(Protocol):
@@ -104,7 +127,7 @@ class BySamples:
     def restore(self) -> frozenset[Part]:
         """Fill the schedule's sums from the newest sound snapshot."""
         snapshots = self._place.snapshots
-        for name, part in reversed(self._place.begun_parts().items()):
+        for name, part in reversed(parts_in(snapshots).items()):
             if part.is_cumulative and self._read(name):
                 snapshots.keep_only(name)
                 self._timer.done = part.index
@@ -145,14 +168,26 @@ class BySamples:
 
     def finish(self) -> None:
         """Write the whole store from sums in memory; asked to stop, save those instead."""
-        if not self._place.is_alone:
+        place = self._place
+        if not place.is_alone:
             return
-        with self._place.finished_store() as writer:
-            for accumulator in self._sums:
-                if self._stop_requested():
-                    self._write(Part.of_samples(len(self._place.samples)), self._sums)
-                    raise Interrupted("stopped while the store was written; all samples are saved")
-                writer.write_layer(accumulator.spec, accumulator.result())
+        try:
+            records = place.ranks.gathered(self._write_layers())
+        except Interrupted:
+            self._write(Part.of_samples(len(place.samples)), self._sums)
+            raise
+        place.ranks.first(lambda: _finish(place, records))
+
+    def _write_layers(self) -> CommitRecord:
+        """Write the layers that are this worker's; returns what was written."""
+        place = self._place
+        writer = StoreWriter(place.store, place.spec)
+        record = CommitRecord()
+        for spec, stats in added(place.ranks, self._sums, place.spec.statistics, frees=False):
+            if self._stop_requested():
+                raise Interrupted("stopped while the store was written; all samples are saved")
+            record.objects.update(writer.write_layer(spec, stats).objects)
+        return record
 
 
 class ByBlocks:
@@ -164,35 +199,55 @@ class ByBlocks:
         self._writer = StoreWriter(place.store, place.spec)
 
     def restore(self) -> frozenset[Part]:
-        """Which parts are committed and sound."""
-        snapshots = self._place.snapshots
-        begun = {n: part for n, part in self._place.begun_parts().items() if not part.is_cumulative}
-        done = {name: part for name, part in begun.items() if snapshots.is_sound(name)}
-        snapshots.keep_only(*done, SCRATCH)
+        """Which parts are committed and sound; found once for all ranks."""
+        return self._place.ranks.first(self._restore)
+
+    def _restore(self) -> frozenset[Part]:
+        blocks = self._place.blocks
+        begun = {name: x for name, x in parts_in(blocks).items() if not x.is_cumulative}
+        done = {name: part for name, part in begun.items() if blocks.is_sound(name)}
+        blocks.keep_only(*done, SCRATCH)
         return frozenset(done.values())
 
     def save(self, part: Part, sums: Sequence[LayerAccumulator]) -> None:
         """Alone, write the block's statistics; else its sums, to be merged."""
-        if self._place.is_alone:
-            self._place.snapshots.commit(part.name, self._write(sums))
-        else:
+        place = self._place
+        if not place.is_alone:
             layers = ((x.spec, x.result()) for x in sums)
-            self._place.snapshots.write(part.name, self._place.samples, layers)
+            place.blocks.write(part.name, place.samples, layers)
+            return
+        records = place.ranks.gathered(self._write(sums))
+        if place.ranks.is_first:
+            place.blocks.commit(part.name, _all_of(records))
 
     def _write(self, sums: Sequence[LayerAccumulator]) -> CommitRecord:
-        """Write a block's statistics, freeing its sums; returns what was written."""
-        record = CommitRecord()
-        for x in sorted(sums, key=lambda x: x.spec.num_weights):  # the largest needs most room
-            record.objects.update(self._writer.write_layer(x.spec, x.result()).objects)
-            x.free()
+        """Write the statistics of the layers that are this worker's; returns what was written."""
+        place, record = self._place, CommitRecord()
+        for spec, stats in added(place.ranks, sums, place.spec.statistics, frees=True):
+            record.objects.update(self._writer.write_layer(spec, stats).objects)
         return record
 
     def finish(self) -> None:
         """Alone, make a store of the statistics that are written."""
-        if self._place.is_alone:
-            with self._place.finished_store() as writer:
-                for name in self._place.snapshots.names():
-                    writer.adopt(self._place.snapshots.record(name))
+        place = self._place
+        if place.is_alone:
+            place.ranks.first(
+                lambda: _finish(place, map(place.blocks.record, place.blocks.names()))
+            )
+
+
+def _finish(place: Place, records: Iterable[CommitRecord]) -> None:
+    with place.finished_store() as writer:
+        for record in records:
+            writer.adopt(record)
+
+
+def _all_of(records: Iterable[CommitRecord]) -> CommitRecord:
+    """One record of all that is in several."""
+    one = CommitRecord()
+    for record in records:
+        one.objects.update(record.objects)
+    return one
 
 
 @dataclass(slots=True)

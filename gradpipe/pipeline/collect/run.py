@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +14,12 @@ from gradpipe.errors import InputError, Interrupted
 from gradpipe.pipeline.collect.begin import begin, with_digests_of
 from gradpipe.pipeline.collect.config import CollectConfig
 from gradpipe.pipeline.collect.merge import finalize, is_last
-from gradpipe.pipeline.collect.resume import Place
+from gradpipe.pipeline.collect.resume import Place, share_of
 from gradpipe.pipeline.collect.worker import Job, begun_schedule, run_part
+from gradpipe.pipeline.launch import Launch
 from gradpipe.pipeline.places import check_scratch, check_store
 from gradpipe.pipeline.progress import QUIET
+from gradpipe.pipeline.ranks import Ranks, common_facts, joined
 from gradpipe.pipeline.reports.results import ModelReport
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.estimate import Estimate, Workload, estimate
@@ -170,52 +173,112 @@ def examine(config: CollectConfig) -> ModelReport:
         num_layers=len(skeleton.layers),
         num_layer_weights=sum(x.spec.num_weights for x in skeleton.layers),
         dense=tuple(dense_lines(skeleton.left_out)),
-        estimate=_plan(config, shard, skeleton, _workload(config, shard, seq_len), device),
+        estimate=_plan(config, shard, Ranks(), skeleton, seq_len, device),
     )
 
 
 def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
-    """Collect one shard's part, and finish the store if it is all there is."""
-    sources = (Path(config.model), Path(config.data.name))
-    check_store(config.store, sources)
-    if config.scratch is not None:
-        check_scratch(config.scratch)
-    checkpoint = Checkpoint.open(config.model)
-    device = resolve_device(config.device)
-    skeleton = _skeleton(config, checkpoint, with_couplings=True)
-    for line in dense_lines(skeleton.left_out):
-        console.print(line, highlight=False, markup=False)
-    if config.overwrite or not is_begun(config.store):
-        probe(skeleton, device)
-    with ExitStack() as held:
-        begun = begin(config, shard, skeleton, held, console)
-        if begun is None:
-            return
-        spec, calibration = begun
-        work = _workload(config, shard, spec.samples.seq_len)
-        job = Job(
-            place=Place(store=config.store, spec=spec, calibration=calibration, shard=shard),
-            skeleton=with_digests_of(skeleton, spec),
-            plan=_plan(config, shard, skeleton, work, device),
-            device=device,
-            batch_size=config.batch_size,
-            scratch=config.scratch,
-            checkpoint_every=config.checkpoint_every,
-        )
+    """Collect one shard's part, with all ranks, and finish the store if it is all there is."""
+    launch = Launch.of(os.environ)
+    if launch.is_restart:  # what the first start overwrote is gone; this one goes on
+        config = replace(config, overwrite=False)
+    with joined(config.rank_timeout) as ranks:
+        if not ranks.is_first:
+            console = QUIET
         try:
-            run_part(job, console)
+            _run_ranks(config, shard, ranks, launch, console)
         except Interrupted as error:
             again = ", without --overwrite," if config.overwrite else ""
             raise Interrupted(f"{error}: run the same command again{again} to go on") from error
 
 
+def _run_ranks(
+    config: CollectConfig, shard: Shard, ranks: Ranks, launch: Launch, console: Console
+) -> None:
+    """What each rank does, in step with the others."""
+    ranks.first(lambda: _check_places(config, shard, ranks))
+    checkpoint = ranks.together(lambda: Checkpoint.open(config.model))
+    ranks.agree(common_facts(config, checkpoint))
+    device, skeleton = ranks.together(lambda: _prepared(config, checkpoint, launch))
+    for line in dense_lines(skeleton.left_out):
+        console.print(line, highlight=False, markup=False)
+    ranks.first(lambda: _try_out(config, skeleton, device))
+    with ExitStack() as held:
+        begun = begin(config, shard, ranks, skeleton, held, console)
+        if begun is None:
+            return
+        spec, calibration = begun
+        place = Place(
+            store=config.store, spec=spec, calibration=calibration, shard=shard, ranks=ranks
+        )
+        job = Job(
+            place=place,
+            skeleton=with_digests_of(skeleton, spec),
+            plan=_plan(config, shard, ranks, skeleton, spec.samples.seq_len, device),
+            device=device,
+            batch_size=config.batch_size,
+            scratch=config.scratch,
+            checkpoint_every=config.checkpoint_every,
+        )
+        run_part(job, console)
+
+
+def _check_places(config: CollectConfig, shard: Shard, ranks: Ranks) -> None:
+    """Raises InputError if the store may not be written, or not by so many ranks."""
+    check_store(config.store, (Path(config.model), Path(config.data.name)))
+    if ranks.count > 1 and shard.count > 1:
+        raise InputError(
+            f"--shard {shard.index}/{shard.count}: the {ranks.count} ranks share the samples out: "
+            "leave it out; in a Slurm array that is about something else, give --shard 0/1"
+        )
+    if ranks.count > config.num_samples:
+        raise InputError(
+            f"{ranks.count} ranks: more than the {config.num_samples} samples: start at most one a "
+            "sample"
+        )
+
+
+def _prepared(
+    config: CollectConfig, checkpoint: Checkpoint, launch: Launch
+) -> tuple[torch.device, Skeleton]:
+    """Where this process computes, and the model taken apart; InputError if it cannot be."""
+    if config.scratch is not None:
+        check_scratch(config.scratch)
+    device = resolve_device(launch.device(config.device, torch.cuda.device_count()))
+    return device, _skeleton(config, checkpoint, with_couplings=True)
+
+
+def _try_out(config: CollectConfig, skeleton: Skeleton, device: torch.device) -> None:
+    """A few tokens through real weights, before the first of the work."""
+    if config.overwrite or not is_begun(config.store):
+        probe(skeleton, device)
+
+
 def _plan(
-    config: CollectConfig, shard: Shard, skeleton: Skeleton, work: Workload, device: torch.device
+    config: CollectConfig,
+    shard: Shard,
+    ranks: Ranks,
+    skeleton: Skeleton,
+    seq_len: int,
+    device: torch.device,
 ) -> Estimate:
-    """As `estimate`, but `auto` goes on as was begun: another schedule would start anew."""
-    begun = begun_schedule(config.store, shard) if config.schedule == "auto" else None
-    planned = estimate(begun or config.schedule, skeleton, work, device)
-    return planned if begun is None else replace(planned, reason="as it was begun")
+    """As `estimate`; `auto` goes on as was begun, as another schedule would start anew.
+
+    All ranks run the same schedule: resident where that fits on each.
+    """
+    work = _workload(config, share_of(shard, ranks), seq_len)
+    begun = None
+    if config.schedule == "auto":
+        found = set(ranks.gathered(begun_schedule(config.store, shard, ranks)))
+        begun = next((x for x in ("resident", "streamed") if x in found), None)
+    has_own_gpu = device.type == "cuda" and config.device in {"auto", "cuda"}
+    sharing = 1 if ranks.count == 1 or has_own_gpu else Launch.of(os.environ).local_count
+    planned = estimate(begun or config.schedule, skeleton, work, device, sharing)
+    if begun is not None:
+        return replace(planned, reason="as it was begun")
+    if "streamed" in ranks.gathered(planned.schedule) and planned.schedule == "resident":
+        return replace(planned, schedule="streamed", reason="resident does not fit all ranks")
+    return planned
 
 
 def _check_windows(config: CollectConfig, checkpoint: Checkpoint) -> None:

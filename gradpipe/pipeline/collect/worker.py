@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,12 +11,21 @@ import torch
 from rich.console import Console
 
 from gradpipe.errors import Interrupted
-from gradpipe.pipeline.collect.resume import SCRATCH, ByBlocks, BySamples, Place, Progress
+from gradpipe.pipeline.collect.resume import (
+    SCRATCH,
+    ByBlocks,
+    BySamples,
+    Place,
+    Progress,
+    parts_in,
+    share_of,
+)
 from gradpipe.pipeline.interrupt import stop_requests
 from gradpipe.pipeline.progress import progress_bar
+from gradpipe.pipeline.ranks import Ranks
 from gradpipe.stages.collect.estimate import Estimate
 from gradpipe.stages.collect.resident import Resident
-from gradpipe.stages.collect.schedule import Part, Schedule
+from gradpipe.stages.collect.schedule import Schedule
 from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.stages.device import memory_errors
 from gradpipe.stages.model.batch import Batch, calibration_batch
@@ -43,8 +52,9 @@ class Job:
         """A folder that belongs to this collection and shard alone."""
         place = self.place
         if self.scratch is None:
-            return place.snapshots.folder / SCRATCH
-        mine = (place.store.resolve(), place.spec, place.shard, self.batch_size)
+            return place.scratch
+        share = share_of(place.shard, place.ranks)
+        mine = (place.store.resolve(), place.spec, share, self.batch_size)
         return self.scratch / f"gradpipe-{digest(repr(mine).encode())}"
 
     def samples(self) -> Batch:
@@ -79,7 +89,7 @@ def _run(
 ) -> None:
     """Have the schedule do what is not done yet, and save each part that it gives out."""
     tokens = job.place.spec.samples.seq_len if schedule.is_cumulative else 0
-    zeros: list[str] = []
+    moves = dict[str, bool]()  # of each layer with tokens, whether a gradient is not zero
     bar = progress_bar(console, "collecting", schedule.num_steps, schedule.unit, tokens)
     with bar as advance:
 
@@ -90,9 +100,15 @@ def _run(
 
         for part, sums in schedule.run(progress.restore(), step):
             if not part.is_cumulative or part.index == len(job.place.samples):
-                zeros += [x.spec.name for x in sums if x.has_zero_gradients]
+                moves |= {x.spec.name: not x.has_zero_gradients for x in sums if x.num_tokens}
             progress.save(part, sums)
-    if zeros:
+    _tell_zeros(job.place.ranks.gathered(moves), console)
+
+
+def _tell_zeros(of_ranks: Sequence[dict[str, bool]], console: Console) -> None:
+    """Name a layer on whose weights no rank's loss depends, though tokens reached it."""
+    names = dict.fromkeys(name for moves in of_ranks for name in moves)
+    if zeros := [x for x in names if not any(moves.get(x, False) for moves in of_ranks)]:
         console.print(
             f"gradients of {len(zeros)} layers are all zero, as {zeros[0]}'s are: on these samples "
             "the loss does not depend on their weights",
@@ -113,10 +129,13 @@ def _smaller(job: Job) -> str:
     return f"--schedule streamed, or {options}" if is_resident else options
 
 
-def begun_schedule(store: Path, shard: Shard) -> str | None:
-    """The schedule under which a worker has begun this shard, None if there is nothing of it."""
-    snapshots = Snapshots(store, shard)
-    parts = [part for name in snapshots.names() if (part := Part.parse(name))]
+def begun_schedule(store: Path, shard: Shard, ranks: Ranks) -> str | None:
+    """The schedule under which a collection was begun, None if there is nothing of it.
+
+    Of a rank: of its own samples or, together with others, of the whole.
+    """
+    own, whole = Snapshots(store, share_of(shard, ranks)), Snapshots(store, shard)
+    parts = [*parts_in(own).values(), *parts_in(whole).values()]
     if any(part.is_cumulative for part in parts):
         return "resident"
-    return "streamed" if parts or (snapshots.folder / SCRATCH).exists() else None
+    return "streamed" if parts or (whole.folder / SCRATCH).exists() else None

@@ -19,7 +19,15 @@ from gradpipe.options import (
     spelled,
     unasked,
 )
-from gradpipe.pipeline.options import Device, Include, Model, Overwrite, RecipeName, ShardOption
+from gradpipe.pipeline.options import (
+    Device,
+    Include,
+    Model,
+    Overwrite,
+    RankTimeout,
+    RecipeName,
+    ShardOption,
+)
 from gradpipe.pipeline.recipes import RECIPES
 from gradpipe.stages.prune.allocation import ALLOCATIONS
 from gradpipe.stages.prune.methods import (
@@ -138,6 +146,7 @@ class PruneConfig:
     ] = None
     shard: ShardOption = None
     allow_mismatch: Annotated[bool, Option(help="Prune weights that were not measured.")] = False
+    rank_timeout: RankTimeout = 1800
     overwrite: Overwrite = False
 
     def __post_init__(self) -> None:

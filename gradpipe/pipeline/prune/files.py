@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradpipe.errors import GradpipeError, InputError, one_line
+from gradpipe.pipeline.prune.duty import Duty
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
 from gradpipe.pipeline.prune.workers import side_by_side
 from gradpipe.stages.checkpoint.rewrite import Rewriting, rewriting
@@ -60,16 +61,25 @@ class Written:
 
 
 def write_file(
-    allocated: AllocatedPlan, file: str, staging: Path, advance: Callable[[int], None]
+    allocated: AllocatedPlan,
+    file: str,
+    staging: Path,
+    duty: Duty,
+    advance: Callable[[int], None],
 ) -> Written:
-    """Write one safetensors file for every target; InputError if a weight was never measured."""
+    """Write this process's part of one safetensors file for every target.
+
+    Raises InputError if a weight was never measured.
+    """
     plan, written = allocated.plan, Written()
+    names, copies_rest = duty.layers(plan.in_file(file)), duty.has_rest_of(file)
+    if not names and not copies_rest:
+        return written
     outputs = [plan.folder(staging, target) / file for target in plan.targets]
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
 
-    names = plan.in_file(file)
-    places = [plan.places[name] for name in names]
+    places = [plan.places[name] for name in plan.in_file(file)]
 
     def replace(name: str) -> tuple[list[str], tuple[str, ...], bool]:
         item = _load(plan, name, plan.chosen_for(name).statistics)
@@ -80,7 +90,8 @@ def write_file(
     source = plan.checkpoint.folder / file
     with rewriting(source, outputs, places) as rewritten, side_by_side(plan.workers) as pool:
         results = pool.map(replace, names)
-        rewritten.copy_rest()
+        if copies_rest:
+            rewritten.copy_rest()
         for name, (digests, notes, matches) in zip(names, results, strict=True):
             written.mismatched.extend([] if matches else [name])
             written.add_layer(name, plan.targets, digests, notes)

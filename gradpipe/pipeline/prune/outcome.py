@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from gradpipe.errors import GradpipeError
 from gradpipe.options import recorded_command, recorded_options
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.coverage import Uncovered
+from gradpipe.pipeline.prune.duty import Duty
 from gradpipe.pipeline.prune.files import Written
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
 from gradpipe.pipeline.prune.workers import side_by_side
@@ -68,15 +71,20 @@ def order_of(config: PruneConfig, plan: PrunePlan, target: Target) -> PruneOrder
 
 
 def finish(
-    config: PruneConfig, allocated: AllocatedPlan, staging: Path, written: Written
+    config: PruneConfig, allocated: AllocatedPlan, staging: Path, duty: Duty, written: Written
 ) -> tuple[PruneResult, ...]:
-    """Copy what is not weights, read the weights back, and write the reports."""
-    plan, results = allocated.plan, []
+    """Copy what is not weights, read the weights back, and write the reports.
+
+    Ranks read back in parts; the first writes, and all return the results.
+    """
+    plan, ranks, results = allocated.plan, duty.ranks, []
     uncovered = Uncovered.of(plan)
     for target in plan.targets:
         folder = plan.folder(staging, target)
-        copy_companions(plan.checkpoint, folder)
-        layers = _read_back(allocated, target, folder, written)
+        ranks.first(partial(copy_companions, plan.checkpoint, folder))
+        read_back = partial(_read_back, allocated, target, folder, duty, written)
+        parts = ranks.gathered(ranks.together(read_back))
+        layers = _in_order(plan, [layer for part in parts for layer in part])
         blocks, file = uncovered.shares(plan, layers)
         report = PruneReport(
             order=order_of(config, plan, target),
@@ -93,7 +101,7 @@ def finish(
                 *uncovered.lines(),
             ),
         )
-        write_report(folder, report)
+        ranks.first(partial(write_report, folder, report))
         results.append(
             PruneResult(folder=plan.folder(config.out, target), label=target.label, report=report)
         )
@@ -108,7 +116,7 @@ def copy_companions(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _read_back(
-    allocated: AllocatedPlan, target: Target, folder: Path, written: Written
+    allocated: AllocatedPlan, target: Target, folder: Path, duty: Duty, written: Written
 ) -> tuple[LayerResult, ...]:
     """Count the zeros that are really in the written file, which has every tensor in its place."""
     plan, checkpoint = allocated.plan, Checkpoint.open(str(folder))
@@ -128,6 +136,10 @@ def _read_back(
             size=plan.layers[name].num_weights,
         )
 
-    names = sorted(plan.layers, key=lambda x: (plan.places[x].key, plan.places[x].start))
     with side_by_side(plan.workers) as pool:
-        return tuple(pool.map(result, names))
+        return tuple(pool.map(result, duty.checked(plan.layers)))
+
+
+def _in_order(plan: PrunePlan, layers: Iterable[LayerResult]) -> tuple[LayerResult, ...]:
+    """By their tensors' names."""
+    return tuple(sorted(layers, key=lambda x: (plan.places[x.name].key, plan.places[x.name].start)))

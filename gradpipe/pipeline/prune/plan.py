@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +107,11 @@ class PrunePlan:
         names = (name for name in self.layers if self.places[name].file == file)
         return sorted(names, key=lambda name: self.places[name].start)
 
-    def reading_ahead(self) -> AbstractContextManager[None]:
-        """While inside, statistics come from far away in the order in which files are written."""
+    def reading_ahead(self, layers: Iterable[str]) -> AbstractContextManager[None]:
+        """While inside, these layers' statistics come from far away in the order of the files."""
+        wanted = self.seen.keys() & set(layers)
         names = [name for file in self.checkpoint.files for name in self.in_file(file)]
-        return self.store.reading_ahead([self.layers[x] for x in names if x in self.seen])
+        return self.store.reading_ahead([self.layers[x] for x in names if x in wanted])
 
     def folder(self, root: Path, target: Target) -> Path:
         """Where a target goes below the output folder: one needs no folder of its own."""

@@ -7,21 +7,29 @@ that is not pruned is copied byte for byte. All targets share one load and one s
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 
+import torch
 from rich.console import Console
 
-from gradpipe.errors import GradpipeError
+from gradpipe.errors import GradpipeError, InputError, Interrupted
 from gradpipe.options import refuse_given
+from gradpipe.pipeline.launch import Launch
 from gradpipe.pipeline.places import REPORT, check_out, check_scratch
 from gradpipe.pipeline.progress import QUIET, counted, progress_bar
 from gradpipe.pipeline.prune.allocate import allocate
 from gradpipe.pipeline.prune.config import PruneConfig
+from gradpipe.pipeline.prune.duty import Duty
 from gradpipe.pipeline.prune.files import Written, write_file
 from gradpipe.pipeline.prune.outcome import finish, order_of
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
 from gradpipe.pipeline.prune.staging import SharedStaging, Staging
 from gradpipe.pipeline.prune.workers import side_by_side
+from gradpipe.pipeline.ranks import Ranks, common_facts, joined
 from gradpipe.pipeline.reports.results import PruneResult
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.store.reader import GradientStore
@@ -57,23 +65,35 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
         0.5
 
     """
-    checkpoint = Checkpoint.open(config.model)
-    plan = PrunePlan.of(config, checkpoint, _open_store(config))
+    with joined(config.rank_timeout) as ranks:
+        try:
+            return _prune(config, ranks, console if ranks.is_first else QUIET)
+        except Interrupted as error:
+            raise Interrupted(f"{error}: run the same command again") from error
+
+
+def _prune(config: PruneConfig, ranks: Ranks, console: Console) -> tuple[PruneResult, ...]:
+    """What each rank does, in step with the others."""
+    plan = ranks.together(lambda: _planned(config))
     if plan.warning is not None:
         console.print(plan.warning, highlight=False)
-    if config.shard is not None:
+    if ranks.count > 1:
+        ranks.agree(_facts(config, plan))
+    elif config.shard is not None:
         return _prune_shard(config, plan, config.shard, console)
     staging = Staging(config.out, lambda: _check_out(config, plan))
-    staging.check()
-    _verify(plan, console)
-    with staging.begun(), plan.reading_ahead():
-        allocated = allocate(plan, console)
-        written = Written()
-        with progress_bar(console, "pruning", len(plan.layers), "layers") as advance:
-            for file in checkpoint.files:
-                written.add(write_file(allocated, file, staging.folder, advance))
-        results = finish(config, allocated, staging.folder, written)
-        staging.publish()
+    ranks.first(staging.check)
+    ranks.together(lambda: _verify(plan, ranks, console))
+    with ExitStack() as held:
+        ranks.first(lambda: held.enter_context(staging.begun()))
+        if not ranks.is_first:
+            held.enter_context(staging.joined())
+        allocated = _allocated(plan, ranks, console)
+        duty = Duty.of(plan, ranks)
+        written = ranks.together(lambda: _write(allocated, duty, staging.folder, console))
+        written = _all_of(ranks.gathered(written))
+        results = finish(config, allocated, staging.folder, duty, written)
+        ranks.first(staging.publish)
     _say(allocated, results, console)
     return results
 
@@ -88,6 +108,55 @@ def _open_store(config: PruneConfig) -> GradientStore:
     return store
 
 
+def _planned(config: PruneConfig) -> PrunePlan:
+    """The plan, computed where a rank should."""
+    launch = Launch.of(os.environ)
+    if launch.count > 1 and (config.shard or Shard(0, 1)).count > 1:
+        raise InputError(
+            f"the {launch.count} ranks share the layers out: leave out --shard; in a Slurm array "
+            "that is about something else, give --shard 0/1"
+        )
+    device = launch.device(config.device, torch.cuda.device_count())
+    checkpoint = Checkpoint.open(config.model)
+    return PrunePlan.of(replace(config, device=device), checkpoint, _open_store(config))
+
+
+def _facts(config: PruneConfig, plan: PrunePlan) -> dict[str, object]:
+    """What ranks must have in common."""
+    return common_facts(config, plan.checkpoint) | {
+        "the store's digest": plan.store.digest,
+        "--allocation": plan.allocation.name,
+    }
+
+
+def _allocated(plan: PrunePlan, ranks: Ranks, console: Console) -> AllocatedPlan:
+    """Budgets: what is found by looking at scores is found once, for all ranks."""
+    with plan.reading_ahead(plan.layers):
+        budgets = ranks.first(lambda: allocate(plan, console).budgets)
+    return AllocatedPlan(plan=plan, budgets=budgets)
+
+
+def _write(allocated: AllocatedPlan, duty: Duty, folder: Path, console: Console) -> Written:
+    """Write this rank's layers of every file; the bar is the first rank's."""
+    plan, written = allocated.plan, Written()
+    own = duty.layers(plan.layers)
+    with (
+        plan.reading_ahead(own),
+        progress_bar(console, "pruning", len(own), "layers") as advance,
+    ):
+        for file in plan.checkpoint.files:
+            written.add(write_file(allocated, file, folder, duty, advance))
+    return written
+
+
+def _all_of(parts: Iterable[Written]) -> Written:
+    """What was written of all parts."""
+    written = Written()
+    for part in parts:
+        written.add(part)
+    return written
+
+
 def _check_out(config: PruneConfig, plan: PrunePlan) -> None:
     """Raises InputError if the output may not be written."""
     read = (plan.checkpoint.folder, plan.store.local_folder, config.cache)
@@ -95,14 +164,15 @@ def _check_out(config: PruneConfig, plan: PrunePlan) -> None:
     check_out(config.out, overwrite=config.overwrite, sources=sources)
 
 
-def _verify(plan: PrunePlan, console: Console) -> None:
+def _verify(plan: PrunePlan, ranks: Ranks, console: Console) -> None:
     """Verify a local store before a weight is written; a remote one is verified as it is read."""
     if plan.store.local_folder is not None:
         with side_by_side(plan.workers) as pool:
 
             def each(check: Callable[[str], None], keys: list[str]) -> Iterator[None]:
-                done = pool.map(check, keys)
-                return counted(done, console, "verifying the store", len(keys), "objects")
+                own = keys[ranks.index :: ranks.count]
+                done = pool.map(check, own)
+                return counted(done, console, "verifying the store", len(own), "objects")
 
             plan.store.verify(each)
 
@@ -134,19 +204,19 @@ def _prune_shard(
     orders = [order_of(config, plan, target) for target in plan.targets]
     shared = repr([order.identity for order in orders]).encode()
     if not _is_done(config, plan):
-        _verify(plan, console)
+        _verify(plan, Ranks(), console)
     with SharedStaging(config.out, shard, shared, lambda: _is_done(config, plan)) as staging:
         if staging.is_published:
             return ()
-        files = plan.checkpoint.files
+        files, duty = plan.checkpoint.files, Duty.of(plan, Ranks())
         with (
-            plan.reading_ahead(),
+            plan.reading_ahead(plan.layers),
             progress_bar(console, "pruning", len(plan.layers), "layers") as advance,
         ):
             allocated = allocate(plan, console)
             for file in (files[index] for index in shard.part_of(len(files))):
                 if not staging.is_written(file):
-                    written = write_file(allocated, file, staging.folder, advance)
+                    written = write_file(allocated, file, staging.folder, duty, advance)
                     staging.record(file, written.to_bytes())
         with staging.last_of(files) as records:
             if records is None:
@@ -162,11 +232,10 @@ def _publish_shards(
     console: Console,
 ) -> tuple[PruneResult, ...]:
     """Complete what all shards have written."""
-    written = Written()
-    for data in records:
-        written.add(Written.from_bytes(data))
+    written = _all_of(map(Written.from_bytes, records))
+    duty = Duty.of(allocated.plan, Ranks())
     try:
-        results = finish(config, allocated, staging.folder, written)
+        results = finish(config, allocated, staging.folder, duty, written)
     except GradpipeError as error:
         staging.forget()
         raise GradpipeError(f"{error}: run all shards again") from error

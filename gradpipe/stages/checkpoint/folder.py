@@ -99,6 +99,11 @@ class Checkpoint:
         """xxh3-128 of `config.json`."""
         return digest((self.folder / "config.json").read_bytes())
 
+    @property
+    def tensors_digest(self) -> str:
+        """xxh3-128 of the tensors' names, types, shapes and places: not of their values."""
+        return digest(repr(sorted(self.tensors.items())).encode())
+
     def model_spec(self, dtype: str) -> ModelSpec:
         """What a store says of this checkpoint; `dtype` is what the model computed in."""
         return ModelSpec(

@@ -22,14 +22,23 @@ def rewriting(
 ) -> Iterator[Rewriting]:
     """A safetensors file being copied to each output, but for these places, which are replaced.
 
-    On leaving without an error, the outputs are durable.
+    Several processes may write one output, each its own parts. On leaving without an error, what
+    this one wrote is durable.
     """
     with ExitStack() as stack:
         reader = stack.enter_context(source.open("rb", buffering=0)).fileno()
-        writers = [stack.enter_context(x.open("wb", buffering=0)).fileno() for x in outputs]
+        opened = (stack.enter_context(open(x, "wb", 0, opener=_kept)) for x in outputs)
+        writers = [file.fileno() for file in opened]
+        for writer in writers:
+            os.ftruncate(writer, os.fstat(reader).st_size)
         yield Rewriting(source, reader, writers, places)
         for writer in writers:
             os.fsync(writer)
+
+
+def _kept(path: str, _: int) -> int:
+    """Open a file for writing, with what is in it."""
+    return os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
 
 
 class Rewriting:

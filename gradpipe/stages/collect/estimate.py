@@ -61,10 +61,15 @@ class Workload:
     encoding: str
 
 
-def estimate(asked: str, skeleton: Skeleton, work: Workload, device: torch.device) -> Estimate:
-    """What a collection takes; `auto` is resident where that fits with margin."""
+def estimate(
+    asked: str, skeleton: Skeleton, work: Workload, device: torch.device, processes: int = 1
+) -> Estimate:
+    """What a collection takes; `auto` is resident where that fits with margin.
+
+    The memory is shared by so many `processes`, each with a model of its own.
+    """
     sizes = _Sizes.of(skeleton, work)
-    resident, free = _resident_bytes(sizes), free_bytes(device)
+    resident, free = _resident_bytes(sizes), free_bytes(device) // processes
     schedule, reason = _choose(asked, resident, free)
     is_streamed = schedule == "streamed"
     all_tokens = work.num_samples * work.seq_len
