@@ -58,14 +58,14 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
 
     """
     checkpoint = Checkpoint.open(config.model)
-    plan = PrunePlan.of(config, checkpoint, _open_store(config))
+    plan = PrunePlan.of(config, checkpoint, open_store(config))
     if plan.warning is not None:
         console.print(plan.warning, highlight=False)
     if config.shard is not None:
         return _prune_shard(config, plan, config.shard, console)
     staging = Staging(config.out, lambda: _check_out(config, plan))
     staging.check()
-    _verify(plan, console)
+    verify(plan, console)
     with staging.begun(), plan.reading_ahead():
         allocated = allocate(plan, console)
         written = Written()
@@ -78,7 +78,7 @@ def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, .
     return results
 
 
-def _open_store(config: PruneConfig) -> GradientStore:
+def open_store(config: PruneConfig) -> GradientStore:
     """The store; InputError if a cache is given that would be of no use."""
     if config.cache is not None:
         check_scratch(config.cache, "--cache")
@@ -95,7 +95,7 @@ def _check_out(config: PruneConfig, plan: PrunePlan) -> None:
     check_out(config.out, overwrite=config.overwrite, sources=sources)
 
 
-def _verify(plan: PrunePlan, console: Console) -> None:
+def verify(plan: PrunePlan, console: Console) -> None:
     """Verify a local store before a weight is written; a remote one is verified as it is read."""
     if plan.store.local_folder is not None:
         with side_by_side(plan.workers) as pool:
@@ -134,7 +134,7 @@ def _prune_shard(
     orders = [order_of(config, plan, target) for target in plan.targets]
     shared = repr([order.identity for order in orders]).encode()
     if not _is_done(config, plan):
-        _verify(plan, console)
+        verify(plan, console)
     with SharedStaging(config.out, shard, shared, lambda: _is_done(config, plan)) as staging:
         if staging.is_published:
             return ()

@@ -99,6 +99,14 @@ class Checkpoint:
         """xxh3-128 of `config.json`."""
         return digest((self.folder / "config.json").read_bytes())
 
+    def content_digest(self) -> str:
+        """xxh3-128 of `config.json` and of all tensors, whatever files they are in: reads them."""
+        parts = {
+            key: (info.dtype, info.shape, digest(self.read_place(info)))
+            for key, info in sorted(self.tensors.items())
+        }
+        return digest(repr((self.config_digest, parts)).encode())
+
     def model_spec(self, dtype: str) -> ModelSpec:
         """What a store says of this checkpoint; `dtype` is what the model computed in."""
         return ModelSpec(
