@@ -21,10 +21,12 @@ _HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
     "Interrupted": "errors",
     "LayerResult": "pipeline.reports.results",
     "Metrics": "pipeline.reports.results",
+    "PointResult": "pipeline.reports.points",
     "PruneConfig": "pipeline.prune.config",
     "PruneResult": "pipeline.reports.results",
     "Shard": "store.shard",
     "StoreError": "errors",
+    "SweepConfig": "pipeline.sweep.config",
     "Verified": "pipeline.verify",
     "apply_masks": "pipeline.masks",
     "classify": "pipeline.evaluate",
@@ -38,6 +40,7 @@ _HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
     "open_store": "store.reader",
     "plan": "pipeline.collect.run",
     "prune": "pipeline.prune.run",
+    "sweep": "pipeline.sweep.run",
     "verify": "pipeline.verify",
 }
 __all__ = list(_HOMES)

@@ -9,6 +9,7 @@ from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.masks import apply_masks, export_masks
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.run import prune
+from gradpipe.pipeline.reports.points import PointResult
 from gradpipe.pipeline.reports.results import (
     Accuracy,
     DemoResult,
@@ -16,6 +17,8 @@ from gradpipe.pipeline.reports.results import (
     Metrics,
     PruneResult,
 )
+from gradpipe.pipeline.sweep.config import SweepConfig
+from gradpipe.pipeline.sweep.run import sweep
 from gradpipe.pipeline.verify import Verified, verify
 from gradpipe.stages.data.config import DataConfig
 from gradpipe.store.reader import GradientStore, open_store
@@ -34,10 +37,12 @@ __all__ = [
     "Interrupted",
     "LayerResult",
     "Metrics",
+    "PointResult",
     "PruneConfig",
     "PruneResult",
     "Shard",
     "StoreError",
+    "SweepConfig",
     "Verified",
     "apply_masks",
     "classify",
@@ -51,5 +56,6 @@ __all__ = [
     "open_store",
     "plan",
     "prune",
+    "sweep",
     "verify",
 ]

@@ -26,11 +26,13 @@ from gradpipe.pipeline.options import Model, Overwrite
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.report_config import ReportConfig
 from gradpipe.pipeline.stores.config import CopyConfig, ExportConfig, StatsConfig
+from gradpipe.pipeline.sweep.config import SweepConfig
 from gradpipe.signatures import command
 from gradpipe.stages.checkpoint.place import locate
 from gradpipe.terminal import Json, Output, complain, prepare_streams, say, stderr, stdout
 
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
+_WIDE = 10_000  # columns of a file: tables wrap on terminals alone
 Store = Annotated[str, Option(help="Path or URL.", is_argument=True)]
 
 app = typer.Typer(
@@ -155,6 +157,21 @@ def report(config: ReportConfig) -> None:
         say(stdout(), f"report: {written}")
     else:
         sys.stdout.write(written)
+
+
+@command(app)
+def sweep(config: SweepConfig) -> None:
+    """A grid of prunings, each measured: the model is loaded once, and no checkpoint is written."""
+    locate(config.model)
+    for store in config.stores:
+        _check_store(store)
+    with loading():
+        from gradpipe.pipeline.reports.points import sweep_table
+        from gradpipe.pipeline.sweep import run as sweeping
+
+    results, console = sweeping.sweep(config, stderr()), stdout()
+    table = sweep_table(results, sweeping.columns_of(config), plain=not console.is_terminal)
+    console.print(table, width=None if console.is_terminal else _WIDE, crop=False)
 
 
 @command(app)

@@ -17,9 +17,10 @@ OTHER = "Other"
 TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the command
     "Samples": (
         *("dataset", "dataset-config", "split", "revision", "text-column"),
-        *("num-samples", "seq-len", "max-windows", "seed", "task"),
+        *("num-samples", "seq-len", "max-windows", "seed", "task", "alpha-dataset"),
     ),
     "What is recommended": ("recipe",),
+    "Which grid": ("study", "with-store"),
     "What is measured": ("statistics", "encoding", "l1", "l2", "activations", "scale"),
     "How much goes": (
         *("sparsity", "pattern", "mixed-patterns", "allocation", "allocation-score"),
@@ -33,7 +34,7 @@ TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the comma
     ),
     "Several jobs": ("shard", "finalize", "rank-timeout"),
     "What is written": (
-        *("html", "figures", "format", "json", "verbose", "dry-run"),
+        *("html", "figures", "format", "json", "verbose", "dry-run", "keep"),
         *("overwrite", "allow-mismatch", "private"),
     ),
 }
@@ -50,6 +51,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {  # by the words that call a command
     "verify": ("pipe verify out/s0.50 --base embedded",),
     "mask export": ("pipe mask export out/s0.50 masks.safetensors",),
     "mask apply": ("pipe mask apply tuned masks.safetensors tuned-and-pruned",),
+    "sweep": (
+        "pipe sweep embedded store out --method wanda --method gblm --sparsity 0.5 --sparsity 0.7",
+        "pipe sweep meta-llama/Llama-2-7b-hf store out --study main",
+    ),
     "report": ("pipe report out store --html report.html",),
     "doctor": ("pipe doctor embedded",),
     "demo": ("pipe demo demo-out",),

@@ -125,7 +125,7 @@ def _evaluate_each(
     drawn = None
     for checkpoint in checkpoints:
         find_task(checkpoint, CAUSAL_LM)
-        drawn = drawn or _windows(config, checkpoint, console)
+        drawn = drawn or evaluation_tokens(config, checkpoint, console)
         windows, revision = drawn
         with memory_errors("give a smaller --batch-size or --seq-len, or --dtype bfloat16"):
             model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
@@ -149,7 +149,7 @@ def _evaluate_each(
         )
 
 
-def _windows(
+def evaluation_tokens(
     config: EvalConfig, checkpoint: Checkpoint, console: Console
 ) -> tuple[npt.NDArray[np.int64], str | None]:
     """What to measure on, (windows, tokens), and the commit that it is from."""

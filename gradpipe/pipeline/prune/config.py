@@ -29,7 +29,7 @@ from gradpipe.pipeline.options import (
     ShardOption,
 )
 from gradpipe.pipeline.recipes import RECIPES
-from gradpipe.stages.prune.allocation import ALLOCATIONS
+from gradpipe.stages.prune.allocation import ALLOCATIONS, OWL_FORM, find_rule
 from gradpipe.stages.prune.methods import (
     CURVATURES,
     GRAD_NORMS,
@@ -50,6 +50,19 @@ def _sparsity(text: str) -> float:
             f"--sparsity {text}: expected one number in [0, 1), the share to prune, as 0.5; repeat "
             "--sparsity for several"
         ) from None
+
+
+def _alpha(text: str) -> float:
+    """An α as the user wrote it; its range is the config's to check."""
+    if text == "auto":
+        raise InputError(
+            "--alpha auto: prune never runs the model, and cannot compare: let pipe sweep MODEL "
+            "STORE OUT --alpha auto choose, and give the number that it finds"
+        )
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--alpha {text}: expected a finite number, 0 or more") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +114,8 @@ class PruneConfig:
             help="`a` in formulas: the gradient's weight.",
             accepts=lambda alpha: 0 <= alpha < float("inf"),
             expected="a finite number, 0 or more",
+            parse=_alpha,
+            metavar="FLOAT",
         ),
     ] = unasked(100.0)  # what the reference code multiplies gradients by
     grad_norm: Annotated[str, Option(help="`G` in formulas: {choices}.", choices=GRAD_NORMS)] = (
@@ -113,7 +128,7 @@ class PruneConfig:
         str, Option(help="What lsq, alps minimise: {choices}.", choices=CURVATURES)
     ] = unasked(next(iter(CURVATURES)))
     allocation: Annotated[
-        str, Option(help=f"{', '.join(ALLOCATIONS)}, a JSON file.", is_path=True)
+        str, Option(help=f"{', '.join(ALLOCATIONS)}, {OWL_FORM}, a JSON file.", is_path=True)
     ] = unasked("uniform")
     allocation_score: Annotated[
         str | None, Option(help="Method or formula that the allocation looks at.")
@@ -241,16 +256,16 @@ class PruneConfig:
             refuse_given(self, ("curvature",), f"only {' and '.join(users)} use it")
 
     def _check_allocation(self) -> None:
-        if self.allocation not in ALLOCATIONS and not Path(self.allocation).is_file():
+        if find_rule(self.allocation) is None and not Path(self.allocation).is_file():
             hint = did_you_mean(self.allocation, ALLOCATIONS)
             if self.allocation == "global":
                 hint = ": for one threshold, --group global"
             raise InputError(
-                f"--allocation {self.allocation}: expected one of {', '.join(ALLOCATIONS)} or a "
-                f"JSON file of sparsities by layer name{hint}"
+                f"--allocation {self.allocation}: expected one of {', '.join(ALLOCATIONS)}, "
+                f"{OWL_FORM} or a JSON file of sparsities by layer name{hint}"
             )
         if self.allocation_score is not None:
-            rule = ALLOCATIONS.get(self.allocation)
+            rule = find_rule(self.allocation)
             if rule is None or not rule.num_passes:
                 refuse_given(
                     self, ("allocation_score",), f"--allocation {self.allocation} uses none"
@@ -294,6 +309,6 @@ class PruneConfig:
 
     def _allocation_score(self) -> Score | None:
         """What the allocation looks at, if that is not the method's own score."""
-        rule = ALLOCATIONS.get(self.allocation)
+        rule = find_rule(self.allocation)
         name = self.allocation_score or (rule.score if rule is not None else None)
         return None if name is None else find_score(name, self.grad_norm, self.alpha)

@@ -6,8 +6,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from gradpipe.errors import GradpipeError, InputError, one_line
 from gradpipe.pipeline.prune.duty import Duty
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
 from gradpipe.pipeline.prune.workers import side_by_side
-from gradpipe.stages.checkpoint.rewrite import Rewriting, rewriting
-from gradpipe.stages.checkpoint.tensors import as_tensor
+from gradpipe.stages.checkpoint.rewrite import rewriting
+from gradpipe.stages.checkpoint.tensors import TensorInfo, as_tensor
 from gradpipe.stages.device import memory_errors
 from gradpipe.stages.prune.layer import SolvedLayer
 from gradpipe.stages.prune.methods import Score
@@ -25,6 +26,8 @@ from gradpipe.stages.prune.score import LayerStatistics, score_layer
 from gradpipe.stages.prune.target import Target
 from gradpipe.store.codec import Encoded
 from gradpipe.store.objects import digest
+
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,15 +84,9 @@ def write_file(
 
     places = [plan.places[name] for name in plan.in_file(file)]
 
-    def replace(name: str) -> tuple[list[str], tuple[str, ...], bool]:
-        item = _load(plan, name, plan.chosen_for(name).statistics)
-        if not item.matches:
-            _refuse_mismatch(plan, name)
-        return (*_replace(allocated, item, rewritten), item.matches)
-
     source = plan.checkpoint.folder / file
     with rewriting(source, outputs, places) as rewritten, side_by_side(plan.workers) as pool:
-        results = pool.map(replace, names)
+        results = pool.map(partial(prune_layer, allocated, take=rewritten.replace), names)
         if copies_rest:
             rewritten.copy_rest()
         for name, (digests, notes, matches) in zip(names, results, strict=True):
@@ -97,6 +94,20 @@ def write_file(
             written.add_layer(name, plan.targets, digests, notes)
             advance(1)
     return written
+
+
+def prune_layer(
+    allocated: AllocatedPlan, name: str, take: Callable[[TensorInfo, Iterable[Tensor]], Taken]
+) -> tuple[Taken, tuple[str, ...], bool]:
+    """Give one layer's place and its weights for every target to `take`, one by one.
+
+    Returns what `take` does, messages for the user, and whether the layer is the one that was
+    measured. Raises InputError if it is not, and that was not allowed.
+    """
+    item = _load(allocated.plan, name, allocated.plan.chosen_for(name).statistics)
+    if not item.matches:
+        _refuse_mismatch(allocated.plan, name)
+    return (*_solve(allocated, item, take), item.matches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +131,10 @@ def _load(plan: PrunePlan, name: str, statistics: tuple[str, ...]) -> _Loaded:
     )
 
 
-def _replace(
-    allocated: AllocatedPlan, item: _Loaded, rewritten: Rewriting
-) -> tuple[list[str], tuple[str, ...]]:
-    """Solve a layer and write it for every target; digests and notes outlive what it took."""
+def _solve(
+    allocated: AllocatedPlan, item: _Loaded, take: Callable[[TensorInfo, Iterable[Tensor]], Taken]
+) -> tuple[Taken, tuple[str, ...]]:
+    """Solve a layer for every target; what is taken of it and its notes outlive what that took."""
     plan, chosen = allocated.plan, allocated.plan.chosen_for(item.name)
     with _device_errors(item.name):
         layer = SolvedLayer.of(
@@ -135,7 +146,7 @@ def _replace(
             transposed=plan.layers[item.name].transposed,
         )
         tensors = map(layer.to, allocated.of_layer(item.name))
-        return rewritten.replace(plan.places[item.name], tensors), layer.notes
+        return take(plan.places[item.name], tensors), layer.notes
 
 
 def score_of(plan: PrunePlan, name: str, score: Score) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from gradpipe.errors import GradpipeError
 from gradpipe.options import recorded_command, recorded_options
@@ -41,8 +42,8 @@ def missed_target(allocated: AllocatedPlan, target: Target) -> list[str]:
     return [note]
 
 
-def order_of(config: PruneConfig, plan: PrunePlan, target: Target) -> PruneOrder:
-    """What is asked for: the same whether or not other targets run beside it."""
+def options_of(config: PruneConfig, plan: PrunePlan, target: Target) -> dict[str, Any]:
+    """By flag, what was asked for: the same whether or not other targets run beside it."""
     pattern = target.budget.pattern_name
     goal = {"--pattern": pattern} if pattern else {"--sparsity": target.sparsity}
     options = recorded_options(config) | goal
@@ -50,7 +51,12 @@ def order_of(config: PruneConfig, plan: PrunePlan, target: Target) -> PruneOrder
         options["--method"] = config.method
     if "--allocation" in options:
         options["--allocation"] = plan.allocation.name
-    score = plan.chosen.score
+    return options
+
+
+def order_of(config: PruneConfig, plan: PrunePlan, target: Target) -> PruneOrder:
+    """What is asked for, and of what."""
+    options, score = options_of(config, plan, target), plan.chosen.score
     return PruneOrder(
         gradpipe=version("gradpipe"),
         model=plan.checkpoint.label,
@@ -65,7 +71,7 @@ def order_of(config: PruneConfig, plan: PrunePlan, target: Target) -> PruneOrder
         alpha=config.alpha,
         grad_norm=config.grad_norm,
         group=config.group or METHODS[config.method].group,
-        pattern=pattern or "unstructured",
+        pattern=target.budget.pattern_name or "unstructured",
         command=recorded_command("prune", (plan.checkpoint.label, "STORE", "OUT"), options),
     )
 

@@ -25,6 +25,7 @@ from gradpipe.stages.prune.allocation import (
     Allocation,
     AllocationFile,
     AllocationRule,
+    find_rule,
 )
 from gradpipe.stages.prune.methods import METHODS, UPDATES, ChosenMethod, Score, find_score
 from gradpipe.stages.prune.target import Budget, Group, Target, parse_targets
@@ -157,10 +158,10 @@ def _group(config: PruneConfig) -> Group:
 
 
 def _allocation(config: PruneConfig, file: AllocationFile | None) -> Allocation:
+    rule, name = find_rule(config.allocation), config.allocation
     if file is not None:
         rule, name = AllocationRule(wish=file.wish), file.name
-    else:
-        rule, name = ALLOCATIONS[config.allocation], config.allocation
+    assert rule is not None  # or there would be a file
     return Allocation(
         name=name,
         rule=GLOBAL if config.group == _GLOBAL_GROUP else rule,
@@ -192,7 +193,7 @@ def _read_allocation(config: PruneConfig) -> AllocationFile | None:
 
     Reports call it by its own name and what it holds: never by its path.
     """
-    if config.allocation in ALLOCATIONS:
+    if find_rule(config.allocation) is not None:
         return None
     path = Path(config.allocation)
     try:

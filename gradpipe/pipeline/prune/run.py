@@ -83,7 +83,7 @@ def _prune(config: PruneConfig, ranks: Ranks, console: Console) -> tuple[PruneRe
         return _prune_shard(config, plan, config.shard, console)
     staging = Staging(config.out, lambda: _check_out(config, plan))
     ranks.first(staging.check)
-    ranks.together(lambda: _verify(plan, ranks, console))
+    ranks.together(lambda: verify(plan, ranks, console))
     with ExitStack() as held:
         ranks.first(lambda: held.enter_context(staging.begun()))
         if not ranks.is_first:
@@ -98,7 +98,7 @@ def _prune(config: PruneConfig, ranks: Ranks, console: Console) -> tuple[PruneRe
     return results
 
 
-def _open_store(config: PruneConfig) -> GradientStore:
+def open_store(config: PruneConfig) -> GradientStore:
     """The store; InputError if a cache is given that would be of no use."""
     if config.cache is not None:
         check_scratch(config.cache, "--cache")
@@ -118,7 +118,7 @@ def _planned(config: PruneConfig) -> PrunePlan:
         )
     device = launch.device(config.device, torch.cuda.device_count())
     checkpoint = Checkpoint.open(config.model)
-    return PrunePlan.of(replace(config, device=device), checkpoint, _open_store(config))
+    return PrunePlan.of(replace(config, device=device), checkpoint, open_store(config))
 
 
 def _facts(config: PruneConfig, plan: PrunePlan) -> dict[str, object]:
@@ -164,7 +164,7 @@ def _check_out(config: PruneConfig, plan: PrunePlan) -> None:
     check_out(config.out, overwrite=config.overwrite, sources=sources)
 
 
-def _verify(plan: PrunePlan, ranks: Ranks, console: Console) -> None:
+def verify(plan: PrunePlan, ranks: Ranks, console: Console) -> None:
     """Verify a local store before a weight is written; a remote one is verified as it is read."""
     if plan.store.local_folder is not None:
         with side_by_side(plan.workers) as pool:
@@ -204,7 +204,7 @@ def _prune_shard(
     orders = [order_of(config, plan, target) for target in plan.targets]
     shared = repr([order.identity for order in orders]).encode()
     if not _is_done(config, plan):
-        _verify(plan, Ranks(), console)
+        verify(plan, Ranks(), console)
     with SharedStaging(config.out, shard, shared, lambda: _is_done(config, plan)) as staging:
         if staging.is_published:
             return ()

@@ -104,6 +104,14 @@ class Checkpoint:
         """xxh3-128 of the tensors' names, types, shapes and places: not of their values."""
         return digest(repr(sorted(self.tensors.items())).encode())
 
+    def content_digest(self) -> str:
+        """xxh3-128 of `config.json` and of all tensors, whatever files they are in: reads them."""
+        parts = {
+            key: (info.dtype, info.shape, digest(self.read_place(info)))
+            for key, info in sorted(self.tensors.items())
+        }
+        return digest(repr((self.config_digest, parts)).encode())
+
     def model_spec(self, dtype: str) -> ModelSpec:
         """What a store says of this checkpoint; `dtype` is what the model computed in."""
         return ModelSpec(

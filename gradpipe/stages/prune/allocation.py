@@ -9,15 +9,17 @@ against the table before it is loaded.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING
 
 from gradpipe.errors import InputError
 from gradpipe.stages.prune.allocation_rules import (
+    OWL_LAMBDA,
     OWL_OUTLIERS,
     SENSITIVITY,
     dlp,
@@ -51,9 +53,16 @@ class AllocationRule:
         return self.wish is None
 
 
-def _owl(layers: Layers, targets: Sequence[Target], scores: ScorePasses) -> list[Wish]:
-    shares = scores.outlier_shares(_blocks(layers), OWL_OUTLIERS)
-    return _by_block(layers, [owl(shares, _block_sizes(layers), x) for x in _sparsities(targets)])
+def _owl(
+    layers: Layers,
+    targets: Sequence[Target],
+    scores: ScorePasses,
+    *,
+    spread: float = OWL_LAMBDA,
+    times: float = OWL_OUTLIERS,
+) -> list[Wish]:
+    shares, sizes = scores.outlier_shares(_blocks(layers), times), _block_sizes(layers)
+    return _by_block(layers, [owl(shares, sizes, x, spread) for x in _sparsities(targets)])
 
 
 def _dlp(layers: Layers, targets: Sequence[Target], scores: ScorePasses) -> list[Wish]:
@@ -82,6 +91,19 @@ ALLOCATIONS = {
         wish=partial(_competing, part=SENSITIVITY), score="fisher", num_passes=3
     ),
 }
+
+OWL_FORM = "owl:λ,M"  # OWL with numbers of one's own
+_OWL = re.compile(r"owl:(0?\.\d+|0|1),(\d+(?:\.\d+)?)")
+
+
+def find_rule(name: str) -> AllocationRule | None:
+    """The rule of a name, with OWL's λ and M if they are in it (`owl:0.08,5`); None if none is."""
+    numbers = _OWL.fullmatch(name)
+    if numbers is None:
+        return ALLOCATIONS.get(name)
+    spread, times = map(float, numbers.groups())
+    return replace(ALLOCATIONS["owl"], wish=partial(_owl, spread=spread, times=times))
+
 
 GLOBAL = AllocationRule(wish=partial(_competing, part=1.0), num_passes=3)  # --group global's
 

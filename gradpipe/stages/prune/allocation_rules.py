@@ -26,13 +26,16 @@ _ROUNDING = 1e-9  # what a whole number may lack, computed in floats
 
 
 def owl(
-    outliers: Mapping[Key, float], sizes: Mapping[Key, int], sparsity: float
+    outliers: Mapping[Key, float],
+    sizes: Mapping[Key, int],
+    sparsity: float,
+    spread: float = OWL_LAMBDA,
 ) -> dict[Key, float]:
     """Sparsities by OWL: blocks with more outliers keep more; equal shares are uniform.
 
-    `outliers` is each block's share of scores above M times the block's mean.
+    `outliers` is each block's share of scores above M times the block's mean; `spread` is λ.
     """
-    return _spread(outliers, sizes, sparsity, 2 * OWL_LAMBDA)
+    return _spread(outliers, sizes, sparsity, 2 * spread)
 
 
 def dlp(

@@ -1,0 +1,1 @@
+"""A grid of prunings of one model, each measured, none written."""

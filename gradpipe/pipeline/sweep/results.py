@@ -1,0 +1,88 @@
+"""`results.jsonl`: a line for each point that is done, appended by any number of processes.
+
+A line counts once its newline is there. What a killed process left without one is cut off by the
+next that writes; all hold a lock meanwhile, so that nothing whole is ever cut.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from gradpipe.errors import GradpipeError, InputError
+from gradpipe.pipeline.places import check_local, holds
+from gradpipe.pipeline.reports.points import PointResult
+from gradpipe.store.lock import locked
+
+RESULTS = "results.jsonl"
+_LOCK = ".results.lock"
+
+
+class ResultsFile:
+    """The results in a sweep's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.path = folder / RESULTS
+
+    def check(self, sources: tuple[Path, ...]) -> None:
+        """Raises InputError unless the folder is free, or a sweep's, and holds no source."""
+        check_local("OUT", self._folder)
+        for source in sources:
+            if holds(self._folder, source) or holds(source, self._folder):
+                raise InputError(
+                    f"OUT {self._folder} and {source}, which is read, are in one another: give "
+                    "another OUT"
+                )
+        if self._folder.exists() and not self._folder.is_dir():
+            raise InputError(f"OUT {self._folder} is a file, expected a folder to create")
+        is_ours = self.path.exists() or not self._folder.exists()
+        if not is_ours and {path.name for path in self._folder.iterdir()} - {_LOCK}:
+            raise InputError(f"OUT {self._folder} holds files, and no {RESULTS}: give another name")
+
+    def read(self) -> dict[str, PointResult]:
+        """What is done, by key; InputError for a line that is no point."""
+        if not self.path.exists():
+            return {}
+        found: dict[str, PointResult] = {}
+        *lines, _ = self.path.read_bytes().split(b"\n")  # the last one is torn, or empty
+        for number, line in enumerate(lines, 1):
+            try:
+                result = PointResult.from_json(json.loads(line))
+            except (InputError, ValueError, RecursionError) as error:
+                raise InputError(
+                    f"{self.path}, line {number}: {error}: mend or remove it, or give another OUT"
+                ) from error
+            found.setdefault(result.key, result)
+        return found
+
+    def append(self, result: PointResult) -> None:
+        """Add a point, whole and durable, unless another process did.
+
+        GradpipeError if the disk fails.
+        """
+        line = json.dumps(result.to_json(), allow_nan=False, ensure_ascii=False)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with self._lock(), self.path.open("a+b") as file:
+                _cut_torn_line(file.fileno())
+                if result.key not in self.read():
+                    file.write(line.encode() + b"\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise GradpipeError(
+                f"cannot write {self.path}: {error.strerror}: make room or mend it, then run the "
+                "same command again"
+            ) from error
+
+    def _lock(self) -> AbstractContextManager[None]:
+        return locked(self._folder / _LOCK, of=self._folder, wait=True)
+
+
+def _cut_torn_line(descriptor: int) -> None:
+    size = os.fstat(descriptor).st_size
+    data = os.pread(descriptor, size, 0)
+    os.ftruncate(descriptor, data.rfind(b"\n") + 1)
