@@ -11,14 +11,16 @@ _NOTHING = dict.fromkeys(
 )
 
 
-def point(spec: dict[str, Any] | None, value: float | None) -> dict[str, Any]:
+def point(
+    spec: dict[str, Any] | None, value: float | None, samples: int | None = None
+) -> dict[str, Any]:
     """A line of `results.jsonl`."""
     return {
         "format": 1,
-        "key": json.dumps(spec),
+        "key": json.dumps([spec, samples]),
         "study": None,
         "point": None if spec is None else _NOTHING | spec,
-        "options": {},
+        "options": {} if samples is None else {"--num-samples": samples},
         "model": {"name": "embedded", "digest": "ab" * 16},
         "store": {"name": "store", "digest": "cd" * 16},
         "metric": {"name": "perplexity", "value": value, "tokens": 4096},

@@ -84,7 +84,9 @@ class PointResult:
 
     def to_json(self) -> dict[str, Any]:
         """The line, as plain JSON values."""
-        document = {"format": FORMAT} | {x.name: getattr(self, x.name) for x in fields(self)}
+        document: dict[str, Any] = {"format": FORMAT} | {
+            x.name: getattr(self, x.name) for x in fields(self)
+        }
         document["point"] = None if self.point is None else asdict(self.point)
         specs = {"model": self.model, "store": self.store, "metric": self.metric}
         return document | {name: spec.to_json() for name, spec in specs.items()}
@@ -136,7 +138,8 @@ def sweep_table(results: Sequence[PointResult], x: str = "target", *, plain: boo
     cells: dict[str, dict[str, str]] = {}
     for result in pruned:
         row = " ".join(value for f in told[_row(result)] if (value := result.value_of(f)))
-        name = f"{_row(result)} {row}".strip()
+        called = f"`{_row(result)}`" if plain and "*" in _row(result) else _row(result)
+        name = f"{called} {row}".strip()  # a formula is no emphasis
         cells.setdefault(name, {})[result.value_of(x) or ""] = result.metric.shown
     table = Table(box=box.MARKDOWN if plain else box.HEAVY_HEAD)
     table.add_column(next((result.metric.name for result in results), ""))

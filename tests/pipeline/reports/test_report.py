@@ -50,7 +50,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _grid() -> list[dict[str, Any]]:
     return [
-        point({"method": method, "sparsity": sparsity}, 10 + place + 10 * sparsity)
+        point(
+            {"method": method, "sparsity": sparsity, "grad_norm": "l1"}, 10 + place + 10 * sparsity
+        )
         for (place, method), sparsity in itertools.product(
             enumerate(("wanda", "gblm")), (0.7, 0.5, 0.6)
         )
@@ -100,10 +102,10 @@ def test_a_page_has_what_its_inputs_allow_and_says_what_it_lacks(
     beside = made(here, "owl", "store")
     assert "they need the dense weights" in beside
     assert set(_headings(everything)) == {
-        *("Outputs", f"Sweep: {here / 'sweep'}", "Pruned share", "Where the error lies"),
+        *("Outputs", "Sweep: sweep", "Pruned share", "Where the error lies"),
         *("Outliers", "Masks", "Scores and the cut", "Second moments", "Layers", "Provenance"),
     }
-    assert _headings(made(here, "sweep")) == [f"Sweep: {here / 'sweep'}", "Provenance"]
+    assert _headings(made(here, "sweep")) == ["Sweep: sweep", "Provenance"]
 
 
 def _headings(text: str) -> list[str]:
@@ -242,7 +244,7 @@ def test_a_sweep_is_a_line_for_each_way_to_prune(here: Path) -> None:
     assert sweep.axis == "sparsity"
     assert [(x.name, x.points, x.is_pattern) for x in sweep.series] == [
         ("wanda", (0.5, 0.6, 0.7), False),
-        ("gblm", (0.5, 0.6, 0.7), False),
+        ("gblm l1", (0.5, 0.6, 0.7), False),
         ("wanda", (0.5,), True),
         ("gblm l2", (0.5,), False),
     ]
@@ -258,6 +260,39 @@ def test_a_sweep_of_alpha_is_drawn_over_alpha(here: Path) -> None:
     sweep = Sweep.read(here / "alpha", "alpha")
     [series] = sweep.series
     assert (sweep.axis, dict(zip(series.points, series.values, strict=True))) == ("α", values)
+
+
+def test_a_sweep_of_samples_is_drawn_over_their_number(here: Path) -> None:
+    """Where several stores pruned to one target; each method is one line."""
+    lines = [
+        point({"method": method, "sparsity": 0.5}, 10.0 - n / 100, samples=n)
+        for method, n in itertools.product(("wanda", "gblm"), (128, 8, 32))
+    ]
+    write_points(here / "samples", lines)
+    sweep = Sweep.read(here / "samples", "samples")
+    assert sweep.axis == "samples"
+    assert [(x.name, x.points) for x in sweep.series] == [
+        ("wanda", (8, 32, 128)),
+        ("gblm", (8, 32, 128)),
+    ]
+
+
+def test_a_sweep_at_one_share_is_a_dot_for_each_target(here: Path) -> None:
+    """A row for each way to prune; an option that only some targets have tells no rows apart."""
+    lines = [
+        point({"method": "wanda", "sparsity": 0.5, "group": "output"}, 10.0),
+        point({"method": "wanda", "pattern": "2:4"}, 12.0),
+        point({"method": "gblm", "sparsity": 0.5, "grad_norm": "l1"}, 9.0),
+        point({"method": "gblm", "sparsity": 0.5, "grad_norm": "l2"}, 9.5),
+    ]
+    write_points(here / "dots", lines)
+    sweep = Sweep.read(here / "dots", "dots")
+    assert (sweep.axis, sweep.rows) == ("", ("wanda", "gblm l1", "gblm l2"))
+    assert [(x.name, x.points, x.values) for x in sweep.series] == [
+        ("50 %", (0, 1, 2), (10.0, 9.0, 9.5)),
+        ("2:4", (0,), (12.0,)),
+    ]
+    assert "Best first: gblm l1 at 50 %: 9; gblm l2 at 50 %: 9.5;" in made(here, "dots")
 
 
 # ---- what others wrote ----
