@@ -23,6 +23,7 @@ _HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
     "Metrics": "pipeline.reports.results",
     "PruneConfig": "pipeline.prune.config",
     "PruneResult": "pipeline.reports.results",
+    "ReportConfig": "pipeline.report_config",
     "Shard": "store.shard",
     "StoreError": "errors",
     "Verified": "pipeline.verify",
@@ -38,6 +39,7 @@ _HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
     "open_store": "store.reader",
     "plan": "pipeline.collect.run",
     "prune": "pipeline.prune.run",
+    "report": "pipeline.report",
     "verify": "pipeline.verify",
 }
 __all__ = list(_HOMES)

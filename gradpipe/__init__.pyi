@@ -9,6 +9,8 @@ from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.masks import apply_masks, export_masks
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.run import prune
+from gradpipe.pipeline.report import report
+from gradpipe.pipeline.report_config import ReportConfig
 from gradpipe.pipeline.reports.results import (
     Accuracy,
     DemoResult,
@@ -36,6 +38,7 @@ __all__ = [
     "Metrics",
     "PruneConfig",
     "PruneResult",
+    "ReportConfig",
     "Shard",
     "StoreError",
     "Verified",
@@ -51,5 +54,6 @@ __all__ = [
     "open_store",
     "plan",
     "prune",
+    "report",
     "verify",
 ]

@@ -91,7 +91,7 @@ def _draw_dots(found: Sweep, figure: Figure) -> None:
     _legend(figure, [series.name for series in found.series])
 
 
-def _tick(value: float, _: int | None = None) -> str:
+def _tick(value: float, _: float = 0.0) -> str:
     """A number beside an axis, as short as it can be."""
     return f"{value:g}" if value < 10_000 else f"{value:.0e}".replace("e+0", "e")
 

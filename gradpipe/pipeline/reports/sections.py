@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 
 from gradpipe.pipeline.reports import figures
 from gradpipe.pipeline.reports.document import Cell, DataTable, Document, Section
-from gradpipe.pipeline.reports.facts import Facts
+from gradpipe.pipeline.reports.facts import Found
 from gradpipe.pipeline.reports.kinds import block_of
 from gradpipe.pipeline.reports.pictures import Picture
 from gradpipe.pipeline.reports.recorded import Recorded
@@ -41,16 +40,6 @@ _RANKS = (
 )
 _ROUNDING = 0.02  # of a share: rows have whole numbers of weights
 _MANY = 1000  # layers: beyond, a table of them all is left out of the page
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What a report is of, by the names that the user gave."""
-
-    outputs: Mapping[str, Recorded]
-    sweeps: tuple[Sweep, ...]
-    stores: Mapping[str, GradientStore]
-    facts: Facts
 
 
 def document_of(found: Found) -> Document:

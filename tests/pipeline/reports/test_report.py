@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from gradpipe.pipeline.report import report
 from gradpipe.pipeline.report_config import ReportConfig
 from gradpipe.pipeline.reports import page
 from gradpipe.pipeline.reports.document import Document
-from gradpipe.pipeline.reports.facts import Facts, LayerFacts, MaskFact
+from gradpipe.pipeline.reports.facts import Facts, Found, LayerFacts, MaskFact
 from gradpipe.pipeline.reports.kinds import block_of
 from gradpipe.pipeline.reports.recorded import Recorded
-from gradpipe.pipeline.reports.sections import Found, document_of
+from gradpipe.pipeline.reports.sections import document_of
 from gradpipe.pipeline.reports.series import Sweep
 from gradpipe.store.reader import GradientStore
 from tests.support.cases import tensors_of
@@ -382,6 +383,17 @@ def test_what_cannot_be_meant_is_refused(
         report(ReportConfig(out=tuple(str(here / name) for name in out), **options))
     assert sorted(Path().rglob("*")) == before
     assert Path("there.html").read_text() == "mine"
+
+
+def test_without_its_libraries_a_report_says_what_to_install(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is measured."""
+    for name in ("gradpipe.pipeline.reports.pictures", "gradpipe.pipeline.reports.sections"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"pip install 'gradpipe\[report\]'$"):
+        report(ReportConfig(out=(str(here / "owl"),)))
 
 
 def test_an_option_that_would_be_ignored_is_refused(here: Path) -> None:
