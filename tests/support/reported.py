@@ -1,5 +1,6 @@
 """Points of sweeps as `pipe sweep` writes them, and text that means harm."""
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,3 +37,15 @@ def write_points(folder: Path, points: Iterable[dict[str, Any]], torn: str = "")
     folder.mkdir(exist_ok=True)
     lines = "".join(json.dumps(x) + "\n" for x in points)
     (folder / "results.jsonl").write_text(lines + torn)
+
+
+def grid() -> list[dict[str, Any]]:
+    """Two methods at three sparsities, in no order."""
+    return [
+        point(
+            {"method": method, "sparsity": sparsity, "grad_norm": "l1"}, 10 + place + 10 * sparsity
+        )
+        for (place, method), sparsity in itertools.product(
+            enumerate(("wanda", "gblm")), (0.7, 0.5, 0.6)
+        )
+    ]

@@ -1,6 +1,5 @@
 """`pipe report`: what it finds and measures, what it writes, and what it refuses."""
 
-import itertools
 import json
 import re
 import sys
@@ -21,11 +20,10 @@ from gradpipe.pipeline.reports.facts import Facts, Found, LayerFacts, MaskFact
 from gradpipe.pipeline.reports.kinds import block_of
 from gradpipe.pipeline.reports.recorded import Recorded
 from gradpipe.pipeline.reports.sections import document_of
-from gradpipe.pipeline.reports.series import Sweep
 from gradpipe.store.reader import GradientStore
 from tests.support.cases import tensors_of
 from tests.support.models import save_tiny
-from tests.support.reported import HOSTILE, point, write_points
+from tests.support.reported import HOSTILE, grid, point, write_points
 from tests.support.texts import write_text
 from tests.support.workplace import succeed
 
@@ -38,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("reported")
     save_tiny("llama", root / "model")
     write_text(root / "text.txt")
-    write_points(root / "sweep", [point(None, 9.0), *_grid()])
+    write_points(root / "sweep", [point(None, 9.0), *grid()])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         statistics = "grad_l1,grad_sum,act_l2,hessian"
@@ -47,17 +45,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         succeed("prune model store out --sparsity 0.5 --pattern 2:4", patch)
         succeed("prune model store owl --allocation owl --sparsity 0.6", patch)
     return root
-
-
-def _grid() -> list[dict[str, Any]]:
-    return [
-        point(
-            {"method": method, "sparsity": sparsity, "grad_norm": "l1"}, 10 + place + 10 * sparsity
-        )
-        for (place, method), sparsity in itertools.product(
-            enumerate(("wanda", "gblm")), (0.7, 0.5, 0.6)
-        )
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -229,73 +216,6 @@ def test_markdown_is_for_a_model_card(here: Path) -> None:
     assert not Path("report.html").exists()
 
 
-# ---- sweeps ----
-
-
-def test_a_sweep_is_a_line_for_each_way_to_prune(here: Path) -> None:
-    """In ascending order of what was varied; patterns stand apart; a torn last line is none."""
-    lines = [
-        *_grid(),
-        point({"method": "wanda", "pattern": "2:4"}, 13.0),
-        point({"method": "gblm", "sparsity": 0.5, "grad_norm": "l2"}, 12.0),
-        point({"method": "ria", "sparsity": 0.5}, None),
-    ]
-    write_points(here / "more", lines, torn='{"format": 1, "key"')
-    sweep = Sweep.read(here / "more", "more")
-    assert sweep.axis == "sparsity"
-    assert [(x.name, x.points, x.is_pattern) for x in sweep.series] == [
-        ("wanda", (0.5, 0.6, 0.7), False),
-        ("gblm l1", (0.5, 0.6, 0.7), False),
-        ("wanda", (0.5,), True),
-        ("gblm l2", (0.5,), False),
-    ]
-
-
-def test_a_sweep_of_alpha_is_drawn_over_alpha(here: Path) -> None:
-    """Where one target is pruned with several."""
-    values = {1.0: 9.5, 10.0: 9.2, 100.0: 9.1}
-    write_points(
-        here / "alpha",
-        [point({"method": "gblm", "sparsity": 0.5, "alpha": a}, x) for a, x in values.items()],
-    )
-    sweep = Sweep.read(here / "alpha", "alpha")
-    [series] = sweep.series
-    assert (sweep.axis, dict(zip(series.points, series.values, strict=True))) == ("α", values)
-
-
-def test_a_sweep_of_samples_is_drawn_over_their_number(here: Path) -> None:
-    """Where several stores pruned to one target; each method is one line."""
-    lines = [
-        point({"method": method, "sparsity": 0.5}, 10.0 - n / 100, samples=n)
-        for method, n in itertools.product(("wanda", "gblm"), (128, 8, 32))
-    ]
-    write_points(here / "samples", lines)
-    sweep = Sweep.read(here / "samples", "samples")
-    assert sweep.axis == "samples"
-    assert [(x.name, x.points) for x in sweep.series] == [
-        ("wanda", (8, 32, 128)),
-        ("gblm", (8, 32, 128)),
-    ]
-
-
-def test_a_sweep_at_one_share_is_a_dot_for_each_target(here: Path) -> None:
-    """A row for each way to prune; an option that only some targets have tells no rows apart."""
-    lines = [
-        point({"method": "wanda", "sparsity": 0.5, "group": "output"}, 10.0),
-        point({"method": "wanda", "pattern": "2:4"}, 12.0),
-        point({"method": "gblm", "sparsity": 0.5, "grad_norm": "l1"}, 9.0),
-        point({"method": "gblm", "sparsity": 0.5, "grad_norm": "l2"}, 9.5),
-    ]
-    write_points(here / "dots", lines)
-    sweep = Sweep.read(here / "dots", "dots")
-    assert (sweep.axis, sweep.rows) == ("", ("wanda", "gblm l1", "gblm l2"))
-    assert [(x.name, x.points, x.values) for x in sweep.series] == [
-        ("50 %", (0, 1, 2), (10.0, 9.0, 9.5)),
-        ("2:4", (0,), (12.0,)),
-    ]
-    assert "Best first: gblm l1 at 50 %: 9; gblm l2 at 50 %: 9.5;" in made(here, "dots")
-
-
 # ---- what others wrote ----
 
 
@@ -401,15 +321,3 @@ def test_an_option_that_would_be_ignored_is_refused(here: Path) -> None:
     out = (str(here / "owl"),)
     with pytest.raises(InputError, match=r"--html a\.html: --format md is written to stdout"):
         ReportConfig(out=out, html=Path("a.html"), format="md")
-
-
-@pytest.mark.parametrize(
-    "line", ["[]", "{", '{"format": 2}', '{"format": 1, "key": "a"}', "[" * 9999]
-)
-def test_a_line_that_is_no_point_is_named(tmp_path: Path, line: str) -> None:
-    """With its number: it may be anybody's file."""
-    write_points(tmp_path / "bad", [point(None, 9.0)])
-    with (tmp_path / "bad" / "results.jsonl").open("a") as file:
-        file.write(f"{line}\n")
-    with pytest.raises(InputError, match="line 2: "):
-        Sweep.read(tmp_path / "bad", "bad")
