@@ -24,6 +24,7 @@ _HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
     "PointResult": "pipeline.reports.points",
     "PruneConfig": "pipeline.prune.config",
     "PruneResult": "pipeline.reports.results",
+    "ReportConfig": "pipeline.report_config",
     "Shard": "store.shard",
     "StoreError": "errors",
     "SweepConfig": "pipeline.sweep.config",
@@ -40,6 +41,7 @@ _HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
     "open_store": "store.reader",
     "plan": "pipeline.collect.run",
     "prune": "pipeline.prune.run",
+    "report": "pipeline.report",
     "sweep": "pipeline.sweep.run",
     "verify": "pipeline.verify",
 }

@@ -9,6 +9,8 @@ from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.masks import apply_masks, export_masks
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.run import prune
+from gradpipe.pipeline.report import report
+from gradpipe.pipeline.report_config import ReportConfig
 from gradpipe.pipeline.reports.points import PointResult
 from gradpipe.pipeline.reports.results import (
     Accuracy,
@@ -40,6 +42,7 @@ __all__ = [
     "PointResult",
     "PruneConfig",
     "PruneResult",
+    "ReportConfig",
     "Shard",
     "StoreError",
     "SweepConfig",
@@ -56,6 +59,7 @@ __all__ = [
     "open_store",
     "plan",
     "prune",
+    "report",
     "sweep",
     "verify",
 ]

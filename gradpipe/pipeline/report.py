@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -11,40 +14,65 @@ from gradpipe.pipeline.places import REPORT, check_local, is_writable
 from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.report_config import ReportConfig
 from gradpipe.pipeline.report_facts import measure
+from gradpipe.pipeline.reports.facts import Found
 from gradpipe.pipeline.reports.recorded import Recorded
 from gradpipe.pipeline.reports.series import RESULTS, Sweep
 from gradpipe.store.objects import write_durably
 from gradpipe.store.reader import GradientStore
 
-try:
-    from gradpipe.pipeline.reports import page
-    from gradpipe.pipeline.reports.sections import Found, document_of
-except ImportError as error:
-    raise InputError(
-        f"pipe report needs matplotlib and jinja2: pip install 'gradpipe[report]' ({error})"
-    ) from error
+if TYPE_CHECKING:
+    from gradpipe.pipeline.reports.document import Document
 
 
 def report(config: ReportConfig, console: Console = QUIET) -> str:
-    """Write the page and the pictures; returns Markdown, or where the page is.
+    """Write one page of what was pruned, swept or collected, and its pictures if asked to.
 
-    Raises InputError if something given is no output, sweep or store, or the page may not be
-    written; StoreError if a store is damaged.
+    Args:
+        config: What to report of, and where to.
+        console: Where progress is shown; nowhere by default.
+
+    Returns:
+        Where the page is; or the report itself, if it is asked for as Markdown.
+
+    Raises:
+        InputError: If something given is no output, sweep or store, if the page may not be written,
+            or if the extra `report` is not installed.
+        StoreError: If a store is damaged.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from gradpipe import ReportConfig, report
+        >>> report(ReportConfig(out=("out", "store"), html=Path("report.html")))
+        'report.html'
+
     """
+    draw, page = _drawing()
     target = config.html or Path("report.html")
     if config.format == "html":
         _check_page(target, overwrite=config.overwrite)
     if config.figures is not None:
         _check_figures(config.figures, overwrite=config.overwrite)
-    document = document_of(_found(config, console))
+    document = draw(_found(config, console))
     if config.figures is not None:
         config.figures.mkdir(parents=True, exist_ok=True)
         for picture in document.pictures:
             picture.save(config.figures)
     if config.format == "md":
-        return page.markdown(document, config.figures)
+        return str(page.markdown(document, config.figures))
     write_durably(target, page.html(document).encode())
     return str(target)
+
+
+def _drawing() -> tuple[Callable[[Found], Document], ModuleType]:
+    """What draws, and what writes; InputError without the libraries that they need."""
+    try:
+        from gradpipe.pipeline.reports import page  # noqa: PLC0415 (an extra)
+        from gradpipe.pipeline.reports.sections import document_of  # noqa: PLC0415 (an extra)
+    except ImportError as error:
+        raise InputError(
+            "pipe report needs matplotlib and Jinja: pip install 'gradpipe[report]'"
+        ) from error
+    return document_of, page
 
 
 def _found(config: ReportConfig, console: Console) -> Found:
@@ -55,7 +83,7 @@ def _found(config: ReportConfig, console: Console) -> Found:
         folders = _outputs_in(given)
         outputs |= {str(folder): Recorded.read(folder) for folder in folders}
         if (Path(given) / RESULTS).is_file():
-            sweeps.append(Sweep.read(Path(given), given))
+            sweeps.append(Sweep.read(Path(given), Path(given).resolve().name))
         elif not folders:
             stores[given] = _open_store(given)
     return Found(

@@ -1,5 +1,6 @@
 """Points of sweeps as `pipe sweep` writes them, and text that means harm."""
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,14 +12,16 @@ _NOTHING = dict.fromkeys(
 )
 
 
-def point(spec: dict[str, Any] | None, value: float | None) -> dict[str, Any]:
+def point(
+    spec: dict[str, Any] | None, value: float | None, samples: int | None = None
+) -> dict[str, Any]:
     """A line of `results.jsonl`."""
     return {
         "format": 1,
-        "key": json.dumps(spec),
+        "key": json.dumps([spec, samples]),
         "study": None,
         "point": None if spec is None else _NOTHING | spec,
-        "options": {},
+        "options": {} if samples is None else {"--num-samples": samples},
         "model": {"name": "embedded", "digest": "ab" * 16},
         "store": {"name": "store", "digest": "cd" * 16},
         "metric": {"name": "perplexity", "value": value, "tokens": 4096},
@@ -34,3 +37,15 @@ def write_points(folder: Path, points: Iterable[dict[str, Any]], torn: str = "")
     folder.mkdir(exist_ok=True)
     lines = "".join(json.dumps(x) + "\n" for x in points)
     (folder / "results.jsonl").write_text(lines + torn)
+
+
+def grid() -> list[dict[str, Any]]:
+    """Two methods at three sparsities, in no order."""
+    return [
+        point(
+            {"method": method, "sparsity": sparsity, "grad_norm": "l1"}, 10 + place + 10 * sparsity
+        )
+        for (place, method), sparsity in itertools.product(
+            enumerate(("wanda", "gblm")), (0.7, 0.5, 0.6)
+        )
+    ]

@@ -1,4 +1,4 @@
-"""What is known of layers beyond what outputs record: measured of weights and statistics."""
+"""What a report is of: outputs, sweeps, stores, and what was measured of weights and statistics."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from gradpipe.pipeline.reports.recorded import Recorded
+from gradpipe.pipeline.reports.series import Sweep
+from gradpipe.store.reader import GradientStore
 
 Matrix = npt.NDArray[np.float32]
 
@@ -50,3 +54,13 @@ class Facts:
     errors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # output -> layer
     ranks: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # statistic -> layer
     missing: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a report is of, by the names that the user gave."""
+
+    outputs: Mapping[str, Recorded]
+    sweeps: tuple[Sweep, ...]
+    stores: Mapping[str, GradientStore]
+    facts: Facts

@@ -19,45 +19,93 @@ from gradpipe.pipeline.reports.pictures import COLOURS, MARKERS, Picture
 from gradpipe.pipeline.reports.series import Series, Sweep
 
 _TALLEST = 12.0  # inches
+_TOLD = 12  # of a picture's ends, in words
 _LONGEST = 42  # letters of a name in a picture
 _LINES = ("-", "--", "-.")
 _MAP = "cividis"  # dark to bright, and alike for the colour-blind
 
 
-def curves(sweep: Sweep, name: str) -> Picture:
-    """The measure against what was varied, a line for each way to prune."""
-    best = sorted(sweep.series, key=lambda x: x.values[-1], reverse=sweep.is_better_higher)
-    ends = "; ".join(
-        f"{x.name}: {x.values[-1]:.4g} at {x.points[-1]:.4g}" for x in best[:8] if x.values
-    )
-    dense = "" if sweep.dense is None else f" Dense: {sweep.dense:.4g}."
+def sweep(found: Sweep, name: str) -> Picture:
+    """The measure against what was varied, a line for each way to prune; dots if nothing was."""
+    how = f"A line for each of {len(found.series)} ways to prune"
+    if found.rows:
+        how = f"{len(found.rows)} ways to prune, a dot for each target"
+    dense = "" if found.dense is None else f" Dense: {found.dense:.4g}."
     return Picture(
         name=name,
-        title=f"{sweep.measure} by {sweep.axis}, {sweep.title}",
-        alt=f"A line for each of {len(sweep.series)} ways to prune.{dense} Where they end, "
-        f"best first: {ends}",
-        draw=partial(_draw_curves, sweep),
-        height=4.0 + 0.11 * len(sweep.series),
+        title=f"{found.measure} by {found.axis or 'method'}, {found.title}",
+        alt=f"{how}.{dense} Best first: {_best(found)}",
+        draw=partial(_draw_dots if found.rows else _draw_curves, found),
+        height=min(_TALLEST, 3.6 + 0.2 * max(len(found.rows), len(found.series) / 2)),
     )
 
 
-def _draw_curves(sweep: Sweep, figure: Figure) -> None:
+def _best(found: Sweep) -> str:
+    """The last of each line, or all dots, as far as anyone would listen."""
+    ends = [
+        (
+            value,
+            f"{found.rows[int(x)]} at {series.name}" if found.rows else f"{series.name} at {x:g}",
+        )
+        for series in found.series
+        for x, value in list(zip(series.points, series.values, strict=True))[
+            -len(found.rows or (0,)) :
+        ]
+    ]
+    ends.sort(reverse=found.is_better_higher)
+    return "; ".join(f"{name}: {value:.4g}" for value, name in ends[:_TOLD])
+
+
+def _draw_curves(found: Sweep, figure: Figure) -> None:
     axes = figure.add_subplot()
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(x.name for x in sweep.series))}
-    for series in sweep.series:
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(x.name for x in found.series))}
+    for series in found.series:
         _line(axes, numbers[series.name], series)
-    if sweep.dense is not None:
-        axes.axhline(sweep.dense, linestyle=":", color=_ink(axes), label="dense")
-    values = [value for series in sweep.series for value in series.values if value > 0]
-    if values and max(values) > 10 * min(values) and not sweep.is_better_higher:
+    if found.dense is not None:
+        axes.axhline(found.dense, linestyle=":", color=_ink(axes), label="dense")
+    if _is_wide(found):
         axes.set_yscale("log")
-    if sweep.axis == "α":
+    if found.axis in {"α", "samples"}:
         axes.set_xscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-    axes.set_xlabel(sweep.axis)
-    axes.set_ylabel(sweep.measure)
-    figure.legend(loc="outside lower center", ncols=2)
+        axis.set_major_formatter(_tick)
+    axes.set_xlabel(found.axis)
+    axes.set_ylabel(found.measure)
+    _legend(figure, [series.name for series in found.series])
+
+
+def _draw_dots(found: Sweep, figure: Figure) -> None:
+    axes = figure.add_subplot()
+    for number, series in enumerate(found.series):
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        label = _short(series.name)
+        axes.plot(series.values, series.points, marker, color=colour, markersize=7, label=label)
+    if found.dense is not None:
+        axes.axvline(found.dense, linestyle=":", color=_ink(axes), label="dense")
+    if _is_wide(found):
+        axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(_tick)
+    axes.set_yticks(range(len(found.rows)), [_short(row) for row in found.rows])
+    axes.invert_yaxis()
+    axes.set_xlabel(found.measure)
+    _legend(figure, [series.name for series in found.series])
+
+
+def _tick(value: float, _: float = 0.0) -> str:
+    """A number beside an axis, as short as it can be."""
+    return f"{value:g}" if value < 10_000 else f"{value:.0e}".replace("e+0", "e")
+
+
+def _is_wide(found: Sweep) -> bool:
+    """True if values differ by more than a factor of ten."""
+    values = [value for series in found.series for value in series.values if value > 0]
+    return bool(values) and max(values) > 10 * min(values) and not found.is_better_higher
+
+
+def _legend(figure: Figure, names: Iterable[str]) -> None:
+    """Below, in two columns where names are short."""
+    is_short = max(map(len, map(_short, names)), default=0) < _LONGEST // 2
+    figure.legend(loc="outside lower center", ncols=2 if is_short else 1)
 
 
 def _line(axes: Axes, number: int, series: Series) -> None:
@@ -95,7 +143,7 @@ def by_block(
         _block_axis(axes, blocks)
         axes.set_ylabel(unit)
         if len(values) > 1:
-            figure.legend(loc="outside lower center", ncols=2)
+            _legend(figure, values)
 
     return Picture(name=name, title=title, alt=f"Over {len(blocks)} blocks. {told}", draw=draw)
 

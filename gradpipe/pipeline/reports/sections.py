@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 
 from gradpipe.pipeline.reports import figures
 from gradpipe.pipeline.reports.document import Cell, DataTable, Document, Section
-from gradpipe.pipeline.reports.facts import Facts
+from gradpipe.pipeline.reports.facts import Found
 from gradpipe.pipeline.reports.kinds import block_of
 from gradpipe.pipeline.reports.pictures import Picture
 from gradpipe.pipeline.reports.recorded import Recorded
-from gradpipe.pipeline.reports.series import Sweep, series_name, share_of
+from gradpipe.pipeline.reports.series import Sweep, place_of, series_name
 from gradpipe.store.reader import GradientStore
 
 _ERRORS = (
@@ -41,16 +40,6 @@ _RANKS = (
 )
 _ROUNDING = 0.02  # of a share: rows have whole numbers of weights
 _MANY = 1000  # layers: beyond, a table of them all is left out of the page
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What a report is of, by the names that the user gave."""
-
-    outputs: Mapping[str, Recorded]
-    sweeps: tuple[Sweep, ...]
-    stores: Mapping[str, GradientStore]
-    facts: Facts
 
 
 def document_of(found: Found) -> Document:
@@ -113,11 +102,18 @@ def _number(value: object) -> float | None:
 
 def _sweep(number: int, sweep: Sweep) -> Section:
     rows = tuple(_sweep_rows(sweep))
-    columns = ("method", sweep.axis, "target", sweep.measure, "zeros of the blocks", "seconds")
+    columns = (
+        "method",
+        sweep.axis or "sparsity",
+        "target",
+        sweep.measure,
+        "zeros of the blocks",
+        "seconds",
+    )
     table = DataTable(
         name=f"sweep-{number}", caption=f"Points of {sweep.title}", columns=columns, rows=rows
     )
-    pictures = (figures.curves(sweep, f"curves-{number}"),) if sweep.series else ()
+    pictures = (figures.sweep(sweep, f"curves-{number}"),) if sweep.series else ()
     return Section(title=f"Sweep: {sweep.title}", pictures=pictures, tables=(table,))
 
 
@@ -126,12 +122,14 @@ def _sweep_rows(sweep: Sweep) -> Iterator[tuple[Cell, ...]]:
     for result in sweep.results:
         seconds = [x for x in result.seconds.values() if isinstance(x, int | float)]
         rest = (_number(result.zeros.get("blocks")), sum(map(float, seconds)))
-        is_alpha = sweep.axis == "α"
         if result.point is None:
-            yield ("dense", None if is_alpha else 0.0, "dense", result.metric.value, *rest)
+            x = 0.0 if sweep.axis == "sparsity" else None
+            yield ("dense", x, "dense", result.metric.value, *rest)
             continue
-        name = series_name(result, pruned, without="alpha" if is_alpha else None)
-        x = result.point.alpha if is_alpha else share_of(result)
+        name = series_name(result, pruned, without=sweep.axis)
+        x = place_of(result, sweep.axis)
+        if x is not None and sweep.axis in {"α", "samples"} and x.is_integer():
+            x = int(x)
         yield (name, x, result.target, result.metric.value, *rest)
 
 

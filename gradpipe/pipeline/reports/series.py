@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,16 +12,19 @@ from gradpipe.errors import InputError
 from gradpipe.pipeline.reports.points import PointResult
 
 RESULTS = "results.jsonl"
-_VARIED = ("grad_norm", "alpha", "group", "allocation", "update")
+_VARIED = ("grad_norm", "alpha", "group", "allocation", "update", "samples")
 _MEASURES = {"perplexity": "perplexity", "top1": "top-1 accuracy"}
+
+
+_ENOUGH = 3  # values that make an axis
 
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One line."""
+    """One line, or the dots of one target."""
 
     name: str
-    points: tuple[float, ...]  # ascending
+    points: tuple[float, ...]  # ascending; of dots, which row each is in
     values: tuple[float, ...]
     is_pattern: bool = False
 
@@ -32,7 +35,8 @@ class Sweep:
 
     title: str
     results: tuple[PointResult, ...]
-    axis: str  # what was varied: sparsity, or α where that alone was
+    axis: str  # what was varied: sparsity; α or samples, where one target was pruned; or neither
+    rows: tuple[str, ...]  # if neither: the ways to prune, and a series for each target
     measure: str
     series: tuple[Series, ...]
     dense: float | None
@@ -55,16 +59,18 @@ class Sweep:
 
     @classmethod
     def of(cls, title: str, results: Sequence[PointResult]) -> Self:
-        """Lines of points."""
+        """Lines of points, or dots."""
         pruned = [result for result in results if result.point is not None]
         dense = [x.metric.value for x in results if x.point is None and x.metric.value is not None]
-        is_alpha = _is_alpha(pruned)
+        axis = _axis_of(pruned)
+        rows = () if axis else tuple(dict.fromkeys(series_name(x, pruned) for x in pruned))
         return cls(
             title=title,
             results=tuple(results),
-            axis="α" if is_alpha else "sparsity",
+            axis=axis,
+            rows=rows,
             measure=_MEASURES.get(results[0].metric.name, results[0].metric.name),
-            series=tuple(_series(pruned, is_alpha=is_alpha)),
+            series=tuple(_lines(pruned, axis) if axis else _dots(pruned, rows)),
             dense=dense[0] if dense else None,
         )
 
@@ -74,37 +80,26 @@ class Sweep:
         return self.results[0].metric.name == "top1"
 
 
-def _is_alpha(results: Iterable[PointResult]) -> bool:
-    """True if all points have one target and differ in α."""
-    targets = {result.target for result in results}
-    alphas = {x.point.alpha for x in results if x.point is not None and x.point.alpha is not None}
-    return len(targets) == 1 and len(alphas) > 2
+def _axis_of(results: Sequence[PointResult]) -> str:
+    """What the points differ in, so that lines can be drawn over it."""
+    shares = {share_of(result) for result in results}
+    if len(shares) > 1:
+        return "sparsity"
+    if len({result.target for result in results}) == 1:
+        for axis in ("α", "samples"):
+            if len({place_of(result, axis) for result in results} - {None}) >= _ENOUGH:
+                return axis
+    return ""
 
 
-def _series(results: Sequence[PointResult], *, is_alpha: bool) -> list[Series]:
-    found: dict[tuple[str, bool], dict[float, float]] = {}
-    for result in results:
-        point, value = result.point, result.metric.value
-        x = None if point is None else _place(result, is_alpha=is_alpha)
-        if point is not None and x is not None and value is not None:
-            is_pattern = point.pattern is not None and not is_alpha
-            name = series_name(result, results, without="alpha" if is_alpha else None)
-            found.setdefault((name, is_pattern), {})[x] = value
-    return [
-        Series(name, *_sorted(values), is_pattern) for (name, is_pattern), values in found.items()
-    ]
-
-
-def _sorted(values: dict[float, float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    points = tuple(sorted(values))
-    return points, tuple(values[point] for point in points)
-
-
-def _place(result: PointResult, *, is_alpha: bool) -> float | None:
-    """Where a point stands: its α, or the share that was asked for."""
+def place_of(result: PointResult, axis: str) -> float | None:
+    """Where a point stands on an axis; None if nowhere."""
     assert result.point is not None
-    if is_alpha:
+    if axis == "α":
         return result.point.alpha
+    if axis == "samples":
+        samples = result.value_of("samples")
+        return float(samples) if samples is not None and samples.isdecimal() else None
     return share_of(result)
 
 
@@ -118,19 +113,44 @@ def share_of(result: PointResult) -> float | None:
     return 1 - int(n) / int(m) if is_pattern else None
 
 
-def series_name(
-    result: PointResult, among: Sequence[PointResult], without: str | None = None
-) -> str:
-    """Recipe or method, and what tells it from other points of that name."""
+def _lines(results: Sequence[PointResult], axis: str) -> Iterator[Series]:
+    found: dict[tuple[str, bool], dict[float, float]] = {}
+    for result in results:
+        x, value = place_of(result, axis), result.metric.value
+        if x is not None and value is not None:
+            assert result.point is not None
+            is_pattern = result.point.pattern is not None and axis == "sparsity"
+            name = series_name(result, results, without=axis)
+            found.setdefault((name, is_pattern), {})[x] = value
+    for (name, is_pattern), values in found.items():
+        yield Series(name, *_sorted(values), is_pattern)
+
+
+def _dots(results: Sequence[PointResult], rows: Sequence[str]) -> Iterator[Series]:
+    found: dict[str, dict[float, float]] = {}
+    for result in results:
+        if result.metric.value is not None:
+            row = rows.index(series_name(result, results))
+            found.setdefault(result.target, {})[float(row)] = result.metric.value
+    for target, values in found.items():
+        yield Series(target, *_sorted(values))
+
+
+def _sorted(values: dict[float, float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    points = tuple(sorted(values))
+    return points, tuple(values[point] for point in points)
+
+
+def series_name(result: PointResult, among: Sequence[PointResult], without: str = "") -> str:
+    """Recipe or method, and what tells it from other points of that name but for an axis."""
     called = _called(result)
     alike = [x for x in among if _called(x) == called]
     words = [called]
     for field in _VARIED:
         value = result.value_of(field)
-        if field != without and value and len({x.value_of(field) for x in alike}) > 1:
-            words.append(value)
-    if len({x.store.digest for x in alike}) > 1:
-        words.append(result.store.name)
+        is_axis = without == {"alpha": "α"}.get(field, field)
+        if value and not is_axis and len({x.value_of(field) for x in alike} - {None}) > 1:
+            words.append(f"{value} samples" if field == "samples" else value)
     return " ".join(words)
 
 

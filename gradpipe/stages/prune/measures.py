@@ -23,15 +23,13 @@ def shrunk(mask_OI: Tensor, most: int) -> Tensor:
 
     Cells are equal but for rounding: rows i·O/R to (i+1)·O/R.
     """
-    sums = mask_OI.double().cpu()
+    sums = mask_OI.cpu().numpy()
     for axis in (0, 1):
         size = sums.shape[axis]
-        cells = min(size, most)
-        edges = torch.arange(cells + 1) * size // cells
-        totals = torch.cat([torch.zeros_like(sums.narrow(axis, 0, 1)), sums.cumsum(axis)], axis)
-        parts = totals.index_select(axis, edges).diff(dim=axis)
-        sums = parts / edges.diff().view([-1, 1] if axis == 0 else [1, -1])
-    return sums.float()
+        edges = np.arange(min(size, most) + 1) * size // min(size, most)
+        totals = np.add.reduceat(sums, edges[:-1], axis, dtype=np.float32)
+        sums = totals / np.expand_dims(np.diff(edges), 1 - axis).astype(np.float32)
+    return torch.from_numpy(sums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,5 +88,5 @@ def effective_rank(moment_NN: Tensor) -> float:
     The participation ratio of the eigenvalues, which needs none of them.
     """
     trace = moment_NN.diagonal().sum(dtype=torch.float64)
-    norm = moment_NN.square().sum(dtype=torch.float64)
-    return float(trace.square() / norm) if norm > 0 else 0.0
+    norm = torch.linalg.vector_norm(moment_NN, dtype=torch.float64)
+    return float((trace / norm).square()) if norm > 0 else 0.0

@@ -1,8 +1,8 @@
 """`pipe report`: what it finds and measures, what it writes, and what it refuses."""
 
-import itertools
 import json
 import re
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
@@ -16,15 +16,14 @@ from gradpipe.pipeline.report import report
 from gradpipe.pipeline.report_config import ReportConfig
 from gradpipe.pipeline.reports import page
 from gradpipe.pipeline.reports.document import Document
-from gradpipe.pipeline.reports.facts import Facts, LayerFacts, MaskFact
+from gradpipe.pipeline.reports.facts import Facts, Found, LayerFacts, MaskFact
 from gradpipe.pipeline.reports.kinds import block_of
 from gradpipe.pipeline.reports.recorded import Recorded
-from gradpipe.pipeline.reports.sections import Found, document_of
-from gradpipe.pipeline.reports.series import Sweep
+from gradpipe.pipeline.reports.sections import document_of
 from gradpipe.store.reader import GradientStore
 from tests.support.cases import tensors_of
 from tests.support.models import save_tiny
-from tests.support.reported import HOSTILE, point, write_points
+from tests.support.reported import HOSTILE, grid, point, write_points
 from tests.support.texts import write_text
 from tests.support.workplace import succeed
 
@@ -37,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("reported")
     save_tiny("llama", root / "model")
     write_text(root / "text.txt")
-    write_points(root / "sweep", [point(None, 9.0), *_grid()])
+    write_points(root / "sweep", [point(None, 9.0), *grid()])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         statistics = "grad_l1,grad_sum,act_l2,hessian"
@@ -46,15 +45,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         succeed("prune model store out --sparsity 0.5 --pattern 2:4", patch)
         succeed("prune model store owl --allocation owl --sparsity 0.6", patch)
     return root
-
-
-def _grid() -> list[dict[str, Any]]:
-    return [
-        point({"method": method, "sparsity": sparsity}, 10 + place + 10 * sparsity)
-        for (place, method), sparsity in itertools.product(
-            enumerate(("wanda", "gblm")), (0.7, 0.5, 0.6)
-        )
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +90,10 @@ def test_a_page_has_what_its_inputs_allow_and_says_what_it_lacks(
     beside = made(here, "owl", "store")
     assert "they need the dense weights" in beside
     assert set(_headings(everything)) == {
-        *("Outputs", f"Sweep: {here / 'sweep'}", "Pruned share", "Where the error lies"),
+        *("Outputs", "Sweep: sweep", "Pruned share", "Where the error lies"),
         *("Outliers", "Masks", "Scores and the cut", "Second moments", "Layers", "Provenance"),
     }
-    assert _headings(made(here, "sweep")) == [f"Sweep: {here / 'sweep'}", "Provenance"]
+    assert _headings(made(here, "sweep")) == ["Sweep: sweep", "Provenance"]
 
 
 def _headings(text: str) -> list[str]:
@@ -226,40 +216,6 @@ def test_markdown_is_for_a_model_card(here: Path) -> None:
     assert not Path("report.html").exists()
 
 
-# ---- sweeps ----
-
-
-def test_a_sweep_is_a_line_for_each_way_to_prune(here: Path) -> None:
-    """In ascending order of what was varied; patterns stand apart; a torn last line is none."""
-    lines = [
-        *_grid(),
-        point({"method": "wanda", "pattern": "2:4"}, 13.0),
-        point({"method": "gblm", "sparsity": 0.5, "grad_norm": "l2"}, 12.0),
-        point({"method": "ria", "sparsity": 0.5}, None),
-    ]
-    write_points(here / "more", lines, torn='{"format": 1, "key"')
-    sweep = Sweep.read(here / "more", "more")
-    assert sweep.axis == "sparsity"
-    assert [(x.name, x.points, x.is_pattern) for x in sweep.series] == [
-        ("wanda", (0.5, 0.6, 0.7), False),
-        ("gblm", (0.5, 0.6, 0.7), False),
-        ("wanda", (0.5,), True),
-        ("gblm l2", (0.5,), False),
-    ]
-
-
-def test_a_sweep_of_alpha_is_drawn_over_alpha(here: Path) -> None:
-    """Where one target is pruned with several."""
-    values = {1.0: 9.5, 10.0: 9.2, 100.0: 9.1}
-    write_points(
-        here / "alpha",
-        [point({"method": "gblm", "sparsity": 0.5, "alpha": a}, x) for a, x in values.items()],
-    )
-    sweep = Sweep.read(here / "alpha", "alpha")
-    [series] = sweep.series
-    assert (sweep.axis, dict(zip(series.points, series.values, strict=True))) == ("α", values)
-
-
 # ---- what others wrote ----
 
 
@@ -349,20 +305,19 @@ def test_what_cannot_be_meant_is_refused(
     assert Path("there.html").read_text() == "mine"
 
 
+def test_without_its_libraries_a_report_says_what_to_install(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is measured."""
+    for name in ("gradpipe.pipeline.reports.pictures", "gradpipe.pipeline.reports.sections"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"pip install 'gradpipe\[report\]'$"):
+        report(ReportConfig(out=(str(here / "owl"),)))
+
+
 def test_an_option_that_would_be_ignored_is_refused(here: Path) -> None:
     """A page's name beside Markdown."""
     out = (str(here / "owl"),)
     with pytest.raises(InputError, match=r"--html a\.html: --format md is written to stdout"):
         ReportConfig(out=out, html=Path("a.html"), format="md")
-
-
-@pytest.mark.parametrize(
-    "line", ["[]", "{", '{"format": 2}', '{"format": 1, "key": "a"}', "[" * 9999]
-)
-def test_a_line_that_is_no_point_is_named(tmp_path: Path, line: str) -> None:
-    """With its number: it may be anybody's file."""
-    write_points(tmp_path / "bad", [point(None, 9.0)])
-    with (tmp_path / "bad" / "results.jsonl").open("a") as file:
-        file.write(f"{line}\n")
-    with pytest.raises(InputError, match="line 2: "):
-        Sweep.read(tmp_path / "bad", "bad")

@@ -1,0 +1,88 @@
+"""A sweep's points as lines over what was varied, or as dots."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from gradpipe import InputError
+from gradpipe.pipeline.reports import figures
+from gradpipe.pipeline.reports.series import Sweep
+from tests.support.reported import grid, point, write_points
+
+
+def test_a_sweep_is_a_line_for_each_way_to_prune(tmp_path: Path) -> None:
+    """In ascending order of what was varied; patterns stand apart; a torn last line is none."""
+    lines = [
+        *grid(),
+        point({"method": "wanda", "pattern": "2:4"}, 13.0),
+        point({"method": "gblm", "sparsity": 0.5, "grad_norm": "l2"}, 12.0),
+        point({"method": "ria", "sparsity": 0.5}, None),
+    ]
+    write_points(tmp_path / "more", lines, torn='{"format": 1, "key"')
+    sweep = Sweep.read(tmp_path / "more", "more")
+    assert sweep.axis == "sparsity"
+    assert [(x.name, x.points, x.is_pattern) for x in sweep.series] == [
+        ("wanda", (0.5, 0.6, 0.7), False),
+        ("gblm l1", (0.5, 0.6, 0.7), False),
+        ("wanda", (0.5,), True),
+        ("gblm l2", (0.5,), False),
+    ]
+
+
+def test_a_sweep_of_alpha_is_drawn_over_alpha(tmp_path: Path) -> None:
+    """Where one target is pruned with several."""
+    values = {1.0: 9.5, 10.0: 9.2, 100.0: 9.1}
+    write_points(
+        tmp_path / "alpha",
+        [point({"method": "gblm", "sparsity": 0.5, "alpha": a}, x) for a, x in values.items()],
+    )
+    sweep = Sweep.read(tmp_path / "alpha", "alpha")
+    [series] = sweep.series
+    assert (sweep.axis, dict(zip(series.points, series.values, strict=True))) == ("α", values)
+
+
+def test_a_sweep_of_samples_is_drawn_over_their_number(tmp_path: Path) -> None:
+    """Where several stores pruned to one target; each method is one line."""
+    lines = [
+        point({"method": method, "sparsity": 0.5}, 10.0 - n / 100, samples=n)
+        for method, n in itertools.product(("wanda", "gblm"), (128, 8, 32))
+    ]
+    write_points(tmp_path / "samples", lines)
+    sweep = Sweep.read(tmp_path / "samples", "samples")
+    assert sweep.axis == "samples"
+    assert [(x.name, x.points) for x in sweep.series] == [
+        ("wanda", (8, 32, 128)),
+        ("gblm", (8, 32, 128)),
+    ]
+
+
+def test_a_sweep_at_one_share_is_a_dot_for_each_target(tmp_path: Path) -> None:
+    """A row for each way to prune; an option that only some targets have tells no rows apart."""
+    lines = [
+        point({"method": "wanda", "sparsity": 0.5, "group": "output"}, 10.0),
+        point({"method": "wanda", "pattern": "2:4"}, 12.0),
+        point({"method": "gblm", "sparsity": 0.5, "grad_norm": "l1"}, 9.0),
+        point({"method": "gblm", "sparsity": 0.5, "grad_norm": "l2"}, 9.5),
+    ]
+    write_points(tmp_path / "dots", lines)
+    sweep = Sweep.read(tmp_path / "dots", "dots")
+    assert (sweep.axis, sweep.rows) == ("", ("wanda", "gblm l1", "gblm l2"))
+    assert [(x.name, x.points, x.values) for x in sweep.series] == [
+        ("50 %", (0, 1, 2), (10.0, 9.0, 9.5)),
+        ("2:4", (0,), (12.0,)),
+    ]
+    told = figures.sweep(sweep, "dots").alt
+    assert "Best first: gblm l1 at 50 %: 9; gblm l2 at 50 %: 9.5;" in told
+
+
+@pytest.mark.parametrize(
+    "line", ["[]", "{", '{"format": 2}', '{"format": 1, "key": "a"}', "[" * 9999]
+)
+def test_a_line_that_is_no_point_is_named(tmp_path: Path, line: str) -> None:
+    """With its number: it may be anybody's file."""
+    write_points(tmp_path / "bad", [point(None, 9.0)])
+    with (tmp_path / "bad" / "results.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(InputError, match="line 2: "):
+        Sweep.read(tmp_path / "bad", "bad")
