@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_scale import Scale
-from benchmarks.measures import Measure, seconds_of
-from benchmarks.random_llama import MB, STATISTICS, write_checkpoint
+from benchmarks.measures import Measure, forget_peak, peak_measure, seconds_of
+from benchmarks.random_llama import STATISTICS, write_checkpoint
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.stages.collect.schedule import zeroed
@@ -52,7 +52,7 @@ def _whole_model(
     bare = _a_sample(lambda: bare_pass(model, names, ids.to(device)), ids, scale, device)
     yield Measure(name="bare forward + backward", value=bare, unit="s a sample")
     for statistics, goal in ((STATISTICS, RESIDENT_GOAL), (_with_moments(), MOMENTS_GOAL)):
-        _forget_peak(device)
+        forget_peak(device)
         sums = zeroed(skeleton.layers, statistics, device)
 
         def hooked(sums: Any = sums) -> None:
@@ -62,8 +62,8 @@ def _whole_model(
         taken = _a_sample(hooked, ids, scale, device)
         label = f"resident, {', '.join(statistics)}"
         yield Measure(name=f"{label} ÷ bare", value=taken / bare, unit="×", goal=goal)
-        yield from _peak(label, device)
-        del sums
+        yield from peak_measure(label, device)
+        del sums, hooked  # before the next ones are made
     return bare
 
 
@@ -80,10 +80,10 @@ def _streamed(
         for _ in schedule.run(frozenset(), lambda _: None):
             pass
 
-    _forget_peak(device)
+    forget_peak(device)
     taken = seconds_of(run, device, repeats=1) / len(ids)
     yield Measure(name="streamed ÷ bare", value=taken / bare, unit="×", goal=STREAMED_GOAL)
-    yield from _peak("streamed", device)
+    yield from peak_measure("streamed", device)
 
 
 def bare_pass(model: Any, names: list[str], ids_BT: Tensor) -> None:
@@ -109,16 +109,3 @@ def _a_sample(work: Any, ids: Tensor, scale: Scale, device: torch.device) -> flo
 
 def _with_moments() -> tuple[str, ...]:
     return (*STATISTICS, "hessian", "grad_cov")
-
-
-def _forget_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)  # a counter of this process
-
-
-def _peak(label: str, device: torch.device) -> Iterator[Measure]:
-    """What tensors took on a GPU at most; a CPU's are not counted."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / MB
-        yield Measure(name=f"{label}, peak", value=peak, unit="MB")

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.gpu_agreement import chosen_method
 from benchmarks.gpu_scale import Scale
-from benchmarks.measures import Measure, seconds_of
-from benchmarks.random_llama import MB, LlamaSize
+from benchmarks.measures import Measure, forget_peak, peak_measure, seconds_of
+from benchmarks.random_llama import LlamaSize
 from gradpipe.pipeline.recipes import RECIPES
 from gradpipe.stages.prune.layer import SolvedLayer
 from gradpipe.stages.prune.methods import ChosenMethod
@@ -43,18 +43,17 @@ def measure(scale: Scale, device: torch.device, folder: Path) -> Iterator[Measur
     moments = {n: second_moment(n, device) for n in {n for shape in shapes for n in shape}}
     for label, chosen in solvers.items():
         block = 0.0
+        forget_peak(device)
         for shape, count in shapes.items():
             taken = time_layer(shape, moments, chosen, device)
             block += count * taken
             name = f"{label}, {shape[0]} x {shape[1]}"
             yield Measure(name=name, value=taken, unit="s a layer")
         yield Measure(name=f"{label}, a block", value=block, unit="s")
+        yield from peak_measure(label, device)
         before = PAPER if label == "sparsegpt" else ""
         whole = f"{label}, {scale.depth} blocks (extrapolated)"
         yield Measure(name=whole, value=scale.depth * block, unit="s", before=before)
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / MB
-        yield Measure(name="peak on the device", value=peak, unit="MB")
 
 
 def block_shapes(size: LlamaSize) -> Counter[tuple[int, int]]:

@@ -20,7 +20,7 @@ from statistics import median
 
 import torch
 
-from benchmarks.random_llama import machine, peak_rss, table, versions
+from benchmarks.random_llama import MB, machine, peak_rss, table, versions
 
 SCHEMA = 1
 
@@ -87,6 +87,20 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 
         wait_for(device)
         taken.append(time.perf_counter() - start)
     return median(taken[1:])
+
+
+def forget_peak(device: torch.device) -> None:
+    """Count a GPU's peak anew, from what is held now; a counter of this process alone."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_measure(label: str, device: torch.device) -> Iterator[Measure]:
+    """What tensors took on a GPU at most; a CPU's are not counted."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device) / MB
+        yield Measure(name=f"{label}, peak", value=peak, unit="MB")
 
 
 class DeviceClock:

@@ -82,8 +82,9 @@ def measure(repeats: int, folder: Path) -> Iterator[Measure]:
         sides[command.words] = partial(cpu_seconds, call, command.code)
     found = least(sides, repeats)
     for command in COMMANDS:
+        shown = command.words.format(model="MODEL", store="STORE")
         yield Measure(
-            name=f"`pipe {command.words}` ÷ `{LIBRARIES[command.against]}`",
+            name=f"`pipe {shown}` ÷ `{LIBRARIES[command.against]}`",
             value=found[command.words] / found[command.against],
             unit="×",
             goal=command.goal,
