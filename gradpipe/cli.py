@@ -20,7 +20,7 @@ import typer
 from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
 from gradpipe.options import Option
 from gradpipe.pipeline.collect.config import CollectConfig, ImportConfig
-from gradpipe.pipeline.evaluate_config import EvalConfig
+from gradpipe.pipeline.evaluate_config import EvalConfig, EvalExtras
 from gradpipe.pipeline.interrupt import loading
 from gradpipe.pipeline.options import Model, Overwrite
 from gradpipe.pipeline.prune.config import PruneConfig
@@ -34,6 +34,7 @@ from gradpipe.terminal import Json, Output, complain, prepare_streams, say, stde
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 _WIDE = 10_000  # columns of a file: tables wrap on terminals alone
 Store = Annotated[str, Option(help="Path or URL.", is_argument=True)]
+_NO_EXTRAS = EvalExtras()
 
 app = typer.Typer(
     name="pipe",
@@ -116,15 +117,24 @@ def prune(
 
 
 @command(app, "eval")
-def evaluate(config: EvalConfig, json_file: Json = None) -> None:
-    """Perplexity of a checkpoint, on windows that do not overlap; of images, top-1 accuracy."""
+def evaluate(
+    config: EvalConfig,
+    more: Annotated[tuple[str, ...], Option(help="On the same text.", is_argument=True)] = (),
+    extras: EvalExtras = _NO_EXTRAS,
+    json_file: Json = None,
+) -> None:
+    """Perplexity of checkpoints, on windows that do not overlap; of images, top-1 accuracy."""
     output = Output(json_file)
-    locate(config.model)
+    models = (config.model, *more)
+    for name in (*models, extras.compare):
+        if name is not None:
+            locate(name)
     with loading():
-        from gradpipe.pipeline import evaluate as evaluating
+        from gradpipe.pipeline import compare as comparing
+        from gradpipe.pipeline.reports.evaluations import to_json, to_lines
 
-    metrics = evaluating.measure(config, stderr())
-    output.show(dataclasses.asdict(metrics), metrics.summary)
+    found = comparing.compare(models, config, extras, stderr())
+    output.show(to_json(found), to_lines(found))
 
 
 @command(app)
