@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,7 +84,7 @@ class Evaluation:
             yield from (f"dense: {line}" for line in _latency_lines(self.dense_latency))
 
 
-def to_json(evaluations: tuple[Evaluation, ...]) -> Mapping[str, Any]:
+def to_json(evaluations: tuple[Evaluation, ...]) -> dict[str, Any]:
     """One document: the evaluation itself, or several under `models`."""
     if len(evaluations) == 1:
         return evaluations[0].to_json()
