@@ -38,7 +38,7 @@ TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the comma
     "Several jobs": ("shard", "finalize", "rank-timeout"),
     "What is written": (
         *("html", "figures", "format", "json", "verbose", "dry-run", "keep"),
-        *("overwrite", "allow-mismatch", "private"),
+        *("overwrite", "allow-mismatch", "card", "push-to-hub", "private"),
     ),
 }
 EXAMPLES: Mapping[str, tuple[str, ...]] = {  # by the words that call a command

@@ -15,6 +15,7 @@ from gradpipe.options import refuse_given
 from gradpipe.pipeline.evaluate import classify_opened, evaluation_tokens
 from gradpipe.pipeline.evaluate_config import EvalConfig, EvalExtras
 from gradpipe.pipeline.progress import QUIET, progress_bar
+from gradpipe.pipeline.reports.card import add_results, check_card
 from gradpipe.pipeline.reports.evaluations import Comparison, Evaluation, Latency, Score
 from gradpipe.pipeline.reports.results import Metrics
 from gradpipe.stages.checkpoint.folder import Checkpoint
@@ -51,14 +52,25 @@ def compare(
     not fit together, GradpipeError for a loss that is not finite.
     """
     checkpoints = [Checkpoint.open(name) for name in models]
+    for checkpoint in checkpoints if extras.card else ():
+        check_card(checkpoint.folder)
+    found = _measured(checkpoints, config, extras, console)
+    for checkpoint, evaluation in zip(checkpoints, found, strict=True) if extras.card else ():
+        add_results(checkpoint.folder, evaluation)
+    return found
+
+
+def _measured(
+    checkpoints: Sequence[Checkpoint], config: EvalConfig, extras: EvalExtras, console: Console
+) -> tuple[Evaluation, ...]:
     kinds = {find_task(checkpoint, config.task) for checkpoint in checkpoints}
     if kinds == {IMAGE_CLASSIFICATION}:
         refuse_given(extras, ("compare", "tasks", "latency"), "of text alone, not of images")
-        found = [classify_opened(checkpoint, config, console) for checkpoint in checkpoints]
+        found = (classify_opened(checkpoint, config, console) for checkpoint in checkpoints)
         return tuple(Evaluation(metrics=x) for x in found)
     if kinds != {CAUSAL_LM}:
         raise InputError(
-            f"{', '.join(models)}: language models and image classifiers: give one kind"
+            f"{checkpoints[0].name} and others are for two tasks: give models of text, or of images"
         )
     return tuple(_Bench(config, extras, console, checkpoints[0]).run(checkpoints))
 

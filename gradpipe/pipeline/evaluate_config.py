@@ -47,6 +47,7 @@ class EvalExtras:
         ),
     ] = ()
     latency: Annotated[bool, Option(help="Time prefill and decode; size of the files.")] = False
+    card: Annotated[bool, Option(help="Add what was measured to the model card.")] = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
