@@ -43,7 +43,6 @@ class EvalExtras:
         Option(
             help="Tasks of lm-evaluation-harness, or .yaml files; comma-separated.",
             separator=",",
-            metavar="TASKS",
         ),
     ] = ()
     latency: Annotated[bool, Option(help="Time prefill and decode; size of the files.")] = False

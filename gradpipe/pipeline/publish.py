@@ -34,9 +34,11 @@ class PushConfig:
 
     def check(self) -> None:
         """InputError if nobody is logged in: before the work is done, not after."""
+        if self.push_to_hub is None:
+            return
         from huggingface_hub import get_token  # noqa: PLC0415 (not for `pipe --help`)
 
-        if self.push_to_hub is not None and get_token() is None:
+        if get_token() is None:
             raise InputError(
                 f"--push-to-hub {self.push_to_hub}: no token: run hf auth login, or set HF_TOKEN"
             )

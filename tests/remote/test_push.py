@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -27,10 +28,10 @@ def _sign_in() -> None:
     os.environ["HF_TOKEN"] = "hf_a_token_of_no_one"
 
 
-def metadata(folder: Path) -> dict[str, object]:
+def metadata(folder: Path) -> dict[str, Any]:
     """What the Hub would read of a card."""
     _, head, _ = (folder / "README.md").read_text().split("---\n", 2)
-    found: dict[str, object] = yaml.safe_load(head)
+    found: dict[str, Any] = yaml.safe_load(head)
     return found
 
 
@@ -77,7 +78,7 @@ def test_a_pruned_checkpoint_goes_to_the_hub_with_what_was_measured(
     for _ in range(2):  # measured again, it is said once
         run(client, "eval", out, "--compare", "someone/tiny", *words)
     assert files_of(hub.resolve(repo, "main")[1]) == files_of(out)
-    [entry] = metadata(out)["model-index"]  # type: ignore[misc, attr-defined]
+    [entry] = metadata(out)["model-index"]
     metrics = {x["type"]: x["value"] for result in entry["results"] for x in result["metrics"]}
     assert metrics.keys() == {"perplexity", "kl_divergence"}
     data = DataConfig(name=str(text))
