@@ -36,7 +36,7 @@ class PushConfig:
         """InputError if nobody is logged in: before the work is done, not after."""
         if self.push_to_hub is None:
             return
-        from huggingface_hub import get_token  # noqa: PLC0415 (not for `pipe --help`)
+        from huggingface_hub import get_token  # noqa: PLC0415 (most runs need none)
 
         if get_token() is None:
             raise InputError(
@@ -58,7 +58,7 @@ def push(repository: str, folder: Path, *, private: bool) -> str:
 
     GradpipeError if the Hub refuses or cannot be reached: the folder is complete all the same.
     """
-    from huggingface_hub import HfApi  # noqa: PLC0415 (not for `pipe --help`)
+    from huggingface_hub import HfApi  # noqa: PLC0415 (most runs need none)
 
     api = HfApi()
     try:

@@ -100,7 +100,7 @@ def test_help_shows_what_a_value_looks_like() -> None:
         if x.opts[0] not in OF_COMMANDS
     }
     assert set(shown.values()) - {None} == {
-        *("MODEL", "MORE", "STORE", "OUT"),
+        *("MODEL", "STORE", "OUT"),
         *("TEXT", "INTEGER", "FLOAT", "PATH", "REGEX", "N:M", "I/N", "OWNER/NAME"),
     }
     for flag, metavar in (
