@@ -20,10 +20,11 @@ import typer
 from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
 from gradpipe.options import Option
 from gradpipe.pipeline.collect.config import CollectConfig, ImportConfig
-from gradpipe.pipeline.evaluate_config import EvalConfig
+from gradpipe.pipeline.evaluate_config import EvalConfig, EvalExtras
 from gradpipe.pipeline.interrupt import loading
 from gradpipe.pipeline.options import Model, Overwrite
 from gradpipe.pipeline.prune.config import PruneConfig
+from gradpipe.pipeline.publish import PushConfig
 from gradpipe.pipeline.report_config import ReportConfig
 from gradpipe.pipeline.stores.config import CopyConfig, ExportConfig, StatsConfig
 from gradpipe.pipeline.sweep.config import SweepConfig
@@ -34,6 +35,7 @@ from gradpipe.terminal import Json, Output, complain, prepare_streams, say, stde
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 _WIDE = 10_000  # columns of a file: tables wrap on terminals alone
 Store = Annotated[str, Option(help="Path or URL.", is_argument=True)]
+_NO_EXTRAS, _NO_PUSH = EvalExtras(), PushConfig()
 
 app = typer.Typer(
     name="pipe",
@@ -96,8 +98,10 @@ def collect_grads(
 def prune(
     config: PruneConfig,
     verbose: Annotated[bool, Option(help="Print each layer.")] = False,
+    to_hub: PushConfig = _NO_PUSH,
 ) -> None:
     """Stage two: sparsify a checkpoint from a store, without running the model."""
+    to_hub.check()
     locate(config.model)
     _check_store(config.store)
     with loading():
@@ -113,18 +117,33 @@ def prune(
         stdout().print(layer_table(result))
     stdout().print(prune_table(f"{config.out}", results))
     say(stdout(), f"each layer: --verbose, or {REPORT}; as a page: pipe report {config.out}")
+    _push(to_hub, {result.label: result.folder for result in results})
 
 
 @command(app, "eval")
-def evaluate(config: EvalConfig, json_file: Json = None) -> None:
-    """Perplexity of a checkpoint, on windows that do not overlap; of images, top-1 accuracy."""
+def evaluate(
+    config: EvalConfig,
+    more: Annotated[tuple[str, ...], Option(help="On the same text.", is_argument=True)] = (),
+    extras: EvalExtras = _NO_EXTRAS,
+    to_hub: PushConfig = _NO_PUSH,
+    json_file: Json = None,
+) -> None:
+    """Perplexity of checkpoints, on windows that do not overlap; of images, top-1 accuracy."""
     output = Output(json_file)
-    locate(config.model)
+    to_hub.check()
+    if to_hub.push_to_hub is not None and not extras.card:
+        raise InputError("--push-to-hub: expected --card too: else nothing here is new")
+    models = (config.model, *more)
+    for name in (*models, extras.compare):
+        if name is not None:
+            locate(name)
     with loading():
-        from gradpipe.pipeline import evaluate as evaluating
+        from gradpipe.pipeline import compare as comparing
+        from gradpipe.pipeline.reports.evaluations import to_json, to_lines
 
-    metrics = evaluating.measure(config, stderr())
-    output.show(dataclasses.asdict(metrics), metrics.summary)
+    found = comparing.compare(models, config, extras, stderr())
+    output.show(to_json(found), to_lines(found))
+    _push(to_hub, {name.strip("./").replace("/", "-"): Path(name) for name in models})
 
 
 @command(app)
@@ -318,6 +337,14 @@ def store_import_gblm(config: ImportConfig) -> None:
         from gradpipe.pipeline.reports.tables import store_table
 
     stdout().print(store_table(importing.import_gblm(config)))
+
+
+def _push(config: PushConfig, folders: dict[str, Path]) -> None:
+    """Upload what was written, if that was asked for."""
+    from gradpipe.pipeline.publish import push
+
+    for repository, folder in config.repositories(folders).items():
+        say(stderr(), f"uploaded to {push(repository, folder, private=config.private)}")
 
 
 def main() -> None:

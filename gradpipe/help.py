@@ -21,7 +21,10 @@ TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the comma
     ),
     "What is recommended": ("recipe",),
     "Which grid": ("study", "with-store"),
-    "What is measured": ("statistics", "encoding", "l1", "l2", "activations", "scale"),
+    "What is measured": (
+        *("tasks", "latency", "statistics", "encoding"),
+        *("l1", "l2", "activations", "scale"),
+    ),
     "How much goes": (
         *("sparsity", "pattern", "mixed-patterns", "allocation", "allocation-score"),
     ),
@@ -35,7 +38,7 @@ TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the comma
     "Several jobs": ("shard", "finalize", "rank-timeout"),
     "What is written": (
         *("html", "figures", "format", "json", "verbose", "dry-run", "keep"),
-        *("overwrite", "allow-mismatch", "private"),
+        *("overwrite", "allow-mismatch", "card", "push-to-hub", "private"),
     ),
 }
 EXAMPLES: Mapping[str, tuple[str, ...]] = {  # by the words that call a command
@@ -47,7 +50,10 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {  # by the words that call a command
         "pipe prune embedded store out --sparsity 0.5 --pattern 2:4",
         "pipe prune embedded store out --method wanda --allocation owl --sparsity 0.7",
     ),
-    "eval": ("pipe eval out/s0.50 --dataset stdlib --seq-len 256",),
+    "eval": (
+        "pipe eval out/s0.50 --dataset stdlib --seq-len 256",
+        "pipe eval out/s0.50 out/2-4 --dataset stdlib --compare embedded --latency",
+    ),
     "verify": ("pipe verify out/s0.50 --base embedded",),
     "mask export": ("pipe mask export out/s0.50 masks.safetensors",),
     "mask apply": ("pipe mask apply tuned masks.safetensors tuned-and-pruned",),

@@ -107,14 +107,16 @@ def _is_silent() -> bool:
 
 def _print(shown: str | Table) -> None:
     if isinstance(shown, str):
-        say(stdout(), shown)
+        for line in shown.split("\n"):
+            say(stdout(), line)
     else:
         stdout().print(shown)
 
 
-def _finite(document: dict[str, Any]) -> dict[str, Any]:
+def _finite(value: Any) -> Any:
     """JSON has no infinity: null, where a perplexity is beyond a float."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in document.items()
-    }
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

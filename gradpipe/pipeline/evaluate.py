@@ -37,7 +37,7 @@ def measure(config: EvalConfig, console: Console = QUIET) -> Metrics | Accuracy:
     """What the checkpoint's task is measured by; InputError if model or data cannot be used."""
     checkpoint = Checkpoint.open(config.model)
     if find_task(checkpoint, config.task) == IMAGE_CLASSIFICATION:
-        return _classify(checkpoint, config, console)
+        return classify_opened(checkpoint, config, console)
     return next(_evaluate_each([checkpoint], config, console))
 
 
@@ -63,7 +63,7 @@ def classify(config: EvalConfig, console: Console = QUIET) -> Accuracy:
     """
     checkpoint = Checkpoint.open(config.model)
     find_task(checkpoint, IMAGE_CLASSIFICATION)
-    return _classify(checkpoint, config, console)
+    return classify_opened(checkpoint, config, console)
 
 
 def evaluate(config: EvalConfig, console: Console = QUIET) -> Metrics:
@@ -97,7 +97,8 @@ def evaluate_each(
     return _evaluate_each(map(Checkpoint.open, models), config, console)
 
 
-def _classify(checkpoint: Checkpoint, config: EvalConfig, console: Console) -> Accuracy:
+def classify_opened(checkpoint: Checkpoint, config: EvalConfig, console: Console) -> Accuracy:
+    """Top-1 accuracy of a checkpoint of images that is open; `config.model` is left aside."""
     refuse_given(config, ("seq_len", "max_windows"), "images have no windows")
     device = resolve_device(config.device)
     with memory_errors("give a smaller --batch-size"):

@@ -28,3 +28,26 @@ class EvalConfig:
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         check_options(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalExtras:
+    """What else is measured, beside perplexity."""
+
+    compare: Annotated[
+        str | None,
+        Option(help="The dense model: difference, KL divergence, the same top token."),
+    ] = None
+    tasks: Annotated[
+        tuple[str, ...],
+        Option(
+            help="Tasks of lm-evaluation-harness, or .yaml files; comma-separated.",
+            separator=",",
+        ),
+    ] = ()
+    latency: Annotated[bool, Option(help="Time prefill and decode; size of the files.")] = False
+    card: Annotated[bool, Option(help="Add what was measured to the model card.")] = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be meant."""
+        check_options(self)

@@ -16,20 +16,24 @@ import gradpipe
 from gradpipe import CollectConfig, DataConfig, EvalConfig, ImportConfig, InputError, PruneConfig
 from gradpipe.cli import app
 from gradpipe.options import is_given, option_fields, unasked
+from gradpipe.pipeline.evaluate_config import EvalExtras
+from gradpipe.pipeline.publish import PushConfig
 from tests.support.workplace import COLLECT, EVAL, IMPORT, PRUNE, Refused
 
 CONFIGS: dict[str, tuple[type, ...]] = {  # command -> the configs whose fields it takes
     "collect-grads": (CollectConfig, DataConfig),
-    "prune": (PruneConfig,),
-    "eval": (EvalConfig, DataConfig),
+    "prune": (PruneConfig, PushConfig),
+    "eval": (EvalConfig, DataConfig, EvalExtras, PushConfig),
     "import-gblm": (ImportConfig,),
 }
-OF_COMMANDS = {"--dry-run", "--json", "--verbose", "--help"}  # options that no config has
+OF_COMMANDS = {"--dry-run", "--json", "--verbose", "--help", "more"}  # options that no config has
 FEWEST: dict[type, dict[str, Any]] = {
     CollectConfig: {"model": "m", "store": Path("s")},
     PruneConfig: {"model": "m", "store": "s", "out": Path("o")},
     EvalConfig: {"model": "m"},
     DataConfig: {},
+    EvalExtras: {},
+    PushConfig: {},
     ImportConfig: {"model": "m", "store": Path("s"), "l1": Path("l1.pth")},
 }
 
@@ -97,7 +101,7 @@ def test_help_shows_what_a_value_looks_like() -> None:
     }
     assert set(shown.values()) - {None} == {
         *("MODEL", "STORE", "OUT"),
-        *("TEXT", "INTEGER", "FLOAT", "PATH", "REGEX", "N:M", "I/N"),
+        *("TEXT", "INTEGER", "FLOAT", "PATH", "REGEX", "N:M", "I/N", "OWNER/NAME"),
     }
     for flag, metavar in (
         ("--statistics", "TEXT"),

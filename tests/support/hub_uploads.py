@@ -43,7 +43,7 @@ def keep(hub: Hub, sha256: str, data: bytes) -> None:
 
 
 def _create(hub: Hub, wanted: dict[str, Any]) -> object:
-    repo = f"{wanted['type']}s/{wanted['organization']}/{wanted['name']}"
+    repo = f"{wanted.get('type', 'model')}s/{wanted['organization']}/{wanted['name']}"
     hub.commit(repo, Path(tempfile.mkdtemp(dir=hub.uploads)))
     if wanted.get("visibility") == "private":
         hub.private.add(repo)

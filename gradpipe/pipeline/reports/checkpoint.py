@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from gradpipe.pipeline.places import REPORT
+from gradpipe.pipeline.reports.card import CARD, model_card
 from gradpipe.pipeline.reports.results import PruneReport
 from gradpipe.store.objects import write_durably
 
@@ -14,31 +15,4 @@ def write_report(folder: Path, report: PruneReport) -> None:
     """Write `pruning.json` and the model card."""
     document = json.dumps(report.to_json(), indent=1) + "\n"
     write_durably(folder / REPORT, document.encode())
-    write_durably(folder / "README.md", _model_card(report).encode())
-
-
-def _model_card(report: PruneReport) -> str:
-    """A README.md that the Hub shows."""
-    order = report.order
-    return f"""---
-base_model: {order.model}
-tags: [pruned, sparse, gradpipe]
----
-# {order.model}, pruned
-
-| | |
-|---|---|
-| method | {order.method} |
-| pattern | {order.pattern} |
-| sparsity of the pruned layers | {report.achieved:.4f} |
-| of all weights of the blocks | {report.blocks.sparsity:.4f} |
-| of the whole checkpoint | {report.file.sparsity:.4f} |
-| statistics | {", ".join(order.statistics) or "none"} |
-| gradient store | `{order.store}` |
-
-Made with gradpipe {order.gradpipe}:
-
-    {order.command}
-
-Sparsity of each layer: `pruning.json`. The weights are dense tensors with zeros in them.
-"""
+    write_durably(folder / CARD, model_card(report).encode())

@@ -1,0 +1,215 @@
+"""Checkpoints on one text: perplexity, and what else tells a pruned one from the dense."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import hypot
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from gradpipe.errors import InputError
+from gradpipe.options import refuse_given
+from gradpipe.pipeline.evaluate import classify_opened, evaluation_tokens
+from gradpipe.pipeline.evaluate_config import EvalConfig, EvalExtras
+from gradpipe.pipeline.progress import QUIET, progress_bar
+from gradpipe.pipeline.reports.card import add_results, check_card
+from gradpipe.pipeline.reports.evaluations import Comparison, Evaluation, Latency, Score
+from gradpipe.pipeline.reports.results import Metrics
+from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.size import file_sizes
+from gradpipe.stages.data.config import split_name
+from gradpipe.stages.device import memory_errors, resolve_device
+from gradpipe.stages.evaluate.closeness import closeness
+from gradpipe.stages.evaluate.latency import NEW_TOKENS, compress_2_4, measure_speed
+from gradpipe.stages.evaluate.perplexity import perplexity
+from gradpipe.stages.evaluate.tasks import Tasks, TaskScore
+from gradpipe.stages.model.load import (
+    check_tokens,
+    dtype_name,
+    load_model,
+    load_tokenizer,
+    resolve_dtype,
+)
+from gradpipe.stages.model.next_token import check_next_token
+from gradpipe.stages.model.tasks import find_task
+from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
+
+_NOTHING = EvalExtras()
+
+
+def compare(
+    models: Sequence[str],
+    config: EvalConfig,
+    extras: EvalExtras = _NOTHING,
+    console: Console = QUIET,
+) -> tuple[Evaluation, ...]:
+    """Measure checkpoints on the same text, or images; `config.model` is left aside.
+
+    Those of text share the first one's tokenizer. Raises InputError if models, data and options do
+    not fit together, GradpipeError for a loss that is not finite.
+    """
+    checkpoints = [Checkpoint.open(name) for name in models]
+    for checkpoint in checkpoints if extras.card else ():
+        check_card(checkpoint.folder)
+    found = _measured(checkpoints, config, extras, console)
+    for checkpoint, evaluation in zip(checkpoints, found, strict=True) if extras.card else ():
+        add_results(checkpoint.folder, evaluation)
+    return found
+
+
+def _measured(
+    checkpoints: Sequence[Checkpoint], config: EvalConfig, extras: EvalExtras, console: Console
+) -> tuple[Evaluation, ...]:
+    kinds = {find_task(checkpoint, config.task) for checkpoint in checkpoints}
+    if kinds == {IMAGE_CLASSIFICATION}:
+        refuse_given(extras, ("compare", "tasks", "latency"), "of text alone, not of images")
+        found = (classify_opened(checkpoint, config, console) for checkpoint in checkpoints)
+        return tuple(Evaluation(metrics=x) for x in found)
+    if kinds != {CAUSAL_LM}:
+        raise InputError(
+            f"{checkpoints[0].name} and others are for two tasks: give models of text, or of images"
+        )
+    return tuple(_Bench(config, extras, console, checkpoints[0]).run(checkpoints))
+
+
+class _Bench:
+    """One text, one dense model, and what is measured of each checkpoint."""
+
+    def __init__(
+        self, config: EvalConfig, extras: EvalExtras, console: Console, first: Checkpoint
+    ) -> None:
+        self._config = config
+        self._extras = extras
+        self._console = console
+        self._device = resolve_device(config.device)
+        self._tasks = Tasks.find(extras.tasks) if extras.tasks else None
+        self._windows, self._revision = evaluation_tokens(config, first, console)
+
+    def run(self, checkpoints: Sequence[Checkpoint]) -> Iterator[Evaluation]:
+        """Each checkpoint, beside the dense one if there is one."""
+        remedy = "give a smaller --batch-size or --seq-len, or --dtype bfloat16"
+        name = self._extras.compare
+        with memory_errors(remedy if name is None else f"{remedy}; --compare loads two models"):
+            dense = None if name is None else self._dense(Checkpoint.open(name))
+            for checkpoint in checkpoints:
+                yield self._measure(checkpoint, dense)
+
+    def _load(self, checkpoint: Checkpoint) -> Any:
+        find_task(checkpoint, CAUSAL_LM)
+        dtype = resolve_dtype(self._config.dtype, checkpoint)
+        model = load_model(checkpoint, dtype, self._device)
+        check_tokens(self._windows, checkpoint, model)
+        check_next_token(model, checkpoint.name, self._device)
+        return model
+
+    def _dense(self, checkpoint: Checkpoint) -> _Dense:
+        model = self._load(checkpoint)
+        return _Dense(
+            label=checkpoint.label,
+            model=model,
+            scores={(x.task, x.metric): x for x in self._scores(checkpoint, model)},
+            latency=self._latency(checkpoint, model, compresses=False)
+            if self._extras.latency
+            else None,
+        )
+
+    def _measure(self, checkpoint: Checkpoint, dense: _Dense | None) -> Evaluation:
+        model = self._load(checkpoint)
+        value, comparison = self._perplexity(model, dense)
+        found = self._scores(checkpoint, model)
+        return Evaluation(
+            metrics=self._metrics(checkpoint, model, value),
+            comparison=comparison,
+            tasks=tuple(_score(x, None if dense is None else dense.scores) for x in found),
+            latency=self._latency(checkpoint, model, compresses=True)
+            if self._extras.latency
+            else None,
+            dense_latency=None if dense is None else dense.latency,
+        )
+
+    def _perplexity(self, model: Any, dense: _Dense | None) -> tuple[float, Comparison | None]:
+        windows, size = self._windows, self._config.batch_size
+        with progress_bar(
+            self._console, "evaluating", len(windows), "windows", windows.shape[1]
+        ) as advance:
+            if dense is None:
+                return perplexity(model, windows, size, advance), None
+            found = closeness(model, dense.model, windows, size, advance)
+        return found.perplexity, Comparison(
+            dense=dense.label,
+            dense_perplexity=found.dense_perplexity,
+            difference=found.perplexity - found.dense_perplexity,
+            difference_error=found.difference_error,
+            kl_divergence=found.kl_divergence,
+            top_token_agreement=found.agreement,
+        )
+
+    def _scores(self, checkpoint: Checkpoint, model: Any) -> tuple[TaskScore, ...]:
+        if self._tasks is None:
+            return ()
+        tokenizer, quiet = load_tokenizer(checkpoint), not self._console.is_terminal
+        return self._tasks.score(model, tokenizer, self._config.batch_size, quiet=quiet)
+
+    def _latency(self, checkpoint: Checkpoint, model: Any, *, compresses: bool) -> Latency:
+        """Of the model as it is, and, at last, with its 2:4 sparse layers compressed."""
+        prompt_T = torch.from_numpy(self._windows[0][: max(1, self._windows.shape[1] - NEW_TOKENS)])
+        plain = measure_speed(model, prompt_T)
+        layers = compress_2_4(model) if compresses else 0
+        packed = measure_speed(model, prompt_T) if layers else None
+        file_bytes, zstd_bytes = file_sizes(checkpoint)
+        device = self._device
+        is_gpu = device.type == "cuda"
+        return Latency(
+            device=torch.cuda.get_device_name(device) if is_gpu else device.type,
+            threads=torch.get_num_threads(),
+            prompt_tokens=plain.prompt_tokens,
+            prefill_seconds=plain.prefill_seconds,
+            decode_seconds=plain.decode_seconds,
+            compressed_layers=layers,
+            compressed_prefill_seconds=None if packed is None else packed.prefill_seconds,
+            compressed_decode_seconds=None if packed is None else packed.decode_seconds,
+            file_bytes=file_bytes,
+            zstd_bytes=zstd_bytes,
+        )
+
+    def _metrics(self, checkpoint: Checkpoint, model: Any, value: float) -> Metrics:
+        data = self._config.data
+        return Metrics(
+            perplexity=value,
+            model=checkpoint.label,
+            dataset=data.label,
+            dataset_config=data.config,
+            split=split_name(data, "evaluation"),
+            revision=self._revision,
+            num_windows=len(self._windows),
+            seq_len=self._windows.shape[1],
+            num_tokens=self._windows.size,
+            dtype=dtype_name(model.dtype),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Dense:
+    """The dense model, and what was measured of it alone."""
+
+    label: str
+    model: Any
+    scores: Mapping[tuple[str, str], TaskScore]
+    latency: Latency | None
+
+
+def _score(own: TaskScore, dense: Mapping[tuple[str, str], TaskScore] | None) -> Score:
+    """A score, and how far it is from the dense model's."""
+    score = Score(**asdict(own))
+    if dense is None:
+        return score
+    other = dense[own.task, own.metric]
+    errors = [x for x in (own.error, other.error) if x is not None]
+    return replace(
+        score,
+        difference=own.value - other.value,
+        difference_error=hypot(*errors) if len(errors) == 2 else None,
+    )

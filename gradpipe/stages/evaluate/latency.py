@@ -1,0 +1,92 @@
+"""How long a model takes on this machine: reading a prompt (prefill), and each new token (decode).
+
+Medians of a few runs after one that is not counted, one sequence at a time, greedy. With weights
+2:4 sparse, and a GPU whose tensor cores know the pattern, also by `to_sparse_semi_structured`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_REPEATS = 3
+NEW_TOKENS = 16  # decoded after the prompt
+_FIRST_CAPABILITY = (8, 0)  # Ampere
+_MULTIPLE = 64  # of both widths: the sparse kernels' tiles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """Seconds, medians."""
+
+    prompt_tokens: int
+    prefill_seconds: float  # of the whole prompt
+    decode_seconds: float  # of each new token
+
+
+@torch.no_grad()
+def measure_speed(model: Any, prompt_T: Tensor) -> Speed:
+    """Time `model` on a prompt of token ids."""
+    ids_1T = prompt_T[None].to(model.device)
+    model(input_ids=ids_1T, use_cache=True)  # what is done once, is done
+    rounds = [_round(model, ids_1T) for _ in range(_REPEATS)]
+    return Speed(
+        prompt_tokens=len(prompt_T),
+        prefill_seconds=median(prefill for prefill, _ in rounds),
+        decode_seconds=median(decode for _, decode in rounds),
+    )
+
+
+def _round(model: Any, ids_1T: Tensor) -> tuple[float, float]:
+    """Seconds of the prompt, and of a new token."""
+    output, prefill = _timed(model.device, lambda: model(input_ids=ids_1T, use_cache=True))
+
+    def decode() -> None:
+        cache, next_11 = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        for _ in range(NEW_TOKENS):
+            step = model(input_ids=next_11, past_key_values=cache, use_cache=True)
+            cache, next_11 = step.past_key_values, step.logits[:, -1:].argmax(-1)
+
+    _, seconds = _timed(model.device, decode)
+    return prefill, seconds / NEW_TOKENS
+
+
+def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:
+    _wait(device)
+    start = time.perf_counter()
+    found = work()
+    _wait(device)
+    return found, time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compress_2_4(model: Any) -> int:
+    """Give each 2:4 sparse linear layer torch's compressed weight; returns how many there are.
+
+    None where the device has no such kernels: CUDA from Ampere on, in float16 or bfloat16.
+    """
+    device: torch.device = model.device
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < _FIRST_CAPABILITY:
+        return 0
+    found = [x for x in model.modules() if isinstance(x, nn.Linear) and _is_2_4(x.weight)]
+    for module in found:
+        weight = torch.sparse.to_sparse_semi_structured(module.weight.detach())
+        module.weight = nn.Parameter(weight, requires_grad=False)
+    return len(found)
+
+
+def _is_2_4(weight_OI: Tensor) -> bool:
+    fits = weight_OI.ndim == 2 and not any(x % _MULTIPLE for x in weight_OI.shape)
+    if not fits or weight_OI.dtype not in {torch.float16, torch.bfloat16}:
+        return False
+    return bool(((weight_OI != 0).reshape(-1, 4).sum(1) <= 2).all())
