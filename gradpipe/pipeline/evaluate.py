@@ -29,6 +29,7 @@ from gradpipe.stages.model.load import (
     resolve_dtype,
 )
 from gradpipe.stages.model.next_token import check_next_token
+from gradpipe.stages.model.one_image import try_one_image
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 
@@ -103,6 +104,7 @@ def classify_opened(checkpoint: Checkpoint, config: EvalConfig, console: Console
     device = resolve_device(config.device)
     with memory_errors("give a smaller --batch-size"):
         model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
+        try_one_image(model, checkpoint.name, device)
         processor = Processor(checkpoint, model)
         images = load_images(config.data, "evaluation", checkpoint, model)
         with progress_bar(console, "evaluating", len(images.labels), "images") as advance:

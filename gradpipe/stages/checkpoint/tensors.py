@@ -124,7 +124,7 @@ def matrix_shape(info: TensorInfo, *, transposed: bool) -> tuple[int, ...]:
 
 def count_zeros(tensor: Tensor) -> int:
     """How many of a float tensor's values are zero, of either sign."""
-    bits = np.frombuffer(tensor_bytes(tensor), dtype=f"u{tensor.element_size()}")
+    bits = np.frombuffer(tensor_bytes(tensor.flatten()), dtype=f"u{tensor.element_size()}")
     return tensor.numel() - sum(
         int(np.count_nonzero(bits[start : start + _COUNTED] << 1))
         for start in range(0, len(bits), _COUNTED)

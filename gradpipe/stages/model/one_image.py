@@ -9,28 +9,35 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 
 from gradpipe.errors import InputError
+from gradpipe.stages.device import is_out_of_memory
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.next_token import check_loss_is
 from gradpipe.stages.model.trial import image_shape
 
 
 @torch.no_grad()
-def check_one_image(model: Any, name: str, device: torch.device) -> None:
-    """Raises InputError unless the model gives logits of classes, and their cross-entropy."""
+def try_one_image(model: Any, name: str, device: torch.device) -> Any:
+    """What the model makes of an image of class 0; InputError if it cannot run on it alone."""
     shape, kind = image_shape(model), type(model).__name__
     pixels_1CHW = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
     batch = Batch.of_images(pixels_1CHW, torch.zeros(1, dtype=torch.long)).to(device)
     try:
-        output = batch.forward(model)
+        return batch.forward(model)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"{name}: {kind} cannot run on an image of {' x '.join(map(str, shape))} alone: "
             f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
+
+
+def check_one_image(model: Any, name: str, device: torch.device) -> None:
+    """Raises InputError unless the model gives logits of classes, and their cross-entropy."""
+    output = try_one_image(model, name, device)
     if getattr(output, "loss", None) is None or getattr(output, "logits", None) is None:
-        raise InputError(f"{name}: {kind} gives no loss of an image's class")
-    expected = float(cross_entropy(output.logits.float(), batch.inputs["labels"]))
+        raise InputError(f"{name}: {type(model).__name__} gives no loss of an image's class")
+    expected = float(-output.logits[0].float().log_softmax(dim=-1)[0])
     check_loss_is(float(output.loss), expected, model, name, "the class's")

@@ -73,6 +73,14 @@ MODELS: Mapping[str, Callable[[], Any]] = {
             **_TOKENS,
         )
     ),
+    "qwen3_vl_moe": lambda: hf.Qwen3VLMoeForConditionalGeneration(
+        hf.Qwen3VLMoeConfig(
+            text_config=_QWEN_TEXT
+            | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+            vision_config=_QWEN_IMAGES | {"deepstack_visual_indexes": [0, 1]},
+            **_TOKENS,
+        )
+    ),
     "llava": lambda: hf.LlavaForConditionalGeneration(
         hf.LlavaConfig(
             text_config={"model_type": "llama", **_TEXT},
@@ -159,13 +167,18 @@ def test_the_language_model_is_collected_and_pruned(
         stores[schedule] = collect(settings, Console(file=said, width=200))
     store = stores["resident"]
     assert store.digest == stores["streamed"].digest
-    assert len(store.spec.layers) == 2 * 7
+    of_block = 4 + 4 * 2 if kind == "qwen3_vl_moe" else 7  # attention, and each expert's
+    assert len(store.spec.layers) == 2 * of_block
     if kind != "mllama":  # whose class for text leaves its tower in the file
         assert "stays dense: model.vis" in said.getvalue()
     expected = gradients(model, torch.from_numpy(np.array(store.input_ids())))
     for layer in store.spec.layers:
         got = torch.from_numpy(np.array(store.read_norms(layer, "grad_l1")))
-        torch.testing.assert_close(got, expected[layer.weight_key], rtol=1e-4, atol=1e-5)
+        want = expected[layer.weight_key]
+        if layer.part is not None:  # of experts in one tensor, (in, out)
+            want = want[layer.part[0]]
+        want = want.T if layer.transposed else want
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     options: dict[str, Any] = {"out": tmp_path / "out", "method": "gradient"}
     pruned = PruneConfig(model=settings.model, store=str(tmp_path / "resident"), **options)
     (result,) = prune(pruned, Console(file=said, width=200))
