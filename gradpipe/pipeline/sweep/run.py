@@ -64,22 +64,18 @@ def sweep(config: SweepConfig, console: Console = QUIET) -> tuple[PointResult, .
         ... )
         >>> [result.target for result in sweep(config)]
         ['dense', '50 %', '50 %']
-
     """
-    grid, checkpoint = Grid.of(config), Checkpoint.open(config.model)
-    configs = {point.config.store: point.config for point in grid.points}
-    stores = {url: open_store(config) for url, config in configs.items()}
-    _check_study(config, stores)
-    plans = [PrunePlan.of(x.config, checkpoint, stores[x.config.store]) for x in grid.points]
+    grid = Grid.of(config)
+    plans = _plans(config, grid)
     results = ResultsFile(config.out)
-    local = [store.local_folder for store in stores.values()]
-    results.check((checkpoint.folder, *(folder for folder in local if folder)))
+    local = (plan.store.local_folder for plan in plans)
+    results.check((plans[0].checkpoint.folder, *(folder for folder in local if folder)))
     results.read()  # before what takes time
-    if grid.left_out:
-        line = f"left out, as it has no say there: {', '.join(grid.left_out)}"
+    said = (
+        [f"left out, as it has no say there: {', '.join(grid.left_out)}"] if grid.left_out else []
+    )
+    for line in dict.fromkeys([*said, *(plan.warning for plan in plans if plan.warning)]):
         console.print(line, soft_wrap=True, highlight=False)
-    for warning in dict.fromkeys(plan.warning for plan in plans if plan.warning is not None):
-        console.print(warning, soft_wrap=True, highlight=False)
     for plan in {plan.store.url: plan for plan in plans}.values():
         verify(plan, Ranks(), console)
     bench = Bench(config, plans, console)
@@ -87,6 +83,25 @@ def sweep(config: SweepConfig, console: Console = QUIET) -> tuple[PointResult, .
     _work(config, tasks, bench, results, console)
     found = results.read()
     return tuple(found[task.key] for task in tasks if task.key in found)
+
+
+def _plans(config: SweepConfig, grid: Grid) -> list[PrunePlan]:
+    """What each point will do: the same layers pruned in all, or one would be left in another.
+
+    Raises InputError if model, stores and options do not fit together.
+    """
+    checkpoint = Checkpoint.open(config.model)
+    configs = {point.config.store: point.config for point in grid.points}
+    stores = {url: open_store(of_store) for url, of_store in configs.items()}
+    _check_study(config, stores)
+    plans = [PrunePlan.of(x.config, checkpoint, stores[x.config.store]) for x in grid.points]
+    for plan in plans:
+        if odd := sorted(plan.layers.keys() ^ plans[0].layers.keys()):
+            raise InputError(
+                f"stores {plans[0].store.url} and {plan.store.url} are of other layers, as "
+                f"{odd[0]}: expected the same in all: leave one out, or name layers by --include"
+            )
+    return plans
 
 
 def _work(

@@ -287,6 +287,17 @@ def test_stores_are_an_axis(root: Path, tmp_path: Path) -> None:
     assert one.store.digest != other.store.digest
 
 
+def test_stores_of_other_layers_are_refused(root: Path, tmp_path: Path) -> None:
+    """A layer that one point prunes and the next does not would stay pruned."""
+    few = tmp_path / "few"
+    collect(LLAMA.collecting(root, few, num_samples=2, exclude=("k_proj",)))
+    config = sweeping(root, tmp_path / "out", methods=("wanda",), with_stores=(str(few),))
+    with pytest.raises(InputError, match="k_proj: expected the same in all"):
+        sweep(config)
+    assert not config.out.exists()
+    assert len(sweep(replace(config, include=("q_proj", "mlp"), patterns=()))) == 3
+
+
 @pytest.mark.parametrize(
     "text",
     ["no JSON", "[]", '{"format": 2}', '{"format": 1, "key": "k", "options": {}}'],
