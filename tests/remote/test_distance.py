@@ -132,18 +132,24 @@ def test_a_host_that_dies_while_it_copies_leaves_nothing_that_looks_complete(
 def test_a_folder_is_not_complete_before_all_has_arrived(
     line: Proxy, near: Path, tmp_path: Path, when: str
 ) -> None:
-    """Killed as it fetches an object; the folder is no store, and is gone on with."""
+    """Meanwhile another copy is refused; killed, the folder is no store, and is gone on with."""
     copied(near, url())
     process = start_copy(url(), tmp_path / "back")
+    said = []
 
     def kill(asked: str, path: str, _: int) -> None:
         if asked == "GET" and path.endswith(when):
+            try:
+                copied(url(), tmp_path / "back")
+            except InputError as error:
+                said.append(str(error))
             process.send_signal(signal.SIGKILL)
             process.wait()
 
     line.reset(kill)
     assert process.wait() == -signal.SIGKILL
     line.reset(nothing)
+    assert f"process {process.pid}" in said[0]
     with pytest.raises(StoreError, match="store copy again"):
         GradientStore.open(tmp_path / "back")
     copied(url(), tmp_path / "back")
