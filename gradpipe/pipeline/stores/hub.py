@@ -89,7 +89,7 @@ class HubDestination(Destination):
         batch: dict[str, bytes] = {}
         with source.reading_ahead():
             for place, key in enumerate(keys):
-                source.begin(keys[place : place + _AHEAD])
+                source.begin([], keys[place : place + _AHEAD])
                 batch[key] = source.read(key, source.record.objects[key][0])
                 held = sum(map(len, batch.values()))
                 if held >= _BATCH_BYTES or len(batch) == _BATCH_OBJECTS:
