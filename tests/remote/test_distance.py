@@ -127,6 +127,20 @@ def test_a_host_that_dies_while_it_copies_leaves_nothing_that_looks_complete(
     assert objects_in(far) == files_of(near)
 
 
+def test_a_copy_that_is_stopped_says_so(far: Any, line: Proxy, near: Path) -> None:
+    """SIGTERM ends it with 75, once what is under way has arrived."""
+    process = start_copy(near, url())
+
+    def stop(asked: str, path: str, _: int) -> None:
+        if asked == "PUT" and path.endswith("layers/zarr.json"):
+            process.send_signal(signal.SIGTERM)
+
+    line.reset(stop, lag=0.05)
+    assert process.wait() == 75
+    assert COMMIT_KEY not in objects_in(far)
+    assert "layers/zarr.json" in objects_in(far)
+
+
 @pytest.mark.usefixtures("far")
 @pytest.mark.parametrize("when", ["layers/zarr.json", "calibration/sources/c/0/0"])
 def test_a_folder_is_not_complete_before_all_has_arrived(
