@@ -277,7 +277,7 @@ def store_verify(store: Store) -> None:
 
     opened = GradientStore.open(store)
     opened.validate()
-    say(stdout(), f"{store}: complete and intact ({opened.digest})")
+    say(stdout(), f"{opened.url}: complete and intact ({opened.digest})")
 
 
 @command(store_app, "copy")
@@ -296,7 +296,7 @@ def store_export(config: ExportConfig) -> None:
     with loading():
         from gradpipe.pipeline.stores import export as exporting
 
-    say(stdout(), f"{exporting.export(config)}: {config.format} of {config.store}")
+    say(stdout(), f"{exporting.export(config)}: {config.format}")
 
 
 @command(store_app, "stats")

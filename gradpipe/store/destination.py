@@ -67,7 +67,7 @@ class Destination(ABC):
             try:
                 path = self._path(key)
                 data: bytes = self._files.cat_file(path, start=0, end=_RECORD_BYTES)
-            except (FileNotFoundError, NotADirectoryError):
+            except FileNotFoundError:
                 return None
         return data
 
@@ -120,6 +120,11 @@ class FolderDestination(Destination):
         """As `Destination`; what a copy left that was killed before it began is nothing."""
         begun = {path.name for path in (self.folder / PARTIAL).glob("*")}
         return super().names() - (set() if begun - {f".{Path(COPY_KEY).name}.tmp"} else {PARTIAL})
+
+    def read(self, key: str) -> bytes | None:
+        """As `Destination`."""
+        path = self.folder / key
+        return path.read_bytes() if path.is_file() else None
 
     def begin(self, record: bytes) -> None:
         """As `Destination`."""
@@ -174,7 +179,7 @@ class BucketDestination(Destination):
 
     def _digest(self, key: str) -> str:
         with self._told(key):
-            return digest(self._files.cat_file(self._path(key)))
+            return digest(self._files.cat_file(self._path(key), start=0))  # in one request
 
     @contextmanager
     def _told(self, key: str) -> Iterator[None]:

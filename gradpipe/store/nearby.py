@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
+from threading import Lock, local
 
 import xxhash
 
@@ -74,15 +74,17 @@ class ReadAhead:
         self._objects: OrderedDict[str, Future[bytes]] = OrderedDict()  # the latest at the end
         self._held = 0  # bytes of them
         self._lock = Lock()
+        self._own = local()  # what this thread is about to read: it cannot be dropped
 
     def close(self) -> None:
         """Wait for what is under way; drop what waits."""
         self._pool.shutdown(cancel_futures=True)
 
-    def begin(self, keys: Iterable[str]) -> None:
-        """Fetch what will be asked for next, as far as there is room; `keys` in that order."""
+    def begin(self, now: Iterable[str], later: Iterable[str]) -> None:
+        """Fetch what this thread reads now, and as far as there is room what is read later."""
+        self._own.objects = {key: self._get(key) for key in now}
         room = _HELD_BYTES // 2
-        for key in keys:
+        for key in later:
             room -= self._size_of(key)
             if room < 0:
                 return
@@ -90,7 +92,8 @@ class ReadAhead:
 
     def read(self, key: str) -> bytes:
         """An object, fetched before, or now; raises what fetching it raised."""
-        return self._get(key).result()
+        own: dict[str, Future[bytes]] = getattr(self._own, "objects", {})
+        return (own.pop(key, None) or self._get(key)).result()
 
     def _get(self, key: str) -> Future[bytes]:
         with self._lock:

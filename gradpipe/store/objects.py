@@ -254,10 +254,10 @@ class ObjectReader:
             )
         return self._fetch(key) if self._ahead is None else self._ahead.read(key)
 
-    def begin(self, keys: Iterable[str]) -> None:
-        """Say what will be read next, in order: while `reading_ahead`, it is fetched already."""
+    def begin(self, now: Iterable[str], later: Iterable[str]) -> None:
+        """Say what this thread reads now, and what is read later: `reading_ahead` fetches it."""
         if self._ahead is not None:
-            self._ahead.begin(keys)
+            self._ahead.begin(now, later)
 
     @contextmanager
     def reading_ahead(self) -> Iterator[None]:
@@ -265,6 +265,9 @@ class ObjectReader:
         if self.local_folder is not None:
             yield
             return
+        if self._files.protocol == "hf":  # which else lists the folder of each object
+            with self._told("its objects"):
+                self._files.find(self._root)
         self._ahead = ReadAhead(self._fetch, lambda key: self._entry(key)[0])
         try:
             yield

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from gradpipe.errors import InputError, StoreError
 from gradpipe.store import codec
-from gradpipe.store.arrays import Nodes, array_key
+from gradpipe.store.arrays import Nodes, array_key, most_bytes
 from gradpipe.store.folder import Calibration, read_calibration
 from gradpipe.store.nearby import ObjectCache
 from gradpipe.store.objects import ObjectReader
@@ -100,8 +100,9 @@ class GradientStore:
                 f"store {self.url} has no {missing[0]}, it has "
                 f"{', '.join(self.spec.statistics)}: collect again, with that statistic"
             )
-        for some in (layer, *self._followers.get(layer.name, ())):
-            self._objects.begin(self._keys(some, statistics))
+        followers = self._followers.get(layer.name, ())
+        later = (key for x in followers for key in self._keys(x, statistics))
+        self._objects.begin(self._keys(layer, statistics), later)
         waiting = list(statistics)
         while waiting:
             statistic = waiting.pop()
@@ -181,13 +182,19 @@ class GradientStore:
         return codec.Encoded(spec=spec, parts=parts)
 
     def _keys(self, layer: LayerSpec, statistics: Iterable[str]) -> Iterator[str]:
-        """The objects that hold a layer's statistics, and those that they are coded against."""
+        """The objects that hold a layer's statistics, and those that they are coded against.
+
+        But for what is not as large as it must be: that is for whoever reads it to refuse.
+        """
         specs = {x: self._statistic_spec(_key(layer, x)) for x in statistics}
         bases = {x.base for x in specs.values() if x.base is not None} - specs.keys()
         specs |= {x: self._statistic_spec(_key(layer, x)) for x in sorted(bases)}
         for statistic, spec in specs.items():
-            for part, (shape, _) in codec.part_types(spec, layer, statistic).items():
-                yield array_key(f"{_key(layer, statistic)}/{part}", shape)
+            for part, (shape, dtype) in codec.part_types(spec, layer, statistic).items():
+                key = array_key(f"{_key(layer, statistic)}/{part}", shape)
+                size, _ = self._objects.record.objects.get(key, (-1, ""))
+                if 0 <= size <= most_bytes(shape, dtype):
+                    yield key
 
     def _statistic_spec(self, key: str) -> StatisticSpec:
         return StatisticSpec.from_json(self._nodes.attributes(key))

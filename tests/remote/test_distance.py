@@ -127,23 +127,43 @@ def test_a_host_that_dies_while_it_copies_leaves_nothing_that_looks_complete(
     assert objects_in(far) == files_of(near)
 
 
+def test_a_copy_that_is_stopped_says_so(far: Any, line: Proxy, near: Path) -> None:
+    """SIGTERM ends it with 75, once what is under way has arrived."""
+    process = start_copy(near, url())
+
+    def stop(asked: str, path: str, _: int) -> None:
+        if asked == "PUT" and path.endswith("layers/zarr.json"):
+            process.send_signal(signal.SIGTERM)
+
+    line.reset(stop, lag=0.05)
+    assert process.wait() == 75
+    assert COMMIT_KEY not in objects_in(far)
+    assert "layers/zarr.json" in objects_in(far)
+
+
 @pytest.mark.usefixtures("far")
 @pytest.mark.parametrize("when", ["layers/zarr.json", "calibration/sources/c/0/0"])
 def test_a_folder_is_not_complete_before_all_has_arrived(
     line: Proxy, near: Path, tmp_path: Path, when: str
 ) -> None:
-    """Killed as it fetches an object; the folder is no store, and is gone on with."""
+    """Meanwhile another copy is refused; killed, the folder is no store, and is gone on with."""
     copied(near, url())
     process = start_copy(url(), tmp_path / "back")
+    said = []
 
     def kill(asked: str, path: str, _: int) -> None:
         if asked == "GET" and path.endswith(when):
+            try:
+                copied(url(), tmp_path / "back")
+            except InputError as error:
+                said.append(str(error))
             process.send_signal(signal.SIGKILL)
             process.wait()
 
     line.reset(kill)
     assert process.wait() == -signal.SIGKILL
     line.reset(nothing)
+    assert f"process {process.pid}" in said[0]
     with pytest.raises(StoreError, match="store copy again"):
         GradientStore.open(tmp_path / "back")
     copied(url(), tmp_path / "back")

@@ -134,6 +134,8 @@ def test_a_store_on_the_hub_prunes_as_the_local_one(
         (result,) = client.submit(prune, options).result()
         outputs.append({p.name: p.read_bytes() for p in result.folder.iterdir()})
     assert outputs[0] == outputs[1]
+    listings = [x for x in hub.requests if "datasets/someone/store/tree" in x]
+    assert len(listings) <= 3  # not one for each object
     unheard = dataclasses.replace(options, store="hf://datasets/someone/unheard-of")
     with pytest.raises(InputError) as caught:
         client.submit(prune, unheard).result()

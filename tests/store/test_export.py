@@ -1,6 +1,7 @@
 """Stores as files for other tools, read back with those tools' own packages."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,3 +180,11 @@ def test_a_store_without_inputs_has_no_importance_matrix(workplace: Path, tmp_pa
     collect(stores)
     with pytest.raises(InputError, match="--statistics act_l2"):
         exported(tmp_path / "store", tmp_path / "out", "imatrix")
+
+
+def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What to install stands in the line."""
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    monkeypatch.delitem(sys.modules, "gradpipe.pipeline.stores.imatrix", raising=False)
+    with pytest.raises(InputError, match=r"pip install 'gradpipe\[gguf\]'"):
+        exported(STORE, tmp_path / "out", "imatrix")

@@ -25,7 +25,7 @@ from tests.support.cases import files_of
 from tests.support.faulty import STALL, Proxy, proxy
 
 DATA = Path(__file__).parents[1] / "data"
-OBJECT = "layers/model.layers.0.mlp.down_proj/grad_l2/codes/c/0/0"
+OBJECT = "layers/model.layers.0.mlp.up_proj/grad_l1/codes/c/0/0"
 BUCKET = "far"
 SECRETS = {"AWS_ACCESS_KEY_ID": "AKIAOFNOONE", "AWS_SECRET_ACCESS_KEY": "secret-of-no-one"}
 IMPATIENT = {"config_kwargs": {"read_timeout": STALL / 2, "retries": {"max_attempts": 3}}}
@@ -67,6 +67,7 @@ def far(line: Proxy, server: tuple[str, int], monkeypatch: pytest.MonkeyPatch) -
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": line.url,
+        "AWS_MAX_ATTEMPTS": "2",
     }
     for name, value in told.items():
         monkeypatch.setenv(name, value)
@@ -89,13 +90,13 @@ def impatient(far: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ARG00
 @pytest.fixture(scope="module")
 def near() -> Path:
     """A store, in a folder."""
-    return DATA / "store-v2"
+    return DATA / "store-v1"
 
 
 @pytest.fixture(scope="module")
 def other() -> Path:
     """A store of another model."""
-    return DATA / "store-v1"
+    return DATA / "store-v2"
 
 
 @pytest.fixture(scope="module")

@@ -59,7 +59,7 @@ def _destination(config: CopyConfig, source: GradientStore) -> Destination:
 
         return HubDestination(config.destination, private=config.private)
     if config.private:
-        raise InputError(f"--private: {config.destination} is not on the Hub: leave it out")
+        raise InputError("--private: DST is not on the Hub: leave it out")
     if not is_local(config.destination):
         return BucketDestination(config.destination)
     destination = FolderDestination(config.destination)

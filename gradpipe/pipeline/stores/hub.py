@@ -15,7 +15,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from gradpipe.errors import GradpipeError, InputError, one_line
+from gradpipe.errors import GradpipeError, InputError, one_line, without_credentials
 from gradpipe.store.destination import Advance, Destination
 from gradpipe.store.objects import COMMIT_KEY, COPY_KEY, CommitRecord, ObjectReader
 
@@ -34,8 +34,8 @@ class HubDestination(Destination):
         found = _URL.fullmatch(url)
         if found is None:
             raise InputError(
-                f"{url}: expected hf://datasets/OWNER/NAME, or a folder in it: a store on the Hub "
-                "is a dataset, copied to its main branch"
+                f"{without_credentials(url)}: expected hf://datasets/OWNER/NAME, or a folder in "
+                "it: a store on the Hub is a dataset, copied to its main branch"
             )
         super().__init__(url.rstrip("/"))
         self._repo, self._prefix, self._private = found[1], found[2].lstrip("/"), private
@@ -89,7 +89,7 @@ class HubDestination(Destination):
         batch: dict[str, bytes] = {}
         with source.reading_ahead():
             for place, key in enumerate(keys):
-                source.begin(keys[place : place + _AHEAD])
+                source.begin([], keys[place : place + _AHEAD])
                 batch[key] = source.read(key, source.record.objects[key][0])
                 held = sum(map(len, batch.values()))
                 if held >= _BATCH_BYTES or len(batch) == _BATCH_OBJECTS:
