@@ -23,7 +23,7 @@ from gradpipe.stages.collect.estimate import Estimate, Workload, estimate
 from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.collect.schedule import check_shared
 from gradpipe.stages.data.tokens import window_length
-from gradpipe.stages.device import resolve_device
+from gradpipe.stages.device import resolve_device, torch_threads, usable_threads
 from gradpipe.stages.model.couplings import find_couplings
 from gradpipe.stages.model.layers import Selection, dense_lines
 from gradpipe.stages.model.load import (
@@ -188,7 +188,7 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
         console.print(line, highlight=False, markup=False)
     if find_task(checkpoint) == CAUSAL_LM and (config.overwrite or not is_begun(config.store)):
         probe(skeleton, device)
-    with ExitStack() as held:
+    with ExitStack() as held, torch_threads(usable_threads()):
         begun = begin(config, shard, skeleton, held, console)
         if begun is None:
             return
