@@ -57,7 +57,7 @@ PartitionName=spare Nodes=ALL Default=YES PriorityTier=1 GraceTime=120
 PartitionName=urgent Nodes=ALL PriorityTier=10
 EOF
 munged --foreground --force --socket="$work/munge.socket" --key-file="$work/munge.key" \
-  --pid-file="$work/munge.pid" --log-file="$work/munge.log" --seed-file="$work/munge.seed" &
+  --pid-file="$work/munge.pid" --seed-file="$work/munge.seed" 2> "$work/munge.log" &
 daemons+=($!)
 until_true 20 test -S "$work/munge.socket"
 slurmctld -D > "$work/ctld.log" 2>&1 & daemons+=($!)

@@ -10,17 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 from typing import Any, TypeVar
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from gradpipe.errors import GradpipeError, InputError, Interrupted
 from gradpipe.options import fields_of
@@ -28,6 +32,7 @@ from gradpipe.pipeline.launch import Launch
 from gradpipe.stages.checkpoint.folder import Checkpoint
 
 T = TypeVar("T")
+_PAUSE = 0.01  # seconds between looks at who has come
 _LIBRARIES = ("gradpipe", "torch", "transformers", "numpy")  # the result may depend on each
 
 
@@ -127,7 +132,7 @@ def joined(timeout: int) -> Iterator[Ranks]:
     ranks = Ranks(launch.index, launch.count, timeout)
     try:
         with ranks._losses():  # noqa: SLF001 (its own)
-            dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+            _meet(ranks)
         yield ranks
     except GradpipeError as error:
         if not error.is_told:
@@ -136,6 +141,43 @@ def joined(timeout: int) -> Iterator[Ranks]:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _meet(ranks: Ranks) -> None:
+    """Connect all ranks, by a name of this start of theirs.
+
+    torchrun's store outlives ranks that it starts again: without a name of their own they would
+    find the addresses of dead ones in it, and call those until the time-out.
+    """
+    waiting = timedelta(seconds=ranks.timeout)
+    store, index, count = next(rendezvous("env://", timeout=waiting))
+    name = _greet(store, ranks) if ranks.is_first else _introduce(store, index)
+    options = {"store": PrefixStore(name, store), "rank": index, "world_size": count}
+    dist.init_process_group("gloo", timeout=waiting, **options)
+
+
+def _introduce(store: Store, index: int) -> str:
+    """Tell the first rank, if it is a living one, that this one is there; the name it gives."""
+    own = uuid4().hex
+    store.set(f"hello/{index}", own)
+    name = str(store.get(f"welcome/{own}").decode())  # waits for it
+    store.set(f"thanks/{name}/{index}", "")
+    return name
+
+
+def _greet(store: Store, ranks: Ranks) -> str:
+    """Give each rank that is there a new name, until all have answered; dead ones never do."""
+    name, missing = uuid4().hex, set(range(1, ranks.count))
+    deadline = time.monotonic() + ranks.timeout
+    while missing:
+        if time.monotonic() > deadline:
+            raise RuntimeError("timed out")  # as torch.distributed has it
+        for index in missing:
+            if store.check([f"hello/{index}"]):
+                store.set(f"welcome/{store.get(f'hello/{index}').decode()}", name)
+        missing = {x for x in missing if not store.check([f"thanks/{name}/{x}"])}
+        time.sleep(_PAUSE)
+    return name
 
 
 def shared_out(costs: Sequence[int], count: int) -> list[int]:
