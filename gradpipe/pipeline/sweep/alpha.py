@@ -24,10 +24,11 @@ NUM_WINDOWS = 16
 
 def heldout_windows(
     config: SweepConfig, stores: Sequence[GradientStore], checkpoint: Checkpoint
-) -> npt.NDArray[np.int64]:
-    """Windows as the first store's own were drawn, by the next seed, that are in none of them.
+) -> tuple[npt.NDArray[np.int64], str]:
+    """Windows of text that no store has seen, and the text's name.
 
-    InputError if a store does not say what text it is of, or if that has no more.
+    They are drawn as the first store's own were, by the next seed. InputError if that store does
+    not say what text it is of, or if the text has no more.
     """
     store = stores[0]
     samples = store.spec.samples
@@ -58,7 +59,8 @@ def heldout_windows(
             f"--alpha auto: dataset {name} has no windows beside those that store {store.url} is "
             "of: give another --alpha-dataset"
         )
-    return np.asarray(drawn[fresh[:NUM_WINDOWS]], dtype=np.int64)
+    windows = np.asarray(drawn[fresh[:NUM_WINDOWS]], dtype=np.int64)
+    return windows, DataConfig(name=name).label
 
 
 def _overlaps(source: Any, seen: npt.NDArray[np.int64], seq_len: int) -> bool:

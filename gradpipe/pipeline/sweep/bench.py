@@ -62,8 +62,9 @@ class Bench:
         self._heldout: Measure | None = None
         if AUTO in config.alphas:
             stores = {plan.store.url: plan.store for plan in plans}
-            windows = heldout_windows(config, [*stores.values()], checkpoint)
-            self._heldout = of_windows(windows, config.batch_size, checkpoint, model)
+            windows, name = heldout_windows(config, [*stores.values()], checkpoint)
+            heldout = of_windows(windows, config.batch_size, checkpoint, model)
+            self._heldout = replace(heldout, identity={"dataset": name} | heldout.identity)
         self._pruned = PrunedModel(model, plans[0])
 
     def task(self, point: Point | None, plan: PrunePlan) -> Task:
@@ -117,6 +118,7 @@ class Bench:
             tried[alpha] = math.inf if value is None else value
         chosen = at_alpha(task, min(tried, key=tried.__getitem__))
         how = {
+            "dataset": self._heldout.identity["dataset"],
             "windows": self._heldout.identity["windows"][:2],
             "perplexity": {f"{alpha:g}": _finite(value) for alpha, value in tried.items()},
         }
