@@ -3,7 +3,8 @@
     python scripts/studies.py WORK
     python scripts/studies.py WORK alpha owl
 
-The results go to `docs/studies/NAME/results.jsonl`, with a page that has the table and its command.
+The results go to `docs/studies/NAME/results.jsonl`, with a page that has the table, its
+command and a picture.
 WORK keeps stores, and the small image classifier that the study of images is run on. What is done
 is not done again: to run a study anew, remove its results.
 """
@@ -22,7 +23,9 @@ import typer
 from rich.console import Console
 
 from gradpipe import CollectConfig, DataConfig, SweepConfig, collect, sweep
+from gradpipe.pipeline.reports import figures
 from gradpipe.pipeline.reports.points import sweep_table
+from gradpipe.pipeline.reports.series import Sweep
 from gradpipe.pipeline.studies import STUDIES, Study
 
 ROOT: Final = Path(__file__).parents[1]
@@ -100,8 +103,11 @@ def write_page(study: Study, config: SweepConfig) -> None:
     assert isinstance(console.file, StringIO)
     table = "\n".join(x for x in console.file.getvalue().splitlines() if x.strip())
     note = f"Reconstructed: {study.reconstructed}.\n\n" if study.reconstructed else ""
+    picture = figures.sweep(Sweep.read(config.out, str(config.study)), "picture")
+    picture.save(config.out, ("svg",))
     (config.out / "table.md").write_text(
-        f"# {study.title}\n\n```console\n$ {command(config)}\n```\n\n{note}{table}\n",
+        f"# {study.title}\n\n```console\n$ {command(config)}\n```\n\n{note}{table}\n\n"
+        f"![{picture.title}](picture.svg)\n",
         encoding="utf-8",
     )
 

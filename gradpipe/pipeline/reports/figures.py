@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from gradpipe.errors import printable
 from gradpipe.pipeline.reports.facts import LayerFacts, MaskFact, ScoreFact
@@ -19,6 +20,7 @@ from gradpipe.pipeline.reports.pictures import COLOURS, MARKERS, Picture
 from gradpipe.pipeline.reports.series import Series, Sweep
 
 _TALLEST = 12.0  # inches
+_TICKS = 8  # of an axis of blocks, at most
 _TOLD = 12  # of a picture's ends, in words
 _LONGEST = 42  # letters of a name in a picture
 _LINES = ("-", "--", "-.")
@@ -65,6 +67,7 @@ def _draw_curves(found: Sweep, figure: Figure) -> None:
         axes.axhline(found.dense, linestyle=":", color=_ink(axes), label="dense")
     if _is_wide(found):
         axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     if found.axis in {"α", "samples"}:
         axes.set_xscale("log")
     for axis in (axes.xaxis, axes.yaxis):
@@ -154,7 +157,7 @@ def _range(values: Mapping[str, float]) -> str:
 
 
 def _block_axis(axes: Axes, blocks: Sequence[str]) -> None:
-    step = max(1, len(blocks) // 16)
+    step = -(-len(blocks) // _TICKS)
     places = list(range(0, len(blocks), step))
     axes.set_xticks(places, [_number(blocks[place]) for place in places])
     axes.set_xlabel("block")

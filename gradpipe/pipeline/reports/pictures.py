@@ -69,9 +69,9 @@ class Picture:
             f"{body}"
         )
 
-    def save(self, folder: Path) -> None:
-        """Write it as SVG and as PNG."""
-        for kind in ("svg", "png"):
+    def save(self, folder: Path, kinds: tuple[str, ...] = ("svg", "png")) -> None:
+        """Write it under its name."""
+        for kind in kinds:
             write_durably(folder / f"{self.name}.{kind}", self._render(kind, _PAPER_INK))
 
     def _render(self, kind: str, ink: str) -> bytes:

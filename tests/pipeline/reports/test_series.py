@@ -57,6 +57,18 @@ def test_a_sweep_of_samples_is_drawn_over_their_number(tmp_path: Path) -> None:
     ]
 
 
+def test_numbers_beside_axes_are_plain(tmp_path: Path) -> None:
+    """No formula's source, be the axis logarithmic or not."""
+    values = {0.1: 24.0, 0.5: 31.0, 0.7: 90.0, 0.8: 480.0}
+    write_points(
+        tmp_path / "wide",
+        [point({"method": "wanda", "sparsity": x}, value) for x, value in values.items()],
+    )
+    drawn = figures.sweep(Sweep.read(tmp_path / "wide", "wide"), "wide").inline()
+    assert ">100</text>" in drawn
+    assert "mathdefault" not in drawn
+
+
 def test_a_sweep_at_one_share_is_a_dot_for_each_target(tmp_path: Path) -> None:
     """A row for each way to prune; an option that only some targets have tells no rows apart."""
     lines = [
