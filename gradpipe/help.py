@@ -53,6 +53,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {  # by the words that call a command
     "eval": (
         "pipe eval out/s0.50 --dataset stdlib --seq-len 256",
         "pipe eval out/s0.50 out/2-4 --dataset stdlib --compare embedded --latency",
+        "pipe eval out/s0.50 --schedule streamed --scratch scratch",
     ),
     "verify": ("pipe verify out/s0.50 --base embedded",),
     "mask export": ("pipe mask export out/s0.50 masks.safetensors",),

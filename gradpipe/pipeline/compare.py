@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import hypot
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,17 +16,20 @@ from gradpipe.errors import InputError
 from gradpipe.options import refuse_given
 from gradpipe.pipeline.evaluate import classify_opened, evaluation_tokens
 from gradpipe.pipeline.evaluate_config import EvalConfig, EvalExtras
+from gradpipe.pipeline.places import check_scratch
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.pipeline.reports.card import add_results, check_card
 from gradpipe.pipeline.reports.evaluations import Comparison, Evaluation, Latency, Score
 from gradpipe.pipeline.reports.results import Metrics
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.size import file_sizes
+from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.data.config import split_name
 from gradpipe.stages.device import memory_errors, resolve_device
 from gradpipe.stages.evaluate.closeness import closeness
 from gradpipe.stages.evaluate.latency import NEW_TOKENS, compress_2_4, measure_speed
 from gradpipe.stages.evaluate.perplexity import perplexity
+from gradpipe.stages.evaluate.streamed import streamed_perplexity
 from gradpipe.stages.evaluate.tasks import Tasks, TaskScore
 from gradpipe.stages.model.load import (
     check_tokens,
@@ -34,6 +39,7 @@ from gradpipe.stages.model.load import (
     resolve_dtype,
 )
 from gradpipe.stages.model.next_token import check_next_token
+from gradpipe.stages.model.skeleton import take_apart
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 
@@ -117,6 +123,8 @@ class _Bench:
         )
 
     def _measure(self, checkpoint: Checkpoint, dense: _Dense | None) -> Evaluation:
+        if self._extras.schedule == "streamed":
+            return self._streamed(checkpoint)
         model = self._load(checkpoint)
         value, comparison = self._perplexity(model, dense)
         found = self._scores(checkpoint, model)
@@ -129,6 +137,29 @@ class _Bench:
             else None,
             dense_latency=None if dense is None else dense.latency,
         )
+
+    def _streamed(self, checkpoint: Checkpoint) -> Evaluation:
+        """One block in memory at a time."""
+        skeleton = take_apart(checkpoint, resolve_dtype(self._config.dtype, checkpoint))
+        check_tokens(self._windows, checkpoint, skeleton.model)
+        probe(skeleton, self._device)
+        steps = len(self._windows) * skeleton.blocks.count
+        if self._extras.scratch is not None:
+            check_scratch(self._extras.scratch)
+            self._extras.scratch.mkdir(parents=True, exist_ok=True)
+        with (
+            TemporaryDirectory(dir=self._extras.scratch) as folder,
+            progress_bar(self._console, "evaluating", steps, "block-windows") as advance,
+        ):
+            value = streamed_perplexity(
+                skeleton,
+                self._windows,
+                self._config.batch_size,
+                self._device,
+                Path(folder),
+                advance,
+            )
+        return Evaluation(metrics=self._metrics(checkpoint, skeleton.model, value))
 
     def _perplexity(self, model: Any, dense: _Dense | None) -> tuple[float, Comparison | None]:
         windows, size = self._windows, self._config.batch_size

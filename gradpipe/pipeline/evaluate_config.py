@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
-from gradpipe.options import Option, check_options
+from gradpipe.options import Option, check_options, refuse_given
 from gradpipe.pipeline.options import BatchSize, Device, Dtype, Model, SeqLen, Task
 from gradpipe.stages.data.config import DataConfig
+
+SCHEDULES = ("resident", "streamed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,8 +49,19 @@ class EvalExtras:
         ),
     ] = ()
     latency: Annotated[bool, Option(help="Time prefill and decode; size of the files.")] = False
+    schedule: Annotated[
+        str, Option(help="{choices}: the last keeps one block in memory.", choices=SCHEDULES)
+    ] = "resident"
+    scratch: Annotated[
+        Path | None, Option(help="Folder for streamed activations.", default="the system's")
+    ] = None
     card: Annotated[bool, Option(help="Add what was measured to the model card.")] = False
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
         check_options(self)
+        if self.schedule == "streamed":
+            why = "of a whole model in memory, and --schedule streamed keeps one block of it"
+            refuse_given(self, ("compare", "tasks", "latency"), why)
+        else:
+            refuse_given(self, ("scratch",), "the resident schedule keeps nothing there")

@@ -104,6 +104,27 @@ def test_perplexities_are_those_that_each_has_alone(folder: Path) -> None:
     assert beside[0].comparison.dense_perplexity == alone[1].perplexity
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon"])
+def test_streamed_perplexity_is_the_whole_model_s(
+    folder: Path, tmp_path: Path, family: str
+) -> None:
+    """One block after the other: the same number, bit for bit, and nothing left in scratch."""
+    model = str(save_tiny(family, tmp_path / "model"))
+    config = evaluating(folder, model=model)
+    extras = EvalExtras(schedule="streamed", scratch=tmp_path / "scratch")
+    [found] = compare([model], config, extras)
+    assert found.metrics == evaluate(config)
+    assert [*(tmp_path / "scratch").iterdir()] == []
+
+
+def test_streamed_is_of_perplexity_alone(refused: Refused) -> None:
+    """What needs a whole model is refused, as scratch is where nothing is kept there."""
+    text = "eval model --dataset text.txt --seq-len 16 --max-windows 2"
+    refused(f"{text} --schedule streamed --compare model", says=("--compare",))
+    refused(f"{text} --schedule streamed --latency", says=("--latency",))
+    refused(f"{text} --scratch new", says=("--scratch",))
+
+
 def test_a_single_window_has_no_error(folder: Path) -> None:
     """One window has no spread."""
     config, dense = evaluating(folder, max_windows=1), str(folder / "dense")
