@@ -85,20 +85,7 @@ def demo(out: Path, console: Console = QUIET) -> DemoResult:
         ),
         console,
     )
-    results: dict[str, tuple[PruneResult, ...]] = {}
-    for name, options in ROWS:
-        results[name] = prune(
-            PruneConfig(
-                model=EMBEDDED_NAME,
-                store=str(store),
-                out=out / name.replace(" ", "-"),
-                sparsities=SPARSITIES,
-                patterns=PATTERNS,
-                overwrite=True,
-                **options,
-            ),
-            console,
-        )
+    results = {name: _pruned(out, name, options, console) for name, options in ROWS}
     folders = [str(result.folder) for row in results.values() for result in row]
     measured = evaluate_each([EMBEDDED_NAME, *folders], _EVALUATION, console)
     dense = next(measured).perplexity
@@ -110,3 +97,19 @@ def demo(out: Path, console: Console = QUIET) -> DemoResult:
             for name, row in results.items()
         },
     )
+
+
+def _pruned(
+    out: Path, name: str, options: dict[str, Any], console: Console
+) -> tuple[PruneResult, ...]:
+    """One row: all targets."""
+    config = PruneConfig(
+        model=EMBEDDED_NAME,
+        store=str(out / "store"),
+        out=out / name.replace(" ", "-"),
+        sparsities=SPARSITIES,
+        patterns=PATTERNS,
+        overwrite=True,
+        **options,
+    )
+    return prune(config, console)
