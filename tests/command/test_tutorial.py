@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,8 @@ def test_every_command_of_the_tutorial_does_what_it_says(
 ) -> None:
     """In order, in an empty folder; at 70 % the recipe is nearer to the dense model than Wanda."""
     monkeypatch.chdir(tmp_path)
-    perplexities, opened = [], {}
+    perplexities: list[float] = []
+    opened: dict[str, Any] = {}
     blocks = _BLOCKS.findall((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8"))
     for language, block in blocks:
         if language == "python":
