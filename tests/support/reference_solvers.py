@@ -57,30 +57,27 @@ def reference_least_squares(
 def reference_alps_mask(
     weight: Tensor, hessian: Tensor, outputs: Tensor | None, choose: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """ALPS's ADMM on the layer as one vector, each step a dense solve; 60 iterations at most."""
+    """ALPS's ADMM on the layer as one vector, over-relaxed by 1.7, each step a dense solve.
+
+    Fourteen steps; the penalty grows from 0.2 to 1, by the same factor each time.
+    """
     rows = weight.shape[0]
     metric = torch.kron(torch.eye(rows).double() if outputs is None else outputs, hessian)
     scale = metric.diagonal().sqrt()
     metric = metric / scale / scale[:, None]
     dense = weight.double().flatten() * scale
-    rho, support = 0.1, None
-    d, v = dense.clone(), torch.zeros_like(dense)
-    for iteration in range(1, 61):
+    rho, growth = 0.2, 5 ** (1 / 13)
+    d = dense * choose(dense.abs().reshape(weight.shape)).flatten()
+    v = rho * (dense - d)
+    for _ in range(14):
         system = metric + rho * torch.eye(len(dense))
         w = torch.linalg.solve(system, metric @ dense - v + rho * d)
-        z = w + v / rho
+        relaxed = 1.7 * w + (1 - 1.7) * d
+        z = relaxed + v / rho
         mask = choose(z.abs().reshape(weight.shape)).flatten()
         d = z * mask
-        v = v + rho * (w - d)
-        if iteration % 3 == 0:
-            if support is not None:
-                moved = (
-                    mask != support
-                ).sum().item() / mask.sum().item()  # both ways, as it has it
-                if moved == 0:
-                    break
-                rho *= 1.3 if moved >= 0.1 else 1.2 if moved >= 0.005 else 1.1
-            support = mask
+        v = v + rho * (relaxed - d)
+        rho *= growth
     return mask.reshape(weight.shape)
 
 

@@ -1,9 +1,10 @@
 """Least squares on a mask, and the masks that least squares would choose.
 
-`least_squares` moves the kept weights to the minimum of the curvature's cost, by preconditioned
-conjugate gradients on all rows at once. `alps_mask` looks for the support itself: ADMM between the
-cost and the constraint (ALPS: Meng et al., 2024), in the eigenbasis of both second moments, where
-each step is four products of matrices, whatever the curvature.
+`alps` looks for the support: ADMM between the cost and the constraint (ALPS: Meng et al., 2024), in
+the eigenbasis of both second moments, where each step is four products of matrices (two under
+`input`). It is over-relaxed (Boyd et al., 2011, section 3.4.3), which takes a third of the steps to
+supports as good (docs/decisions/0016). The weights that it ends with are nearly those of
+least cost on their support: `least_squares` goes the rest of the way.
 
 Shapes: O out, I in.
 """
@@ -23,10 +24,10 @@ from gradpipe.stages.prune.mask import budget_mask
 from gradpipe.stages.prune.solver import LayerProblem
 from gradpipe.stages.prune.target import Budget
 
-_ITERATIONS = 60
-_FIRST_PENALTY = 0.1
-_EVERY = 3  # iterations between looks at the support
-_PENALTY_GROWTH = ((0.1, 1.3), (0.005, 1.2), (0.0, 1.1))  # (left and joined ÷ support, factor)
+_STEPS = 14
+_PENALTIES = tuple(0.2 * 5 ** (step / (_STEPS - 1)) for step in range(_STEPS))  # 0.2 to 1
+_RELAXATION = 1.7
+_LEAST_GAIN = 1e-3  # of the cost: what a last step of least squares has brought
 
 
 class Alps:
@@ -45,8 +46,10 @@ class Alps:
             score_OI = score_OI.masked_fill(self._curvature.free, 0.0)
             return budget_mask(score_OI, budget, self._group)
 
-        mask_OI = alps_mask(self._weight_OI, self._basis, select)
-        return least_squares(self._weight_OI, mask_OI, self._curvature), mask_OI
+        found_OI, mask_OI = alps(self._weight_OI, self._basis, select)
+        start_OI = found_OI.where(~self._curvature.free, self._weight_OI.to(found_OI.dtype))
+        updated_OI = least_squares(self._weight_OI, mask_OI, self._curvature, start_OI, _LEAST_GAIN)
+        return updated_OI, mask_OI
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,28 +92,23 @@ def _eigen(matrix_NN: Tensor) -> tuple[Tensor, Tensor]:
     return values_N.clamp_min(0), vectors_NN
 
 
-def alps_mask(weight_OI: Tensor, basis: Eigenbasis, select: Callable[[Tensor], Tensor]) -> Tensor:
-    """The support that ADMM settles on, (O, I); `select` turns scores into a mask.
+def alps(
+    weight_OI: Tensor, basis: Eigenbasis, select: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Weights, in the basis' dtype, and the support that ADMM ends with, both (O, I).
 
-    Meng et al., 2024, algorithm 1, without its last step, which `least_squares` is.
+    `select` turns scores into a mask. Meng et al., 2024, algorithm 1, with penalties that do not
+    wait for the support, and without its last step, which `least_squares` is. What the mask keeps
+    of a candidate is the sparse weight, and what it drops is the dual over the penalty.
     """
     dense_OI = weight_OI.to(basis.scale.dtype) * basis.scale
     target_OI = basis.values * basis.enter(dense_OI)
-    penalty = _FIRST_PENALTY
-    sparse_OI, dual_OI = dense_OI.clone(), torch.zeros_like(dense_OI)
-    support_OI = None
-    for iteration in range(1, _ITERATIONS + 1):
-        pull_OI = target_OI + basis.enter(penalty * sparse_OI - dual_OI)
-        free_OI = basis.leave(pull_OI / (basis.values + penalty))
-        candidate_OI = free_OI + dual_OI / penalty
+    candidate_OI, before = dense_OI, _PENALTIES[0]
+    for penalty in _PENALTIES:
         mask_OI = select(candidate_OI.abs())
-        sparse_OI = candidate_OI * mask_OI
-        dual_OI += penalty * (free_OI - sparse_OI)
-        if iteration % _EVERY == 0:
-            if support_OI is not None:
-                moved = int((mask_OI ^ support_OI).sum()) / max(int(mask_OI.sum()), 1)
-                if moved == 0:
-                    break
-                penalty *= next(factor for least, factor in _PENALTY_GROWTH if moved >= least)
-            support_OI = mask_OI
-    return mask_OI
+        pull_OI = candidate_OI * torch.where(mask_OI, penalty, -before)
+        pull_OI = basis.enter(pull_OI).add_(target_OI).div_(basis.values + penalty)
+        candidate_OI = candidate_OI * torch.where(mask_OI, 1 - _RELAXATION, before / penalty)
+        candidate_OI.add_(basis.leave(pull_OI), alpha=_RELAXATION)
+        before = penalty
+    return candidate_OI / basis.scale, select(candidate_OI.abs())

@@ -18,14 +18,24 @@ def least_squares_updater(problem: LayerProblem) -> UpdateKept:
     return lambda mask_OI: least_squares(weight_OI, mask_OI, curvature)
 
 
-def least_squares(weight_OI: Tensor, mask_OI: Tensor, curvature: Curvature) -> Tensor:
+def least_squares(
+    weight_OI: Tensor,
+    mask_OI: Tensor,
+    curvature: Curvature,
+    start_OI: Tensor | None = None,
+    least_gain: float = 0.0,
+) -> Tensor:
     """The weights on `mask_OI` of least cost, (O, I), in the weight's dtype.
 
-    The cost never rises above that of just setting the others to zero, in that dtype: where
-    rounding costs more than there was to gain, nothing is moved.
+    From `start_OI` on, in the curvature's dtype, or from the weights themselves, to a step that
+    gains less than a share `least_gain` of the cost. The cost never rises above that of just
+    setting the others to zero, in the weight's dtype: where rounding costs more than there was to
+    gain, nothing is moved.
     """
     masked_OI = weight_OI * mask_OI
-    rounded_OI = _minimum(weight_OI.to(curvature.hessian.dtype), mask_OI, curvature)
+    dense_OI = weight_OI.to(curvature.hessian.dtype)
+    current_OI = (dense_OI if start_OI is None else start_OI) * mask_OI
+    rounded_OI = _minimum(dense_OI, mask_OI, curvature, current_OI, least_gain)
     rounded_OI = rounded_OI.to(weight_OI.dtype)
     rises = _cost(weight_OI, rounded_OI, curvature) > _cost(weight_OI, masked_OI, curvature)
     return torch.where(rises, masked_OI, rounded_OI)
@@ -38,11 +48,19 @@ def _cost(weight_OI: Tensor, pruned_OI: Tensor, curvature: Curvature) -> Tensor:
     return _dot(change_OI, curvature.times(change_OI), curvature)
 
 
-def _minimum(weight_OI: Tensor, mask_OI: Tensor, curvature: Curvature) -> Tensor:
-    """Conjugate gradients, from the masked weights on."""
-    current_OI = weight_OI * mask_OI
+def _minimum(
+    weight_OI: Tensor,
+    mask_OI: Tensor,
+    curvature: Curvature,
+    current_OI: Tensor,
+    least_gain: float,
+) -> Tensor:
+    """Conjugate gradients, from `current_OI` on, in place."""
     preconditioner = curvature.diagonal().reciprocal()
-    residual_OI = curvature.times(weight_OI - current_OI) * mask_OI
+    change_OI = weight_OI - current_OI
+    residual_OI = curvature.times(change_OI)
+    cost = _dot(change_OI, residual_OI, curvature)
+    residual_OI *= mask_OI
     step_OI = preconditioner * residual_OI
     direction_OI = step_OI.clone()
     product = _dot(residual_OI, step_OI, curvature)
@@ -50,9 +68,13 @@ def _minimum(weight_OI: Tensor, mask_OI: Tensor, curvature: Curvature) -> Tensor
     for _ in range(_STEPS):
         if bool((product <= goal).all()):
             break
-        curved_OI = curvature.times(direction_OI) * mask_OI
+        curved_OI = curvature.times(direction_OI).mul_(mask_OI)
         length = _ratio(product, _dot(direction_OI, curved_OI, curvature))
         current_OI += length * direction_OI
+        gain = length * product
+        cost -= gain
+        if bool(gain.sum() < least_gain * cost.sum()):
+            break
         residual_OI -= length * curved_OI
         step_OI = preconditioner * residual_OI
         before, product = product, _dot(residual_OI, step_OI, curvature)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from gradpipe import GradpipeError
-from gradpipe.stages.prune.alps import Eigenbasis, alps_mask
+from gradpipe.stages.prune.alps import Eigenbasis, alps
 from gradpipe.stages.prune.curvature import Curvature
 from gradpipe.stages.prune.layer import SolvedLayer
 from gradpipe.stages.prune.least_squares import least_squares
@@ -196,8 +196,10 @@ def test_weights_of_dead_inputs_go_first(method: str, pattern: Pattern | None) -
     got, notes = pruned(weight, method, Budget(Fraction(1, 2), pattern), hessian)
     assert torch.equal(got != 0, mask)
     assert bool((got[:, DEAD] == 0).all()) == (pattern is None)  # 2:4 keeps one of 4, 5, 6, 7
-    live = [i for i in range(COLUMNS) if i not in DEAD]
-    torch.testing.assert_close(got[:, live], expected[:, live], rtol=0.05, atol=0.02)
+    got[:, DEAD] = expected[:, DEAD] = 0  # they cost nothing but for the damping
+    best = reference_cost(zeroed - expected, moments)
+    most = 1 + 1e-6 if method == "sparsegpt" else 1.01
+    assert reference_cost(zeroed - got, moments) < most * best
     assert notes == ["layer: 5 of 24 inputs are always zero: their weights cost nothing"]
 
 
@@ -338,7 +340,7 @@ def test_alps_finds_the_oracles_support(kind: str, choice: str) -> None:
         select = lambda scores: unstructured_mask(scores, Fraction(1, 2), group)  # noqa: E731
         choose = lambda scores: reference_mask(scores, 0.5, choice)  # noqa: E731
     expected = reference_alps_mask(weight, moments.hessian, moments.cov, choose)
-    got = alps_mask(weight, Eigenbasis.of(moments), select)
+    _, got = alps(weight, Eigenbasis.of(moments), select)
     assert torch.equal(got, expected)
 
 
@@ -346,7 +348,7 @@ def test_alps_costs_less_than_magnitude_and_sparsegpt(kind: str) -> None:
     """What it is for: a better support, then least squares on it."""
     weight, moments = weights(14), curvature(15, kind)
     group, half = Group.parse("layer"), Fraction(1, 2)
-    found = alps_mask(
+    _, found = alps(
         weight, Eigenbasis.of(moments), lambda scores: unstructured_mask(scores, half, group)
     )
     largest = unstructured_mask(weight.abs(), half, group)

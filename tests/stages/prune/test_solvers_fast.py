@@ -4,13 +4,17 @@ from fractions import Fraction
 
 import pytest
 import torch
+from torch import Tensor
 
+from gradpipe.stages.prune.alps import Eigenbasis, alps
 from gradpipe.stages.prune.curvature import Curvature
+from gradpipe.stages.prune.least_squares import least_squares
+from gradpipe.stages.prune.mask import unstructured_mask
 from gradpipe.stages.prune.sparsegpt import obs_update, sparsegpt
-from gradpipe.stages.prune.target import Pattern
+from gradpipe.stages.prune.target import Group, Pattern
 from tests.stages.prune.test_solvers import moment, weights
 from tests.support.reference import reference_mask, reference_nm_mask
-from tests.support.reference_solvers import reference_sparsegpt
+from tests.support.reference_solvers import reference_cost, reference_sparsegpt
 
 
 @pytest.mark.parametrize(
@@ -67,3 +71,23 @@ def test_an_update_of_a_given_mask_crosses_parts() -> None:
     got = obs_update(weight, mask, moments.inverse_factor())
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9)
     assert torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("kind", ["input", "kfac"])
+def test_alps_ends_near_the_least_cost_of_its_support(kind: str) -> None:
+    """From its weights a few steps get as far as many do from the weights as they were."""
+    cov = moment(12, 41) if kind == "kfac" else None
+    moments = Curvature.of("layer", moment(24, 40), cov)
+    weight, group = weights(42), Group.parse("layer")
+
+    def select(score: Tensor) -> Tensor:
+        return unstructured_mask(score, Fraction(1, 2), group)
+
+    found, mask = alps(weight, Eigenbasis.of(moments), select)
+
+    def cost(pruned: Tensor) -> float:
+        return reference_cost(weight - pruned, moments.hessian, moments.cov)
+
+    short = least_squares(weight, mask, moments, found, 1e-3)
+    assert cost(short) <= 1.02 * cost(least_squares(weight, mask, moments))
+    assert cost(short) <= cost(found * mask)
