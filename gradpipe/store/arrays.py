@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -176,7 +177,7 @@ def encode_array(array: Array) -> dict[str, bytes]:
 
 def decode_array(metadata: bytes | str, data: bytes, shape: tuple[int, ...], dtype: str) -> Array:
     """The array behind two objects, which must have this shape and dtype, else StoreError."""
-    _check_metadata(_parse_json(metadata), shape, dtype)
+    _check_metadata(metadata, shape, dtype)
     itemsize = np.dtype(dtype).itemsize
     chunk, shard = _layout(shape, itemsize)
     chunk_bytes, num_chunks = math.prod(chunk) * itemsize, shard[0] // chunk[0]
@@ -271,8 +272,10 @@ def _loads(data: bytes | str, object_hook: Callable[[dict[str, Any]], Any] | Non
         raise StoreError(f"metadata is not JSON ({type(error).__name__})") from error
 
 
-def _check_metadata(document: dict[str, Any], shape: tuple[int, ...], dtype: str) -> None:
+@lru_cache  # blocks are alike, and the reader keeps equal metadata once
+def _check_metadata(metadata: bytes | str, shape: tuple[int, ...], dtype: str) -> None:
     """Refuse any array but the one that this format writes for `shape` and `dtype`."""
+    document = _parse_json(metadata)
     itemsize = np.dtype(dtype).itemsize
     chunk, shard = _layout(shape, itemsize)
     codecs = _chunk_codecs(itemsize) if chunk == shard else [_sharding(chunk, itemsize)]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -193,6 +194,7 @@ class ObjectReader:
             self._files, root = fsspec.core.url_to_fs(url, **(options or {}))
             self._root = root.rstrip("/")
             self._files.invalidate_cache()  # what another process has written since is there
+            self._plain = {self._root or "/"}  # folders in the store that are no links
             self._check_complete(record_key)
         except GradpipeError:
             raise
@@ -328,6 +330,8 @@ class ObjectReader:
 
     def _check_file(self, folder: Path, key: str) -> None:
         """Refuse what a stranger's folder may hold in an object's place: pipes, links out of it."""
+        if self._is_plain(f"{self._root}/{key}", stat.S_ISREG):
+            return
         path = folder / key
         is_odd = path.exists() and not path.is_file()
         if is_odd or not path.resolve().is_relative_to(folder.resolve()):
@@ -335,6 +339,18 @@ class ObjectReader:
                 f"store {self.url}: object {key} is not a file inside the store: restore it from a "
                 "copy; a store of links is to be copied with the links followed"
             )
+
+    def _is_plain(self, path: str, is_kind: Callable[[int], bool] = stat.S_ISDIR) -> bool:
+        """True for a file or a folder of the store to which no link leads; folders are kept."""
+        if path in self._plain:
+            return True
+        try:
+            found = is_kind(os.lstat(path).st_mode) and self._is_plain(path.rpartition("/")[0])
+        except OSError:
+            return False
+        if found and is_kind is stat.S_ISDIR:
+            self._plain.add(path)
+        return found
 
     def _read_file(self, key: str, limit: int) -> bytes:
         """At most `limit + 1` bytes of the file behind `key`; from far away in one request."""

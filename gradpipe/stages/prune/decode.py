@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import repeat
 from typing import Self
 
 import numpy as np
@@ -28,9 +27,10 @@ from gradpipe.store.codec import (
     split_offsets,
     triangle_rows,
 )
+from gradpipe.store.schema import StatisticSpec
 from gradpipe.store.statistics import STATISTICS
 
-_CHUNK_VALUES = 1 << 19  # decoded at a time: they stay in a CPU's cache
+_CHUNK_VALUES = 1 << 17  # decoded at a time: they stay in a CPU's cache
 
 
 def decode_norms(encoded: Mapping[str, Encoded], statistic: str, device: torch.device) -> Tensor:
@@ -87,32 +87,63 @@ class Logarithms:
     def parts(self, num_rows: int) -> Iterator[Tensor]:
         """The norms of so many rows, float32 (R, I), and of the next; StoreError if damaged."""
         table = torch.from_numpy(level_table()).to(self.device)
-        bases = repeat(None) if self.base is None else _levels(self.base, num_rows, self.device)
-        levels = _levels(self.item, num_rows, self.device, above=LOWEST)
-        for levels_RI, base_RI in zip(levels, bases, strict=self.base is not None):
-            if base_RI is not None:
-                levels_RI.add_(_finite(base_RI))
+        added = [_Levels.of(self.item, self.device)]
+        if self.base is not None:
+            added.append(_Levels.of(self.base, self.device, is_base=True))
+        rows = torch.stack([x.rows for x in added]).sum(dim=0, dtype=torch.int32) - LOWEST
+        cols = torch.stack([x.cols for x in added]).sum(dim=0, dtype=torch.int32)
+        for part in (slice(x, x + num_rows) for x in range(0, len(rows), num_rows)):
+            codes = [x.codes(part) for x in added]
+            summed = codes[0] if len(codes) == 1 else codes[0] + codes[1]  # at most 30
+            levels_RI = summed.int().add_(cols).add_(rows[part, None])
+            for x, codes_RI in zip(added, codes, strict=True):
+                levels_RI.view(-1).index_add_(0, *x.corrections(codes_RI, part))
             places = levels_RI.clamp_(0, len(table) - 1).flatten()
             yield table.index_select(0, places).view_as(levels_RI)
+        for x in added:
+            check_escapes(x.used, x.spec)
 
 
-def _levels(item: Encoded, num_rows: int, device: torch.device, above: int = 0) -> Iterator[Tensor]:
-    """Offsets + codes, `above` some level, int32 (R, I), from the first rows to the last."""
-    packed = torch.from_numpy(item.parts["codes"]).to(device)
-    offsets = torch.from_numpy(item.parts["offsets"]).to(device).int()
-    rows, cols, escapes = split_offsets(offsets, len(packed), item.spec.num_escapes)
-    rows, escapes = rows - above, escapes - ESCAPE  # these are added to the code itself
-    used = 0
-    for some, row_R in zip(packed.split(num_rows), rows.split(num_rows), strict=True):
-        codes = _codes(some, len(cols))
-        levels_RI = (codes + cols).add_(row_R[:, None])
-        places = _escaped(codes)
-        first, used = used, used + len(places)
-        if used > len(escapes):
-            break
-        levels_RI.view(-1).index_add_(0, places, escapes[first:used])
-        yield levels_RI
-    check_escapes(used, item.spec)
+@dataclass(slots=True)
+class _Levels:
+    """Offsets + codes of one statistic, still apart."""
+
+    packed: Tensor  # (O, I / 2) uint8
+    rows: Tensor  # (O,) int32, as the next two
+    cols: Tensor  # (I,)
+    escapes: Tensor
+    spec: StatisticSpec
+    least_special: float  # escapes below it are no zeros or infinities of a base
+    used: int = 0  # escapes so far
+
+    @classmethod
+    def of(cls, item: Encoded, device: torch.device, *, is_base: bool = False) -> Self:
+        """As it is stored."""
+        packed = torch.from_numpy(item.parts["codes"]).to(device)
+        offsets = torch.from_numpy(item.parts["offsets"]).to(device).int()
+        rows, cols, escapes = split_offsets(offsets, len(packed), item.spec.num_escapes)
+        least = SPECIAL - int(rows.abs().max() + cols.abs().max()) if is_base else math.inf
+        return cls(packed, rows, cols, escapes, item.spec, least)
+
+    def codes(self, part: slice) -> Tensor:
+        """Of these rows, uint8 (R, I)."""
+        return _codes(self.packed[part], len(self.cols))
+
+    def corrections(self, codes_RI: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        """Where the next rows have escapes, flat, and what to add there to offsets + codes.
+
+        A base's zeros and infinities count as level 0. StoreError if there are too few escapes.
+        """
+        places = _escaped(codes_RI)
+        first, self.used = self.used, self.used + len(places)
+        if self.used > len(self.escapes):
+            check_escapes(self.used, self.spec)
+        escapes = self.escapes[first : self.used]
+        if len(escapes) and int(escapes.abs().max()) >= self.least_special:
+            width = len(self.cols)
+            offsets = self.rows[part][places // width] + self.cols[places % width]
+            escapes = escapes.where((escapes + offsets).abs() < SPECIAL, -offsets)
+        return places, escapes - ESCAPE
 
 
 def _codes(packed: Tensor, num_cols: int) -> Tensor:
@@ -126,10 +157,3 @@ def _escaped(codes: Tensor) -> Tensor:
     if codes.is_cuda:
         return (codes == ESCAPE).flatten().nonzero().flatten()
     return torch.from_numpy(np.flatnonzero(codes.numpy() == ESCAPE))
-
-
-def _finite(levels: Tensor) -> Tensor:
-    """Levels to code against, in place: 0 where the value is zero or infinite."""
-    if max(abs(int(x)) for x in levels.aminmax()) >= SPECIAL:
-        levels.masked_fill_(levels.abs() >= SPECIAL, 0)
-    return levels

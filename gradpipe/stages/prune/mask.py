@@ -8,8 +8,10 @@ Shapes: O out, I in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor
 from gradpipe.stages.prune.target import Budget, Group, Pattern
 
 _SELECT_VALUES = 1 << 17  # compared at a time: they stay in a core's own cache
+_FEW = 16  # scores of a pattern that are compared each with each
 _VECTOR_WIDTH = 16  # from here on NumPy, which selects with vector instructions, is faster on a CPU
 
 
@@ -53,7 +56,23 @@ def unstructured_mask(score_OI: Tensor, sparsity: Fraction, group: Group) -> Ten
 def pattern_mask(score_OI: Tensor, pattern: Pattern) -> Tensor:
     """Keep the `n` highest scores of every `m` consecutive inputs."""
     groups = score_OI.reshape(-1, pattern.m)
-    return _keep_highest(groups, [pattern.sparsity])[0].view_as(score_OI)
+    if pattern.m > _FEW:
+        return _keep_highest(groups, [pattern.sparsity])[0].view_as(score_OI)
+    parts = groups.split(max(1, _SELECT_VALUES // pattern.m))
+    kept = [_turned(highest_of(_turned(part), pattern.n)) for part in parts]
+    return torch.cat(kept).view_as(score_OI)
+
+
+def highest_of(scores_MG: Tensor, num_kept: int) -> Tensor:
+    """Per column, of few scores: True at so many highest, ties to the lower index, (M, G).
+
+    Kept are those that beat enough others: counting is faster than selecting.
+    """
+    beaten_MG = torch.zeros_like(scores_MG, dtype=torch.uint8)
+    for j, other_G in enumerate(scores_MG):
+        beaten_MG[:j] += _compare(operator.gt, scores_MG[:j], other_G).view(torch.uint8)
+        beaten_MG[j + 1 :] += _compare(operator.ge, scores_MG[j + 1 :], other_G).view(torch.uint8)
+    return beaten_MG >= len(scores_MG) - num_kept
 
 
 def lowest_mask(scores: Tensor, count: int) -> Tensor:
@@ -90,10 +109,12 @@ def _thresholds(scores_GN: Tensor, counts: Sequence[int]) -> list[Tensor]:
     if scores_GN.is_cuda or scores_GN.shape[1] < _VECTOR_WIDTH:
         return [scores_GN.kthvalue(max(x, 1), dim=1, keepdim=True).values for x in counts]
     places = [max(count, 1) - 1 for count in counts]
-    if len(places) == 1:
-        ordered = np.partition(scores_GN.numpy(), places[0], axis=1)
-    else:  # costs less than two partitions
-        ordered = np.sort(scores_GN.numpy(), axis=1)
+    scores = scores_GN.numpy()
+    bits = scores.view(f"i{scores.itemsize}")
+    keys = bits if bits.min() >= 0 else scores  # the order is the same, and integers are no NaN
+    is_one = len(places) == 1  # to sort costs less than to partition twice
+    ordered = np.partition(keys, places[0], axis=1) if is_one else np.sort(keys, axis=1)
+    ordered = ordered.view(scores.dtype)
     return [torch.from_numpy(ordered[:, place, None].copy()) for place in places]
 
 
@@ -107,10 +128,22 @@ def _above(scores_GN: Tensor, threshold_G1: Tensor, count: int) -> Tensor:
     """Per row: False at the `count` lowest, of which the threshold is the highest."""
     if count == 0:
         return torch.ones_like(scores_GN, dtype=torch.bool)
-    kept = scores_GN > threshold_G1
+    kept = _compare(operator.gt, scores_GN, threshold_G1)
     missing = scores_GN.numel() - count * len(scores_GN) - int(kept.count_nonzero())
     if missing:  # at least so many go, so that some rows have more ties than should go
         wanted_G1 = count - (scores_GN < threshold_G1).sum(dim=1, keepdim=True)
         ties = scores_GN == threshold_G1
         kept |= ties & (ties.cumsum(dim=1) > wanted_G1)
     return kept
+
+
+def _compare(holds: Callable[[Any, Any], Any], a: Tensor, b: Tensor) -> Tensor:
+    """Where `holds`; on a CPU, NumPy needs half as long as torch."""
+    return holds(a, b) if a.is_cuda else torch.from_numpy(holds(a.numpy(), b.numpy()))
+
+
+def _turned(matrix: Tensor) -> Tensor:
+    """Transposed and contiguous; on a CPU, NumPy needs a fifth as long as torch."""
+    if matrix.is_cuda:
+        return matrix.T.contiguous()
+    return torch.from_numpy(np.ascontiguousarray(matrix.numpy().T))

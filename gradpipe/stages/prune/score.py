@@ -29,7 +29,7 @@ from gradpipe.stages.prune.methods import Score
 from gradpipe.store.codec import Encoded
 from gradpipe.store.statistics import OUT, STATISTICS, letters
 
-_CHUNK_VALUES = 1 << 19  # of a layer, scored at a time: they stay in a CPU's cache
+_CHUNK_VALUES = 1 << 17  # of a layer, scored at a time: they stay in a CPU's cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from gradpipe.stages.prune.mask import lowest_mask, pattern_mask
+from gradpipe.stages.prune.mask import highest_of, lowest_mask, pattern_mask
 from gradpipe.stages.prune.solver import LayerProblem, UpdateKept
 from gradpipe.stages.prune.target import Budget, Pattern
 
@@ -72,17 +72,10 @@ def sparsegpt(
 
 
 def _one_group(scores_CO: Tensor, pattern: Pattern) -> Tensor:
-    """A pattern's mask of its m columns: kept are those that beat m − n others, (C, O).
-
-    Counting is faster than selecting where columns are few, and contiguous.
-    """
+    """A pattern's mask of its m columns, (C, O)."""
     if pattern.m > _FEW:
         return pattern_mask(scores_CO.T, pattern).T
-    beaten_CO = torch.zeros_like(scores_CO, dtype=torch.uint8)
-    for j, other_O in enumerate(scores_CO):
-        beaten_CO[:j] += (scores_CO[:j] > other_O).view(torch.uint8)
-        beaten_CO[j + 1 :] += (scores_CO[j + 1 :] >= other_O).view(torch.uint8)
-    return beaten_CO >= pattern.m - pattern.n
+    return highest_of(scores_CO, pattern.n)
 
 
 def obs_update(weight_OI: Tensor, mask_OI: Tensor, factor_II: Tensor) -> Tensor:
