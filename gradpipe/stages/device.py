@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from gradpipe.errors import GradpipeError, InputError, did_you_mean
 
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # quota and period
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # torch's own words
 
 
@@ -29,13 +31,33 @@ def resolve_device(name: str) -> torch.device:
 
 
 def usable_threads() -> int:
-    """Cores for this process: torch's choice, by affinity and OMP_NUM_THREADS, and its cgroup's."""
+    """Cores for this process: as many as torch would use, its affinity and its cgroup allow.
+
+    Torch takes what OMP_NUM_THREADS says, even where there are fewer cores.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # not on every system
+    cores = len(affinity(0)) if affinity else torch.get_num_threads()
+    return min(torch.get_num_threads(), cores, _quota() or cores)
+
+
+def _quota() -> int | None:
+    """Whole cores that this process's cgroup has the time of, at least one; None: no limit."""
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        limit = max(1, int(quota) // int(period))
-    except (OSError, ValueError):  # no such file, or no limit
-        return torch.get_num_threads()
-    return min(torch.get_num_threads(), limit)
+        quota, period = _CPU_LIMIT.read_text().split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError):  # no such file, or `max`
+        return None
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Torch with so many threads for one operation."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from gradpipe.stages.collect.estimate import Estimate, Workload, estimate
 from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.collect.schedule import check_shared
 from gradpipe.stages.data.tokens import window_length
-from gradpipe.stages.device import resolve_device
+from gradpipe.stages.device import resolve_device, torch_threads, usable_threads
 from gradpipe.stages.model.couplings import find_couplings
 from gradpipe.stages.model.layers import Selection, dense_lines
 from gradpipe.stages.model.load import (
@@ -203,7 +203,7 @@ def _run_ranks(
     for line in dense_lines(skeleton.left_out):
         console.print(line, highlight=False, markup=False)
     ranks.first(lambda: _try_out(config, skeleton, device))
-    with ExitStack() as held:
+    with ExitStack() as held, torch_threads(usable_threads()):
         begun = begin(config, shard, ranks, skeleton, held, console)
         if begun is None:
             return

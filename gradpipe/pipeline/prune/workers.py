@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import torch
 
-from gradpipe.stages.device import usable_threads
+from gradpipe.stages.device import torch_threads, usable_threads
 
 _MOST = 8  # unless the user says otherwise: beyond, disks and memory are what is waited for
 _MOST_ON_GPU = 2  # one reads or writes while the other computes
@@ -31,11 +31,9 @@ def side_by_side(count: int) -> Iterator[ThreadPoolExecutor]:
 
     What waits is dropped when an error leaves.
     """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     pool = ThreadPoolExecutor(count)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(before)
+    with torch_threads(1):
+        try:
+            yield pool
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -119,6 +119,7 @@ def _model_rows(report: ModelReport) -> dict[str, str]:
         "memory on the device": f"{_gib(plan.device_bytes)} of {_gib(plan.free_bytes)} free",
         "  resident / streamed": f"{_gib(plan.resident_bytes)} / {_gib(plan.streamed_bytes)}",
         "memory on the host": _gib(plan.host_bytes),
+        "threads": f"{plan.threads}, of OMP_NUM_THREADS, affinity and cgroup the least",
         "scratch": _gib(plan.scratch_bytes),
         "store": _gib(plan.store_bytes),
         "weights read": _gib(plan.read_bytes),

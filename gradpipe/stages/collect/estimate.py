@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from gradpipe.stages.device import usable_threads
 from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.schema import LayerSpec
@@ -43,6 +44,7 @@ class Estimate:
     store_bytes: int
     read_bytes: int  # of weights
     flops: float
+    threads: int  # of the CPU, for one operation
 
     @property
     def device_bytes(self) -> int:
@@ -86,6 +88,7 @@ def estimate(
         store_bytes=sum(_stored_bytes(layer, work) for layer in layers),
         read_bytes=_read_bytes(sizes, is_streamed=is_streamed),
         flops=_flops(sizes, work, all_tokens, is_streamed=is_streamed),
+        threads=usable_threads(),
     )
 
 

@@ -111,7 +111,9 @@ def _thresholds(scores_GN: Tensor, counts: Sequence[int]) -> list[Tensor]:
     places = [max(count, 1) - 1 for count in counts]
     scores = scores_GN.numpy()
     bits = scores.view(f"i{scores.itemsize}")
-    keys = bits if bits.min(initial=0) >= 0 else scores  # the order is the same, and integers are no NaN
+    keys = (
+        bits if bits.min(initial=0) >= 0 else scores
+    )  # the order is the same, and integers are no NaN
     is_one = len(places) == 1  # to sort costs less than to partition twice
     ordered = np.partition(keys, places[0], axis=1) if is_one else np.sort(keys, axis=1)
     ordered = ordered.view(scores.dtype)
