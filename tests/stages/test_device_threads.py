@@ -29,7 +29,12 @@ def test_threads_are_no_more_than_the_cgroup_and_the_affinity_allow(
 def test_torch_has_its_threads_again() -> None:
     """Also after an error."""
     before = torch.get_num_threads()
-    with pytest.raises(RuntimeError, match="stop"), torch_threads(3):
-        assert torch.get_num_threads() == 3
-        raise RuntimeError("stop")
+
+    def fail() -> None:
+        with torch_threads(before + 2):
+            assert torch.get_num_threads() == before + 2
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        fail()
     assert torch.get_num_threads() == before
