@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,7 +104,11 @@ class SolvedLayer:
 def _masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
     """Zeros outside the mask: bits times 0 or 1, as a CPU guesses half the branches of a mask."""
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weight_OI.element_size()]
-    return (weight_OI.view(bits) * mask_OI).view(weight_OI.dtype)
+    bits_OI = weight_OI.view(bits)
+    if bits_OI.is_cuda:
+        return (bits_OI * mask_OI).view(weight_OI.dtype)
+    masked_OI = np.multiply(bits_OI.numpy(), mask_OI.numpy())  # torch makes a wide mask of it first
+    return torch.from_numpy(masked_OI).view(weight_OI.dtype)
 
 
 def _curvature(name: str, statistics: LayerStatistics, chosen: ChosenMethod) -> Curvature | None:
