@@ -24,13 +24,7 @@ import fsspec
 import fsspec.implementations.local
 import xxhash
 
-from gradpipe.errors import (
-    GradpipeError,
-    InputError,
-    StoreError,
-    one_line,
-    without_credentials,
-)
+from gradpipe.errors import GradpipeError, InputError, StoreError, one_line, without_credentials
 from gradpipe.store.nearby import ObjectCache, ReadAhead
 
 T = TypeVar("T")
