@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
 
 from gradpipe import GradientStore, GradpipeError, cli
-from gradpipe.pipeline import evaluate as evaluating
+from gradpipe.pipeline import compare as comparing
 from gradpipe.stages.checkpoint.folder import SINGLE_NAME
 from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.stages.device import is_out_of_memory, memory_errors
@@ -124,7 +124,7 @@ def _allocate(*_: object, **__: object) -> Any:
     [
         (f"{COLLECT} --schedule resident", PHASES["accumulating"], "--schedule streamed"),
         (f"{COLLECT} --schedule streamed", (Streamed, "run"), "--overwrite a smaller --batch-size"),
-        (EVAL, (evaluating, "perplexity"), "a smaller --batch-size or --seq-len"),
+        (EVAL, (comparing, "perplexity"), "a smaller --batch-size or --seq-len"),
     ],
 )
 def test_memory_that_runs_out_is_a_line(

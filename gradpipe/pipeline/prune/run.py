@@ -246,14 +246,25 @@ def _publish_shards(
 
 def _is_done(config: PruneConfig, plan: PrunePlan) -> bool:
     """True if OUT is what this very command writes; InputError if it may not be written."""
+    if _is_published(config, plan):
+        return True
+    try:
+        _check_out(config, plan)
+    except InputError:
+        if _is_published(config, plan):  # by another shard, since it was looked for
+            return True
+        raise
+    return False
+
+
+def _is_published(config: PruneConfig, plan: PrunePlan) -> bool:
+    """True if OUT is what this very command writes."""
     for target in plan.targets:
         identity = order_of(config, plan, target).identity
         try:
             found = json.loads((plan.folder(config.out, target) / REPORT).read_bytes())
-            same = all(found[key] == value for key, value in identity.items())
+            if any(found[key] != value for key, value in identity.items()):
+                return False
         except (OSError, ValueError, KeyError, TypeError):
-            same = False
-        if not same:
-            _check_out(config, plan)
             return False
     return True

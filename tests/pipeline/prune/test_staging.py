@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from gradpipe import GradpipeError, InputError, PruneConfig, Shard, collect, prune
-from gradpipe.pipeline.prune import staging
+from gradpipe.pipeline.prune import run, staging
 from tests.support.cases import collecting, files_of, pruning
 from tests.support.forked import Processes
 from tests.support.models import save_tiny
@@ -146,6 +146,24 @@ def test_a_shard_that_was_overtaken_begins_nothing(
     assert names(tmp_path) == {"out"}
 
 
+def test_a_shard_that_looks_while_the_others_publish_is_done(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They finish between its look at OUT's report and its look at OUT: no folder of strangers."""
+    out = tmp_path / "out"
+    prune(config(workplace, out, shard=Shard(0, 2)))
+    real = run.check_out
+
+    def overtaken(*args: Any, **options: Any) -> None:
+        monkeypatch.setattr(run, "check_out", real)
+        prune(config(workplace, out, shard=Shard(1, 2)))
+        real(*args, **options)
+
+    monkeypatch.setattr(run, "check_out", overtaken)
+    assert prune(config(workplace, out, shard=Shard(0, 2))) == ()
+    assert names(tmp_path) == {"out"}
+
+
 def test_eight_shards_at_once_publish_one_output(
     workplace: Path, tmp_path: Path, pipes: Processes
 ) -> None:
@@ -155,7 +173,7 @@ def test_eight_shards_at_once_publish_one_output(
     jobs = [pipes.start(*command, "--shard", f"{index}/8") for index in range(8)]
     os.kill(jobs[3], signal.SIGKILL)
     codes = [pipes.wait(pid) for pid in jobs]
-    assert set(codes) <= {0, -signal.SIGKILL}
+    assert set(codes) <= {0, -signal.SIGKILL}, [pipes.output(pid) for pid in jobs]
     again = pipes.start(*command, "--shard", "3/8")
     assert pipes.wait(again) == 0, pipes.output(again)
     assert files_of(out) == files_of(workplace / "whole")

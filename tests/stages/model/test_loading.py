@@ -25,7 +25,6 @@ TYPES = {  # what is special about them -> their type and class
     "named by the class of the file": ("gemma3", None),
     "experts merged, one class of block in two": ("jamba", None),
     "experts without a gate": ("nemotron_h", None),
-    "one tensor in the file, several in the model": ("hrm_text", None),
     "several tensors in the file, one in the model": ("olmo_hybrid", None),
     "the text part of an image-text model": ("qwen3_5", "Qwen3_5ForConditionalGeneration"),
     "fused experts": ("llama4_text", None),
