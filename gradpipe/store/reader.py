@@ -24,6 +24,7 @@ import numpy.typing as npt
 from gradpipe.errors import InputError, StoreError
 from gradpipe.store import codec
 from gradpipe.store.arrays import Nodes, array_key, most_bytes
+from gradpipe.store.facts import as_html, facts_of
 from gradpipe.store.folder import Calibration, read_calibration
 from gradpipe.store.nearby import ObjectCache
 from gradpipe.store.objects import ObjectReader
@@ -68,6 +69,10 @@ class GradientStore:
     def local_folder(self) -> Path | None:
         """The folder that it lies in, None if it is remote."""
         return self._objects.local_folder
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        return as_html(f"gradient store {self.url}", facts_of(self))
 
     @property
     def objects(self) -> ObjectReader:

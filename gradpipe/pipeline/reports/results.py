@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from gradpipe.store.facts import as_html
 from gradpipe.store.summary import OUTLIER_TIMES, QUANTILES, Summary
 
 if TYPE_CHECKING:
@@ -152,6 +153,19 @@ class PruneResult:
         """Each layer as read back."""
         return self.report.layers
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        report = self.report
+        facts = {
+            "method": report.order.method,
+            "pattern": report.order.pattern,
+            "asked for": f"{self.requested:.4f}",
+            f"zeros of {len(self.layers)} pruned layers": f"{self.achieved:.4f}",
+            "of all of the blocks": f"{report.blocks.sparsity:.4f}",
+            "of the whole file": f"{report.file.sparsity:.4f}",
+        }
+        return as_html(str(self.folder), facts)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metrics:
@@ -176,6 +190,10 @@ class Metrics:
             f"of {self.seq_len} = {self.num_tokens} tokens, {self.dtype})"
         )
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        return as_html(f"perplexity {self.perplexity:.4f}", asdict(self))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
@@ -197,6 +215,10 @@ class Accuracy:
             f"top-1 {100 * self.top1:.2f} %  ({_data_name(self)}, {self.num_images} images, "
             f"{self.dtype})"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        return as_html(f"top-1 {100 * self.top1:.2f} %", asdict(self))
 
 
 def _data_name(result: Metrics | Accuracy) -> str:

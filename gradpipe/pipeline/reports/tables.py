@@ -16,33 +16,13 @@ from gradpipe.pipeline.reports.results import (
     PruneResult,
     Zeros,
 )
+from gradpipe.store.facts import facts_of
 from gradpipe.store.reader import GradientStore
-from gradpipe.store.schema import SampleSpec
 
 
 def store_table(store: GradientStore) -> Table:
     """What a store holds, and of what."""
-    spec, sizes = store.spec, store.sizes()
-    num_weights = sum(layer.num_weights for layer in spec.layers)
-    rows = {
-        "model": f"{spec.model.name} ({spec.model.architecture}, {spec.model.dtype})",
-        "samples": f"{spec.samples.num_samples} x {_sample(spec.samples)} of "
-        f"{spec.samples.dataset} ({spec.samples.sampling}, seed {spec.samples.seed})",
-        "layers": f"{len(spec.layers)}, {num_weights:,} weights",
-        "encoding": spec.encoding,
-        **{name: f"{size / num_weights:.3f} bytes per weight" for name, size in sizes.items()},
-        "size": f"{sum(sizes.values()):,} bytes",
-        "digest": store.digest,
-    }
-    return _rows(f"gradient store {store.url}", rows)
-
-
-def _sample(samples: SampleSpec) -> str:
-    """What one sample is."""
-    if samples.image_shape is None:
-        return f"{samples.seq_len} tokens"
-    _, height, width = samples.image_shape
-    return f"{height} x {width} pixels ({samples.seq_len} tokens)"
+    return _rows(f"gradient store {store.url}", facts_of(store))
 
 
 def prune_table(out: str, results: Sequence[PruneResult]) -> Table:
