@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gradpipe import GradpipeError, InputError, PruneConfig, Shard, collect, prune
+from gradpipe.pipeline import places
 from gradpipe.pipeline.prune import run, staging
 from tests.support.cases import collecting, files_of, pruning
 from tests.support.forked import Processes
@@ -152,7 +153,7 @@ def test_a_shard_that_looks_while_the_others_publish_is_done(
     """They finish between its look at OUT's report and its look at OUT: no folder of strangers."""
     out = tmp_path / "out"
     prune(config(workplace, out, shard=Shard(0, 2)))
-    real = run.check_out
+    real = places.check_out
 
     def overtaken(*args: Any, **options: Any) -> None:
         monkeypatch.setattr(run, "check_out", real)
