@@ -39,7 +39,7 @@ from gradpipe.stages.model.load import (
     resolve_dtype,
 )
 from gradpipe.stages.model.next_token import check_next_token
-from gradpipe.stages.model.skeleton import take_apart
+from gradpipe.stages.model.skeleton import find_only_blocks
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 
@@ -140,7 +140,7 @@ class _Bench:
 
     def _streamed(self, checkpoint: Checkpoint) -> Evaluation:
         """One block in memory at a time."""
-        skeleton = take_apart(checkpoint, resolve_dtype(self._config.dtype, checkpoint))
+        skeleton = find_only_blocks(checkpoint, resolve_dtype(self._config.dtype, checkpoint))
         check_tokens(self._windows, checkpoint, skeleton.model)
         probe(skeleton, self._device)
         steps = len(self._windows) * skeleton.blocks.count

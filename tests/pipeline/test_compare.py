@@ -20,6 +20,7 @@ from gradpipe.pipeline.compare import compare
 from gradpipe.pipeline.evaluate_config import EvalExtras
 from gradpipe.pipeline.reports.results import Metrics
 from gradpipe.stages.evaluate.tasks import Tasks
+from tests.support.architectures import save_architecture
 from tests.support.models import save_tiny
 from tests.support.workplace import Pipe, Refused, edit_weights
 
@@ -104,12 +105,17 @@ def test_perplexities_are_those_that_each_has_alone(folder: Path) -> None:
     assert beside[0].comparison.dense_perplexity == alone[1].perplexity
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "falcon"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gemma3_text", "gpt2", "falcon", "mixtral", "llama4_text", "dbrx"]
+)
 def test_streamed_perplexity_is_the_whole_model_s(
     folder: Path, tmp_path: Path, family: str
 ) -> None:
-    """One block after the other: the same number, bit for bit, and nothing left in scratch."""
-    model = str(save_tiny(family, tmp_path / "model"))
+    """One block after the other: the same number, bit for bit, and nothing left in scratch.
+
+    Experts run as transformers runs them, fused.
+    """
+    model = str(save_architecture(family, tmp_path / "model"))
     config = evaluating(folder, model=model)
     extras = EvalExtras(schedule="streamed", scratch=tmp_path / "scratch")
     [found] = compare([model], config, extras)

@@ -2,7 +2,7 @@
 
 As the streamed schedule of stage one, forward alone: what passes from block to block is kept in a
 scratch folder, and the model's own head and loss come last. The figure is the whole model's, bit
-for bit on a CPU, but for experts that transformers runs fused: here they run one by one.
+for bit on a CPU.
 """
 
 from __future__ import annotations

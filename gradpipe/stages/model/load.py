@@ -23,7 +23,6 @@ from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo
 from gradpipe.stages.device import is_out_of_memory
 from gradpipe.stages.model.buffers import fill_buffers
 from gradpipe.stages.model.conversion import Sources, find_sources, missing_weights
-from gradpipe.stages.model.experts import split_experts
 from gradpipe.stages.model.tasks import auto_class, noun
 
 _MAX_SEQ_LEN = 2048  # the literature's window
@@ -137,7 +136,6 @@ def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> tuple[Any, Sou
         _keep_wide(model, dtype)
     sources = find_sources(model, checkpoint)
     fill_buffers(model, checkpoint, frozenset(sources.by_name))
-    split_experts(model, sources)
     return _frozen(model), sources
 
 

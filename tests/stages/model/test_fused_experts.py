@@ -143,7 +143,6 @@ def test_experts_that_compute_something_else_stay_as_they_are(tmp_path: Path) ->
     checkpoint = Checkpoint.open(str(save_fused("llama4_text", tmp_path / "model")))
     model, sources = build_skeleton(checkpoint, torch.float32)
     first, second = (block.feed_forward.experts for block in model.model.layers)
-    assert is_split(first)
     kind = type(second)
 
     class Odd(kind):  # type: ignore[valid-type,misc]
@@ -151,8 +150,6 @@ def test_experts_that_compute_something_else_stay_as_they_are(tmp_path: Path) ->
             output: Tensor = 2 * super().forward(hidden_states)
             return output
 
-    for experts in (first, second):
-        del experts.each, experts.forward
     second.__class__ = Odd
     split_experts(model, sources)
     assert is_split(first)
