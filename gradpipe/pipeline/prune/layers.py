@@ -26,10 +26,11 @@ def select_layers(
     """The layers to prune, by name; InputError if none is left, or one is tied to another."""
     candidates = {layer.name: layer for layer in store.spec.layers}
     measured = {layer.weight_key for layer in store.spec.layers}
+    towers = _towers(checkpoint, store)
     for info in checkpoint.tensors.values():
         is_bare = info.key not in measured and info.is_matrix and info.key.endswith(".weight")
-        is_apart = list_of(info.key) is None or _SEQUENTIAL_HEAD.fullmatch(info.key)
-        if is_bare and is_apart:  # an embedding, a head: not a part of a tower
+        is_apart = towers.isdisjoint(owners(info.key)) or _SEQUENTIAL_HEAD.fullmatch(info.key)
+        if is_bare and is_apart:  # an embedding, a head
             layer = checkpoint.layer_spec(info.key, block=None)
             candidates[layer.name] = layer
     _check_patterns(config, checkpoint, [*candidates.values()])
@@ -94,6 +95,24 @@ def list_of(name: str) -> str | None:
     """The list of blocks that a name is in: `model.layers` for `model.layers.0.mlp.gate`."""
     found = re.match(r"(.+?)\.\d+\.", name)
     return found[1] if found else None
+
+
+def owners(name: str) -> list[str]:
+    """What a tensor is in: `a`, `a.b` of `a.b.weight`."""
+    steps = name.split(".")
+    return [".".join(steps[:end]) for end in range(1, len(steps))]
+
+
+def _towers(checkpoint: Checkpoint, store: GradientStore) -> set[str]:
+    """What holds a list of blocks that the store has nothing of, and none that it has.
+
+    Such is a vision tower, with its head, and a head that foretells further tokens.
+    """
+    measured = {
+        owner for x in store.spec.layers if x.block is not None for owner in owners(x.weight_key)
+    }
+    lists = {path for key in checkpoint.tensors if (path := list_of(key)) is not None}
+    return {owner for path in lists for owner in owners(f"{path}.0")} - measured
 
 
 def _is_selected(config: PruneConfig, layer: LayerSpec) -> bool:

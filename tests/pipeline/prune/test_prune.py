@@ -82,7 +82,8 @@ def test_a_head_in_a_sequence_can_be_included_and_no_other_list(tmp_path: Path) 
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     up = tensors["model.layers.0.mlp.up_proj.weight"]
-    beside = ("mtp.layers.0.mlp.up_proj", "vision.mlp.0", "vision.blocks.0.mlp.0", "score.0")
+    towers = ("vision.mlp.0", "vision.blocks.0.mlp.0", "vision.head.mlp.fc1")
+    beside = ("mtp.layers.0.mlp.up_proj", *towers, "score.0")
     save_file(tensors | {f"{name}.weight": up.clone() for name in beside}, file, {"format": "pt"})
     collect(collecting(tmp_path, num_samples=2, seq_len=8))
     wish = pruning(tmp_path, tmp_path / "out", method="magnitude", include=("mlp", "score"))
