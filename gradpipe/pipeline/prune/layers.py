@@ -9,7 +9,7 @@ from itertools import product
 from gradpipe.errors import InputError, did_you_mean, steps_of
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.checkpoint.tensors import TensorInfo, check_type, matrix_shape
+from gradpipe.stages.checkpoint.tensors import TensorInfo, check_type, matrix_shape, owners
 from gradpipe.stages.prune.target import Target
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
@@ -95,12 +95,6 @@ def list_of(name: str) -> str | None:
     """The list of blocks that a name is in: `model.layers` for `model.layers.0.mlp.gate`."""
     found = re.match(r"(.+?)\.\d+\.", name)
     return found[1] if found else None
-
-
-def owners(name: str) -> list[str]:
-    """What a tensor is in: `a`, `a.b` of `a.b.weight`."""
-    steps = name.split(".")
-    return [".".join(steps[:end]) for end in range(1, len(steps))]
 
 
 def _towers(checkpoint: Checkpoint, store: GradientStore) -> set[str]:

@@ -129,3 +129,9 @@ def count_zeros(tensor: Tensor) -> int:
         int(np.count_nonzero(bits[start : start + _COUNTED] << 1))
         for start in range(0, len(bits), _COUNTED)
     )
+
+
+def owners(name: str) -> list[str]:
+    """What a tensor or a module is in, by its name: `a` and `a.b`, of `a.b.weight`."""
+    steps = name.split(".")
+    return [".".join(steps[:end]) for end in range(1, len(steps))]

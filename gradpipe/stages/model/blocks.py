@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from gradpipe.errors import InputError, did_you_mean
+from gradpipe.stages.checkpoint.tensors import owners
 from gradpipe.stages.model.trial import Trial
 
 
@@ -93,12 +94,6 @@ def _running(path: str, count: int, trial: Trial) -> Blocks:
     paths = tuple(f"{path}.{index}" for index in range(count))
     running = tuple(x for x in paths if trial.runs(x))
     return Blocks(path=path, paths=running if running and trial.error is None else paths)
-
-
-def owners(path: str) -> list[str]:
-    """What a module is in: `a.b.c` -> `a`, `a.b`."""
-    steps = path.split(".")
-    return [".".join(steps[:end]) for end in range(1, len(steps))]
 
 
 def _runs(path: str, count: int, trial: Trial) -> bool:

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gradpipe.errors import InputError, did_you_mean, steps_of
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.model.blocks import Blocks, owners
+from gradpipe.stages.checkpoint.tensors import owners
+from gradpipe.stages.model.blocks import Blocks
 from gradpipe.stages.model.conversion import Sources
 from gradpipe.stages.model.experts import InCheckpoint, RoutedLinear
 from gradpipe.stages.model.trial import Trial
