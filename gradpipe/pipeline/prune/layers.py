@@ -29,8 +29,8 @@ def select_layers(
     towers = _towers(checkpoint, store)
     for info in checkpoint.tensors.values():
         is_bare = info.key not in measured and info.is_matrix and info.key.endswith(".weight")
-        is_apart = towers.isdisjoint(owners(info.key)) or _SEQUENTIAL_HEAD.fullmatch(info.key)
-        if is_bare and is_apart:  # an embedding, a head
+        is_apart = list_of(info.key) is None and towers.isdisjoint(owners(info.key))
+        if is_bare and (is_apart or _SEQUENTIAL_HEAD.fullmatch(info.key)):  # an embedding, a head
             layer = checkpoint.layer_spec(info.key, block=None)
             candidates[layer.name] = layer
     _check_patterns(config, checkpoint, [*candidates.values()])
