@@ -24,6 +24,7 @@ from gradpipe.pipeline.interrupt import stop_requests
 from gradpipe.pipeline.progress import progress_bar
 from gradpipe.pipeline.ranks import Ranks
 from gradpipe.stages.collect.estimate import Estimate
+from gradpipe.stages.collect.placement import Placement
 from gradpipe.stages.collect.resident import Resident
 from gradpipe.stages.collect.schedule import Schedule
 from gradpipe.stages.collect.streamed import Streamed
@@ -43,6 +44,7 @@ class Job:
     skeleton: Skeleton
     plan: Estimate
     device: torch.device
+    placement: Placement | None  # of a resident model that is not whole on the device
     batch_size: int
     scratch: Path | None
     checkpoint_every: int | None
@@ -75,9 +77,10 @@ def run_part(job: Job, console: Console) -> None:
         progress: Progress = ByBlocks(job.place)
         if schedule.is_cumulative:
             progress = BySamples(job.place, schedule, job.checkpoint_every, stop_requested)
-        _run(job, schedule, progress, console, stop_requested)
+        moves = _run(job, schedule, progress, console, stop_requested)
         shutil.rmtree(job.scratch_folder, ignore_errors=True)
-        progress.finish()
+        progress.finish()  # first: it saves what this rank has if another is lost meanwhile
+        _tell_zeros(job.place.ranks.gathered(moves), console)
 
 
 def _run(
@@ -86,10 +89,13 @@ def _run(
     progress: Progress,
     console: Console,
     stop_requested: Callable[[], bool],
-) -> None:
-    """Have the schedule do what is not done yet, and save each part that it gives out."""
+) -> dict[str, bool]:
+    """Have the schedule do what is not done yet, and save each part that it gives out.
+
+    Returns of each layer that tokens reached whether a gradient is not zero.
+    """
     tokens = job.place.spec.samples.seq_len if schedule.is_cumulative else 0
-    moves = dict[str, bool]()  # of each layer with tokens, whether a gradient is not zero
+    moves = dict[str, bool]()
     bar = progress_bar(console, "collecting", schedule.num_steps, schedule.unit, tokens)
     with bar as advance:
 
@@ -102,7 +108,7 @@ def _run(
             if not part.is_cumulative or part.index == len(job.place.samples):
                 moves |= {x.spec.name: not x.has_zero_gradients for x in sums if x.num_tokens}
             progress.save(part, sums)
-    _tell_zeros(job.place.ranks.gathered(moves), console)
+    return moves
 
 
 def _tell_zeros(of_ranks: Sequence[dict[str, bool]], console: Console) -> None:
@@ -118,8 +124,10 @@ def _tell_zeros(of_ranks: Sequence[dict[str, bool]], console: Console) -> None:
 
 
 def _schedule(job: Job) -> Schedule:
-    how = (job.skeleton, job.place.spec.statistics, job.samples(), job.batch_size, job.device)
-    return Resident(*how) if job.plan.schedule == "resident" else Streamed(*how, job.scratch_folder)
+    how = (job.skeleton, job.place.spec.statistics, job.samples(), job.batch_size)
+    if job.plan.schedule == "resident":
+        return Resident(*how, job.placement or Placement({"": job.device}))
+    return Streamed(*how, job.device, job.scratch_folder)
 
 
 def _smaller(job: Job) -> str:
