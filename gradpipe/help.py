@@ -32,8 +32,8 @@ TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the comma
     "Which layers": ("blocks", "include", "exclude", "layer"),
     "What it is compared with": ("base", "compare", "model"),
     "The machine": (
-        *("device", "dtype", "batch-size", "schedule", "scratch", "workers", "checkpoint-every"),
-        "cache",
+        *("device", "device-map", "dtype", "batch-size", "schedule"),
+        *("scratch", "workers", "checkpoint-every", "cache"),
     ),
     "Several jobs": ("shard", "finalize", "rank-timeout"),
     "What is written": (

@@ -208,7 +208,9 @@ def common_facts(config: Any, checkpoint: Checkpoint, *, but: Sequence[str] = ()
     return facts
 
 
-_OF_A_HOST = ("scratch", "device", "workers", "cache", "rank_timeout")  # may differ between ranks
+_OF_A_HOST = (  # may differ between ranks
+    *("scratch", "device", "device_map", "workers", "cache", "rank_timeout"),
+)
 
 
 def _values(config: Any) -> list[Any]:

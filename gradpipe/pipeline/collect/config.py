@@ -63,6 +63,14 @@ class CollectConfig:
         Option(help="Folder for streamed activations.", default="in the store", is_recorded=False),
     ] = None
     device: Device = "auto"
+    device_map: Annotated[
+        str | None,
+        Option(
+            help="Spread a resident model over GPUs: auto, balanced, balanced_low_0, sequential, "
+            "or a JSON file.",
+            is_recorded=False,
+        ),
+    ] = None
     dtype: Dtype = "auto"
     checkpoint_every: Annotated[
         int | None,
@@ -89,6 +97,13 @@ class CollectConfig:
         if self.schedule == "streamed":
             why = "the streamed schedule saves after each block"
             refuse_given(self, ("checkpoint_every",), why)
+        if self.schedule != "resident":
+            refuse_given(self, ("device_map",), "without --schedule resident no model is spread")
+        if self.device_map is not None and self.device != "auto":
+            raise InputError(
+                f"--device {self.device}: --device-map {self.device_map} gives the devices: leave "
+                "out the one or the other"
+            )
         if self.data.name.endswith(TOKENS):
             refuse_given(self, ("seed",), "a file of tokens is taken as it is, nothing is drawn")
         if self.shard is None:

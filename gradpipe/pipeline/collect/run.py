@@ -23,6 +23,7 @@ from gradpipe.pipeline.ranks import Ranks, common_facts, joined
 from gradpipe.pipeline.reports.results import ModelReport
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.estimate import Estimate, Workload, estimate
+from gradpipe.stages.collect.placement import Placement, place
 from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.collect.schedule import check_shared
 from gradpipe.stages.data.tokens import window_length
@@ -202,6 +203,7 @@ def _run_ranks(
     device, skeleton = ranks.together(lambda: _prepared(config, checkpoint, launch))
     for line in dense_lines(skeleton.left_out):
         console.print(line, highlight=False, markup=False)
+    placement = ranks.together(lambda: _placed(config, skeleton, launch))
     ranks.first(lambda: _try_out(config, skeleton, device))
     with ExitStack() as held, torch_threads(usable_threads()):
         begun = begin(config, shard, ranks, skeleton, held, console)
@@ -216,6 +218,7 @@ def _run_ranks(
             skeleton=with_digests_of(skeleton, spec),
             plan=_plan(config, shard, ranks, skeleton, spec.samples.seq_len, device),
             device=device,
+            placement=placement,
             batch_size=config.batch_size,
             scratch=config.scratch,
             checkpoint_every=config.checkpoint_every,
@@ -246,6 +249,18 @@ def _prepared(
         check_scratch(config.scratch)
     device = resolve_device(launch.device(config.device, torch.cuda.device_count()))
     return device, _skeleton(config, checkpoint, with_couplings=True)
+
+
+def _placed(config: CollectConfig, skeleton: Skeleton, launch: Launch) -> Placement | None:
+    """Where a resident model is spread to, if it is; InputError for ranks of one host."""
+    if config.device_map is None:
+        return None
+    if launch.local_count > 1 or launch.local_index:
+        raise InputError(
+            f"--device-map {config.device_map}: it takes all GPUs of a host, and each rank has "
+            "one: start one rank on each host, or leave it out"
+        )
+    return place(skeleton, config.device_map, config.statistics)
 
 
 def _try_out(config: CollectConfig, skeleton: Skeleton, device: torch.device) -> None:

@@ -113,7 +113,7 @@ class _Sizes:
         """The sizes of a model that is collected."""
         model, blocks, layers = skeleton.model, skeleton.blocks, skeleton.layers
         inside = [_num_parameters(model.get_submodule(path)) for path in blocks.paths]
-        sums = [(x.spec.block, _sum_bytes(x.spec, work.statistics)) for x in layers]
+        sums = [(x.spec.block, sum_bytes(x.spec, work.statistics)) for x in layers]
         widths = [(x.spec.block, sum(x.spec.shape)) for x in layers]
         hidden, outputs = _widths(model, layers)
         return cls(
@@ -239,7 +239,8 @@ def _num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def _sum_bytes(layer: LayerSpec, statistics: tuple[str, ...]) -> int:
+def sum_bytes(layer: LayerSpec, statistics: tuple[str, ...]) -> int:
+    """Of a layer's sums on the device."""
     return sum(4 * math.prod(STATISTICS[x].sum_shape(layer.shape)) for x in layer.own(statistics))
 
 

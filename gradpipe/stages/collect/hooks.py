@@ -96,7 +96,7 @@ class LayerHooks:
             )
         self._check_input(accumulator.spec, inputs[0])
         by_sample = self._by_sample(module, inputs)
-        xs_TI = by_sample(inputs[0].detach())
+        xs_TI = by_sample(inputs[0].detach().to(output.device))  # a device map has moved them
         accumulator.add_inputs(xs_TI)
         if accumulator.needs_outputs:
             accumulator.add_outputs(by_sample(output.detach()))

@@ -17,7 +17,8 @@ from gradpipe.stages.collect.hooks import (
     never_ran,
     runs,
 )
-from gradpipe.stages.collect.schedule import Part, zeroed
+from gradpipe.stages.collect.placement import Placement, dispatch
+from gradpipe.stages.collect.schedule import Part
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.experts import is_split, split_experts
@@ -39,14 +40,17 @@ class Resident:
         statistics: tuple[str, ...],
         samples: Batch,
         batch_size: int,
-        device: torch.device,
+        placement: Placement,
     ) -> None:
         """The sums are zero; the model is loaded when it is first needed."""
         self._skeleton = skeleton
         self._samples = samples
         self._batch_size = batch_size
-        self._device = device
-        self._sums = zeroed(skeleton.layers, statistics, device)
+        self._placement = placement
+        self._sums = {
+            x.path: LayerAccumulator(x.spec, statistics, placement.of(x.path))
+            for x in skeleton.layers
+        }
         self.restorable = list(self._sums.values())
         self.num_steps = len(samples)
 
@@ -58,17 +62,19 @@ class Resident:
         advance(count)
         if count == len(self._samples):
             return
-        model = self._load()
+        model, device = self._load(), self._placement.main
         for batch in self._samples[count:].split(self._batch_size):
-            resident_batch(model, self._sums, batch.to(self._device), self._skeleton.blocks.paths)
+            resident_batch(model, self._sums, batch.to(device), self._skeleton.blocks.paths)
             count += len(batch)
             advance(len(batch))
             yield Part.of_samples(count), self.restorable
 
     def _load(self) -> Any:
         checkpoint = self._skeleton.checkpoint
-        model = load_model(checkpoint, self._skeleton.model.dtype, self._device)
+        placement, dtype = self._placement, self._skeleton.model.dtype
+        model = load_model(checkpoint, dtype, placement.main, placement.device_map)
         split_experts(model, self._skeleton.sources)
+        dispatch(model, placement)
         is_of_images = find_task(checkpoint) == IMAGE_CLASSIFICATION  # the head reads one vector
         for part in [model] if is_of_images else filter(is_split, model.modules()):
             for parameter in part.parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -186,9 +186,15 @@ def with_expected_tensors(outline: Checkpoint) -> Checkpoint:
     return replace(outline, tensors=tensors)
 
 
-def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    device: torch.device,
+    device_map: Mapping[str, str] | None = None,
+) -> Any:
     """The model with its weights, in eval mode, frozen. No remote code is run.
 
+    It is on one `device`, or as a `device_map` of accelerate's says, with hooks that move inputs.
     InputError if transformers cannot load it, or would not decode what is quantized.
     """
     if quantization := checkpoint.config.get("quantization_config"):
@@ -200,6 +206,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map=device_map,
             ignore_mismatched_sizes=not quantization,  # they are refused below, by name
         )
     model, report = loaded
@@ -207,7 +214,7 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device)
         find_sources(model, checkpoint)  # the verdict of the other schedule
     if missing := report["missing_keys"]:
         raise missing_weights(checkpoint, type(model).__name__, missing)
-    return _frozen(model.to(device))
+    return _frozen(model if device_map else model.to(device))
 
 
 def _frozen(model: Any) -> Any:

@@ -166,6 +166,10 @@ def test_a_mistake_is_told_once(inputs: Path, tmp_path: Path, pipes: Processes) 
         (("--num-samples", "1"), "2 ranks: more than the 1 samples"),
         (("--shard", "0/2"), "--shard 0/2: the 2 ranks share the samples out"),
         (("--include", "nothing"), "--include nothing"),
+        (
+            ("--schedule", "resident", "--device-map", "auto"),
+            "--device-map auto: it takes",
+        ),
     ):
         [first, second] = lines(
             pipes, start(pipes, 2, *command(inputs, tmp_path / "store", *options))
