@@ -304,7 +304,7 @@ def store_stats(config: StatsConfig, json_file: Json = None) -> None:
     """Norms, outliers, effective ranks, dead inputs and unseen experts, by layer and block."""
     output = Output(json_file)
     with loading():
-        from gradpipe.pipeline.reports.stats_table import stats_table
+        from gradpipe.pipeline.reports.tables import stats_table
         from gradpipe.pipeline.stores import stats as describing
 
     found = describing.stats(config, stderr())

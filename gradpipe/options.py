@@ -58,6 +58,14 @@ def unasked(value: T) -> T:
     return typing.cast("T", _UNASKED[kind](value))
 
 
+def number(text: str, flag: str, expected: str) -> float:
+    """A number as the user wrote it, whose range is a config's to check; InputError for none."""
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"{flag} {text}: expected {expected}") from None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """What a field is on the command line; beside it in `Annotated`."""
@@ -191,7 +199,7 @@ def default_of(config: Any, name: str) -> Any:
 
 def spelled(config: Any, name: str) -> str:
     """A field as the command line has it: `--seed 1`, `--finalize`."""
-    return " ".join(_words(fields_of(config)[name], getattr(config, name)))
+    return " ".join(_spelled(fields_of(config)[name].flag, getattr(config, name)))
 
 
 def refuse_given(config: Any, names: Collection[str], why: str) -> None:
@@ -220,10 +228,6 @@ def recorded_command(verb: str, arguments: tuple[str, ...], options: dict[str, A
     """
     words = (word for flag, value in options.items() for word in _spelled(flag, value))
     return shlex.join(["pipe", *verb.split(), *arguments, *words])
-
-
-def _words(field: OptionField, value: Any) -> Iterator[str]:
-    return _spelled(field.flag, value)
 
 
 def _spelled(flag: str, value: Any) -> Iterator[str]:

@@ -14,31 +14,22 @@ from rich.console import Console
 
 from gradpipe.errors import InputError
 from gradpipe.options import refuse_given
-from gradpipe.pipeline.evaluate import classify_opened, evaluation_tokens
+from gradpipe.pipeline.evaluate import LESS_MEMORY, EvaluationText, classify_opened
 from gradpipe.pipeline.evaluate_config import EvalConfig, EvalExtras
 from gradpipe.pipeline.places import check_scratch
-from gradpipe.pipeline.progress import QUIET, progress_bar
+from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.reports.card import add_results, check_card
 from gradpipe.pipeline.reports.evaluations import Comparison, Evaluation, Latency, Score
-from gradpipe.pipeline.reports.results import Metrics
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.size import file_sizes
 from gradpipe.stages.collect.probe import probe
-from gradpipe.stages.data.config import split_name
 from gradpipe.stages.device import memory_errors, resolve_device
 from gradpipe.stages.evaluate.closeness import closeness
 from gradpipe.stages.evaluate.latency import NEW_TOKENS, compress_2_4, measure_speed
 from gradpipe.stages.evaluate.perplexity import perplexity
 from gradpipe.stages.evaluate.streamed import streamed_perplexity
 from gradpipe.stages.evaluate.tasks import Tasks, TaskScore
-from gradpipe.stages.model.load import (
-    check_tokens,
-    dtype_name,
-    load_model,
-    load_tokenizer,
-    resolve_dtype,
-)
-from gradpipe.stages.model.next_token import check_next_token
+from gradpipe.stages.model.load import check_tokens, load_tokenizer, resolve_dtype
 from gradpipe.stages.model.skeleton import find_only_blocks
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
@@ -89,83 +80,69 @@ class _Bench:
     ) -> None:
         self._config = config
         self._extras = extras
-        self._console = console
+        self._quiet = not console.is_terminal
         self._device = resolve_device(config.device)
         self._tasks = Tasks.find(extras.tasks) if extras.tasks else None
-        self._windows, self._revision = evaluation_tokens(config, first, console)
+        self._text = EvaluationText(config, first, console)
 
     def run(self, checkpoints: Sequence[Checkpoint]) -> Iterator[Evaluation]:
         """Each checkpoint, beside the dense one if there is one."""
-        remedy = "give a smaller --batch-size or --seq-len, or --dtype bfloat16"
         name = self._extras.compare
-        with memory_errors(remedy if name is None else f"{remedy}; --compare loads two models"):
+        remedy = LESS_MEMORY if name is None else f"{LESS_MEMORY}; --compare loads two models"
+        with memory_errors(remedy):
             dense = None if name is None else self._dense(Checkpoint.open(name))
             for checkpoint in checkpoints:
                 yield self._measure(checkpoint, dense)
 
-    def _load(self, checkpoint: Checkpoint) -> Any:
-        find_task(checkpoint, CAUSAL_LM)
-        dtype = resolve_dtype(self._config.dtype, checkpoint)
-        model = load_model(checkpoint, dtype, self._device)
-        check_tokens(self._windows, checkpoint, model)
-        check_next_token(model, checkpoint.name, self._device)
-        return model
-
     def _dense(self, checkpoint: Checkpoint) -> _Dense:
-        model = self._load(checkpoint)
+        find_task(checkpoint, CAUSAL_LM)
+        model = self._text.load(checkpoint)
         return _Dense(
             label=checkpoint.label,
             model=model,
             scores={(x.task, x.metric): x for x in self._scores(checkpoint, model)},
-            latency=self._latency(checkpoint, model, compresses=False)
-            if self._extras.latency
-            else None,
+            latency=self._latency(checkpoint, model, compresses=False),
         )
 
     def _measure(self, checkpoint: Checkpoint, dense: _Dense | None) -> Evaluation:
         if self._extras.schedule == "streamed":
             return self._streamed(checkpoint)
-        model = self._load(checkpoint)
+        model = self._text.load(checkpoint)
         value, comparison = self._perplexity(model, dense)
         found = self._scores(checkpoint, model)
         return Evaluation(
-            metrics=self._metrics(checkpoint, model, value),
+            metrics=self._text.metrics(checkpoint, value, model.dtype),
             comparison=comparison,
             tasks=tuple(_score(x, None if dense is None else dense.scores) for x in found),
-            latency=self._latency(checkpoint, model, compresses=True)
-            if self._extras.latency
-            else None,
+            latency=self._latency(checkpoint, model, compresses=True),
             dense_latency=None if dense is None else dense.latency,
         )
 
     def _streamed(self, checkpoint: Checkpoint) -> Evaluation:
         """One block in memory at a time."""
         skeleton = find_only_blocks(checkpoint, resolve_dtype(self._config.dtype, checkpoint))
-        check_tokens(self._windows, checkpoint, skeleton.model)
+        check_tokens(self._text.windows, checkpoint, skeleton.model)
         probe(skeleton, self._device)
-        steps = len(self._windows) * skeleton.blocks.count
         if self._extras.scratch is not None:
             check_scratch(self._extras.scratch)
             self._extras.scratch.mkdir(parents=True, exist_ok=True)
         with (
             TemporaryDirectory(dir=self._extras.scratch) as folder,
-            progress_bar(self._console, "evaluating", steps, "block-windows") as advance,
+            self._text.progress("block-windows", skeleton.blocks.count) as advance,
         ):
             value = streamed_perplexity(
                 skeleton,
-                self._windows,
+                self._text.windows,
                 self._config.batch_size,
                 self._device,
                 Path(folder),
                 advance,
             )
-        return Evaluation(metrics=self._metrics(checkpoint, skeleton.model, value))
+        return Evaluation(metrics=self._text.metrics(checkpoint, value, skeleton.model.dtype))
 
     def _perplexity(self, model: Any, dense: _Dense | None) -> tuple[float, Comparison | None]:
-        windows, size = self._windows, self._config.batch_size
-        with progress_bar(
-            self._console, "evaluating", len(windows), "windows", windows.shape[1]
-        ) as advance:
+        windows, size = self._text.windows, self._config.batch_size
+        with self._text.progress("windows") as advance:
             if dense is None:
                 return perplexity(model, windows, size, advance), None
             found = closeness(model, dense.model, windows, size, advance)
@@ -181,12 +158,15 @@ class _Bench:
     def _scores(self, checkpoint: Checkpoint, model: Any) -> tuple[TaskScore, ...]:
         if self._tasks is None:
             return ()
-        tokenizer, quiet = load_tokenizer(checkpoint), not self._console.is_terminal
-        return self._tasks.score(model, tokenizer, self._config.batch_size, quiet=quiet)
+        tokenizer, size = load_tokenizer(checkpoint), self._config.batch_size
+        return self._tasks.score(model, tokenizer, size, quiet=self._quiet)
 
-    def _latency(self, checkpoint: Checkpoint, model: Any, *, compresses: bool) -> Latency:
+    def _latency(self, checkpoint: Checkpoint, model: Any, *, compresses: bool) -> Latency | None:
         """Of the model as it is, and, at last, with its 2:4 sparse layers compressed."""
-        prompt_T = torch.from_numpy(self._windows[0][: max(1, self._windows.shape[1] - NEW_TOKENS)])
+        if not self._extras.latency:
+            return None
+        window = self._text.windows[0]
+        prompt_T = torch.from_numpy(window[: max(1, len(window) - NEW_TOKENS)])
         plain = measure_speed(model, prompt_T)
         layers = compress_2_4(model) if compresses else 0
         packed = measure_speed(model, prompt_T) if layers else None
@@ -204,21 +184,6 @@ class _Bench:
             compressed_decode_seconds=None if packed is None else packed.decode_seconds,
             file_bytes=file_bytes,
             zstd_bytes=zstd_bytes,
-        )
-
-    def _metrics(self, checkpoint: Checkpoint, model: Any, value: float) -> Metrics:
-        data = self._config.data
-        return Metrics(
-            perplexity=value,
-            model=checkpoint.label,
-            dataset=data.label,
-            dataset_config=data.config,
-            split=split_name(data, "evaluation"),
-            revision=self._revision,
-            num_windows=len(self._windows),
-            seq_len=self._windows.shape[1],
-            num_tokens=self._windows.size,
-            dtype=dtype_name(model.dtype),
         )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
 
 from gradpipe.options import refuse_given
@@ -33,13 +36,7 @@ from gradpipe.stages.model.one_image import try_one_image
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 
-
-def measure(config: EvalConfig, console: Console = QUIET) -> Metrics | Accuracy:
-    """What the checkpoint's task is measured by; InputError if model or data cannot be used."""
-    checkpoint = Checkpoint.open(config.model)
-    if find_task(checkpoint, config.task) == IMAGE_CLASSIFICATION:
-        return classify_opened(checkpoint, config, console)
-    return next(_evaluate_each([checkpoint], config, console))
+LESS_MEMORY = "give a smaller --batch-size or --seq-len, or --dtype bfloat16"
 
 
 def classify(config: EvalConfig, console: Console = QUIET) -> Accuracy:
@@ -95,7 +92,15 @@ def evaluate_each(
     models: Iterable[str], config: EvalConfig, console: Console = QUIET
 ) -> Iterator[Metrics]:
     """Measure checkpoints that share the first one's tokenizer, on text tokenised once."""
-    return _evaluate_each(map(Checkpoint.open, models), config, console)
+    text = None
+    for checkpoint in map(Checkpoint.open, models):
+        find_task(checkpoint, CAUSAL_LM)
+        text = text or EvaluationText(config, checkpoint, console)
+        with memory_errors(LESS_MEMORY):
+            model = text.load(checkpoint)
+            with text.progress("windows") as advance:
+                value = perplexity(model, text.windows, config.batch_size, advance)
+        yield text.metrics(checkpoint, value, model.dtype)
 
 
 def classify_opened(checkpoint: Checkpoint, config: EvalConfig, console: Console) -> Accuracy:
@@ -121,34 +126,42 @@ def classify_opened(checkpoint: Checkpoint, config: EvalConfig, console: Console
     )
 
 
-def _evaluate_each(
-    checkpoints: Iterable[Checkpoint], config: EvalConfig, console: Console
-) -> Iterator[Metrics]:
-    device = resolve_device(config.device)
-    drawn = None
-    for checkpoint in checkpoints:
-        find_task(checkpoint, CAUSAL_LM)
-        drawn = drawn or evaluation_tokens(config, checkpoint, console)
-        windows, revision = drawn
-        with memory_errors("give a smaller --batch-size or --seq-len, or --dtype bfloat16"):
-            model = load_model(checkpoint, resolve_dtype(config.dtype, checkpoint), device)
-            check_tokens(windows, checkpoint, model)
-            check_next_token(model, checkpoint.name, device)
-            with progress_bar(
-                console, "evaluating", len(windows), "windows", windows.shape[1]
-            ) as advance:
-                value = perplexity(model, windows, config.batch_size, advance)
-        yield Metrics(
+class EvaluationText:
+    """Windows of text, drawn once; models of it, loaded and found to fit; what is said of them."""
+
+    def __init__(self, config: EvalConfig, first: Checkpoint, console: Console) -> None:
+        """`first` is the checkpoint whose tokenizer all share."""
+        self._config, self._console = config, console
+        self._device = resolve_device(config.device)
+        self.windows, self._revision = evaluation_tokens(config, first, console)
+
+    def load(self, checkpoint: Checkpoint) -> Any:
+        """A model on the device; InputError if it cannot be measured on these windows."""
+        model = load_model(checkpoint, resolve_dtype(self._config.dtype, checkpoint), self._device)
+        check_tokens(self.windows, checkpoint, model)
+        check_next_token(model, checkpoint.name, self._device)
+        return model
+
+    def progress(self, unit: str, each: int = 1) -> AbstractContextManager[Callable[[int], None]]:
+        """A bar over the windows, each of so many units."""
+        count, seq_len = self.windows.shape
+        tokens = seq_len if each == 1 else 0
+        return progress_bar(self._console, "evaluating", count * each, unit, tokens)
+
+    def metrics(self, checkpoint: Checkpoint, value: float, dtype: torch.dtype) -> Metrics:
+        """A perplexity and its conditions."""
+        data = self._config.data
+        return Metrics(
             perplexity=value,
             model=checkpoint.label,
-            dataset=config.data.label,
-            dataset_config=config.data.config,
-            split=split_name(config.data, "evaluation"),
-            revision=revision,
-            num_windows=len(windows),
-            seq_len=windows.shape[1],
-            num_tokens=windows.size,
-            dtype=dtype_name(model.dtype),
+            dataset=data.label,
+            dataset_config=data.config,
+            split=split_name(data, "evaluation"),
+            revision=self._revision,
+            num_windows=len(self.windows),
+            seq_len=self.windows.shape[1],
+            num_tokens=self.windows.size,
+            dtype=dtype_name(dtype),
         )
 
 

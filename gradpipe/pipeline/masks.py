@@ -6,7 +6,7 @@ Applying rewrites files as pruning does: byte for byte but for the zeros, beside
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.pipeline.prune.layers import list_of
 from gradpipe.pipeline.prune.outcome import copy_companions
 from gradpipe.pipeline.prune.staging import Staging
-from gradpipe.pipeline.reports.checkpoint import write_report
+from gradpipe.pipeline.reports.card import write_report
 from gradpipe.pipeline.reports.recorded import Recorded
 from gradpipe.pipeline.reports.results import (
     LayerResult,
@@ -231,18 +231,11 @@ class _Applied:
     ) -> dict[str, LayerResult]:
         """The layers in one tensor."""
         inside = {name: place for name, place in places.items() if place.key == info.key}
-        return {
-            name: LayerResult(
-                name=name,
-                requested=self.recorded.layers[name].requested,
-                pattern=self.recorded.layers[name].pattern,
-                zeros=count_zeros(
-                    as_tensor(data[place.start - info.start : place.stop - info.start], place)
-                ),
-                size=self.recorded.layers[name].size,
-            )
-            for name, place in inside.items()
+        zeros = {
+            name: count_zeros(as_tensor(data[x.start - info.start : x.stop - info.start], x))
+            for name, x in inside.items()
         }
+        return {name: replace(self.recorded.layers[name], zeros=zeros[name]) for name in inside}
 
     def _note(self) -> str:
         was = self.recorded.document

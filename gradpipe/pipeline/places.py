@@ -31,11 +31,7 @@ def check_store(folder: Path, sources: tuple[Path, ...]) -> None:
 def check_out(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
     """Raises InputError if `out` holds something and `overwrite` is not given, or is no place."""
     check_local("OUT", out)
-    for source in sources:
-        if holds(out, source) or holds(source, out):
-            raise InputError(
-                f"OUT {out} and {source}, which is read, are in one another: give another OUT"
-            )
+    check_apart(out, sources)
     if is_mount(out):
         raise InputError(
             f"OUT {out} is a mount point, which cannot be replaced by a finished checkpoint: give "
@@ -47,6 +43,15 @@ def check_out(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
         raise InputError(f"OUT {out} is a file, expected a folder to create or replace")
     if out.exists() and not _is_free(out):
         raise InputError(f"OUT {out} holds files that no pruning wrote: give another name")
+
+
+def check_apart(out: Path, sources: tuple[Path, ...]) -> None:
+    """Raises InputError if `out` holds what is read, or lies in it."""
+    for source in sources:
+        if holds(out, source) or holds(source, out):
+            raise InputError(
+                f"OUT {out} and {source}, which is read, are in one another: give another OUT"
+            )
 
 
 def _is_free(out: Path) -> bool:

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.places import REPORT, check_local, is_writable
+from gradpipe.pipeline.places import REPORT, check_local, check_scratch, is_writable
 from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.report_config import ReportConfig
 from gradpipe.pipeline.report_facts import measure
 from gradpipe.pipeline.reports.facts import Found
+from gradpipe.pipeline.reports.points import RESULTS
 from gradpipe.pipeline.reports.recorded import Recorded
-from gradpipe.pipeline.reports.series import RESULTS, Sweep
+from gradpipe.pipeline.reports.series import Sweep
 from gradpipe.store.objects import write_durably
 from gradpipe.store.reader import GradientStore
 
@@ -122,8 +123,6 @@ def _check_page(path: Path, *, overwrite: bool) -> None:
 
 
 def _check_figures(folder: Path, *, overwrite: bool) -> None:
-    check_local("--figures", folder)
-    if (folder.exists() and not folder.is_dir()) or not is_writable(folder):
-        raise InputError(f"--figures {folder}: expected a folder that can be created or written to")
+    check_scratch(folder, "--figures")
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise InputError(f"--figures {folder} is not empty: give another or --overwrite")

@@ -25,7 +25,7 @@ from gradpipe.stages.device import memory_errors, resolve_device
 from gradpipe.stages.prune.allocation_rules import OWL_OUTLIERS
 from gradpipe.stages.prune.decode import decode_norms
 from gradpipe.stages.prune.mask import budget_mask
-from gradpipe.stages.prune.measures import cuts, effective_rank, histogram, relative_error, shrunk
+from gradpipe.stages.prune.measures import cuts, histogram, relative_error, shrunk
 from gradpipe.stages.prune.methods import GRAD_NORMS, METHODS, Score, find_score
 from gradpipe.stages.prune.score import LayerStatistics, score_layer
 from gradpipe.stages.prune.score_passes import ScorePasses
@@ -33,6 +33,7 @@ from gradpipe.stages.prune.target import Budget, Group, Pattern, exact_sparsity
 from gradpipe.store.objects import digest
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
+from gradpipe.store.summary import effective_rank
 
 _CELLS = 256  # of a picture of a mask, along each side
 _KEYS = re.compile(r"(^|[._])(k_proj|key|k|wk|query_key_value|qkv|qkv_proj|c_attn)($|[._])")
@@ -69,6 +70,11 @@ class _Sources:
         encoded = self.store.read(layer, score.statistics)
         statistics = LayerStatistics.decode(encoded, score.statistics, self.device)
         return score_layer(layer.name, self.weight(self.dense, layer), statistics, score)
+
+    @property
+    def specs(self) -> dict[str, LayerSpec]:
+        """The store's layers, by name."""
+        return {} if self.store is None else {x.name: x for x in self.store.spec.layers}
 
     def lacking(self, names: Iterable[str]) -> list[str]:
         """Statistics that the store has not."""
@@ -128,13 +134,9 @@ def _missing(sources: _Sources, outputs: Mapping[str, Recorded], num_stores: int
 # ---- all layers ----
 
 
-def _specs(sources: _Sources) -> dict[str, LayerSpec]:
-    return {} if sources.store is None else {x.name: x for x in sources.store.spec.layers}
-
-
 def _outliers(sources: _Sources, console: Console) -> dict[str, float]:
     """OWL's outlier ratio, of each layer and of each block."""
-    specs = _specs(sources)
+    specs = sources.specs
     if sources.dense is None or not specs or sources.lacking(("act_l2",)):
         return {}
     wanda = find_score("wanda", GRAD_NORMS[0], 0.0)
@@ -154,36 +156,32 @@ def _outliers(sources: _Sources, console: Console) -> dict[str, float]:
 def _errors(sources: _Sources, output: str, report: Recorded, console: Console) -> dict[str, float]:
     """How far each pruned layer's output moves, relative to its size."""
     moment = next((x for x in ("hessian", "act_l2") if not sources.lacking((x,))), None)
-    layers = [x for name, x in _specs(sources).items() if name in report.layers]
-    if sources.dense is None or moment is None:
+    layers = [x for name, x in sources.specs.items() if name in report.layers]
+    store = sources.store
+    if sources.dense is None or store is None or moment is None:
         return {}
     pruned, found = sources.outputs[output], {}
     for layer in counted(layers, console, f"errors of {output}", len(layers), "layers"):
         found[layer.name] = relative_error(
             sources.weight(sources.dense, layer),
             sources.weight(pruned, layer),
-            _moment(sources, layer, moment),
+            decode_norms(store.read(layer, [moment]), moment, sources.device),
         )
     return found
-
-
-def _moment(sources: _Sources, layer: LayerSpec, statistic: str) -> Tensor:
-    assert sources.store is not None
-    return decode_norms(sources.store.read(layer, [statistic]), statistic, sources.device)
 
 
 def _ranks(sources: _Sources, console: Console) -> dict[str, dict[str, float]]:
     """Of each second moment that the store has: layers with the same input have one hessian."""
     found: dict[str, dict[str, float]] = {}
+    layers, store = list(sources.specs.values()), sources.store
     for statistic in ("hessian", "grad_cov"):
-        if sources.lacking((statistic,)):
+        if store is None or sources.lacking((statistic,)):
             continue
-        layers = list(_specs(sources).values())
         of_keeper: dict[str, float] = {}
         for layer in counted(layers, console, f"ranks of {statistic}", len(layers), "layers"):
             keeper = layer.keeper(statistic)
             if keeper not in of_keeper:
-                of_keeper[keeper] = effective_rank(_moment(sources, layer, statistic))
+                of_keeper[keeper] = effective_rank(store.read_norms(layer, statistic))
         found[statistic] = {layer.name: of_keeper[layer.keeper(statistic)] for layer in layers}
     return found
 
@@ -194,14 +192,12 @@ def _ranks(sources: _Sources, console: Console) -> dict[str, dict[str, float]]:
 def _layers(
     config: ReportConfig, sources: _Sources, outputs: Mapping[str, Recorded]
 ) -> Iterator[LayerFacts]:
-    names = list(
-        dict.fromkeys([*_specs(sources), *(x for r in outputs.values() for x in r.layers)])
-    )
+    names = list(dict.fromkeys([*sources.specs, *(x for r in outputs.values() for x in r.layers)]))
     for name in config.layer or _first_key(names):
         if name not in names:
             near = did_you_mean(name, names)
             raise InputError(f"--layer {name}: expected a layer's name, as {names[0]}{near}")
-        spec = _specs(sources).get(name)
+        spec = sources.specs.get(name)
         masks = [*_figure_4(sources, spec), *_written(sources, outputs, name, spec)]
         scores = [] if spec is None else [*_scores(sources, outputs, spec)]
         shape = spec.shape if spec is not None else _shape(sources, outputs, name)

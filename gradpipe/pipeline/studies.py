@@ -28,6 +28,7 @@ class Study:
 
 
 _HALF = (0.5,)
+_TENTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 _GBLM: Axes = {"methods": ("gblm",), "grad_norms": ("l1",)}
 _BY_LAYER: Axes = {"methods": ("magnitude",), "groups": ("layer",)}  # the papers' magnitude
 _MASKS = ("sparsegpt", "wanda", "gblm")
@@ -116,11 +117,8 @@ STUDIES = {
     "sparsity": Study(
         title="GBLM-Pruner, Figure 2: perplexity against sparsity",
         grids=(
-            {**_BY_LAYER, "sparsities": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)},
-            {
-                "methods": _MASKS,
-                "sparsities": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
-            },
+            {**_BY_LAYER, "sparsities": _TENTHS},
+            {"methods": _MASKS, "sparsities": _TENTHS},
         ),
         statistics=("grad_l1", "act_l2", "hessian"),
         reconstructed="the sparsities: the figure gives none in numbers",

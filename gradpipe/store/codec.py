@@ -155,6 +155,11 @@ def check_bases(encoded: Mapping[str, Encoded]) -> None:
             raise StoreError(f"{statistic}: its base {item.spec.base} is not in encoding log")
 
 
+def triangle_width(length: int) -> int:
+    """N of a packed upper triangle of N (N + 1) / 2 entries."""
+    return (math.isqrt(8 * length + 1) - 1) // 2
+
+
 def triangle_rows(width: int) -> list[slice]:
     """Where each row of a packed upper triangle lies: row i holds columns i to `width`."""
     starts = [i * width - i * (i - 1) // 2 for i in range(width + 1)]
@@ -167,8 +172,7 @@ def _encode_correlation(packed: Sums) -> Parts:
     Even steps, as the errors of all entries add up: float16's, large near ±1 where inputs share a
     mean, would make matrices indefinite that are not.
     """
-    width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
-    rows = triangle_rows(width)
+    rows = triangle_rows(triangle_width(len(packed)))
     diagonal = packed[[row.start for row in rows]]
     inverse = np.zeros_like(diagonal)
     np.divide(1, np.sqrt(diagonal), out=inverse, where=diagonal > 0)

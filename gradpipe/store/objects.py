@@ -50,6 +50,10 @@ class CommitRecord:
 
     objects: dict[str, tuple[int, str]] = field(default_factory=dict)
 
+    def add(self, more: CommitRecord) -> None:
+        """Count what another record names."""
+        self.objects.update(more.objects)
+
     def to_bytes(self) -> bytes:
         """The canonical JSON form: sorted, with a digest of its own."""
         objects = {key: list(self.objects[key]) for key in sorted(self.objects)}

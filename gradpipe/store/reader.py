@@ -39,7 +39,7 @@ class GradientStore:
 
     def __init__(self, objects: ObjectReader) -> None:
         """Use `GradientStore.open`."""
-        self._objects = objects
+        self.objects = objects  # what it is made of
         attributes, self._nodes = Nodes.of_root(objects)
         self.spec = StoreSpec.from_json(attributes)
         self.digest = objects.record_digest  # names the whole content
@@ -63,21 +63,16 @@ class GradientStore:
     @property
     def url(self) -> str:
         """Where the store was opened."""
-        return self._objects.url
+        return self.objects.url
 
     @property
     def local_folder(self) -> Path | None:
         """The folder that it lies in, None if it is remote."""
-        return self._objects.local_folder
+        return self.objects.local_folder
 
     def _repr_html_(self) -> str:
         """What a notebook shows of it."""
         return as_html(f"gradient store {self.url}", facts_of(self))
-
-    @property
-    def objects(self) -> ObjectReader:
-        """What it is made of."""
-        return self._objects
 
     @contextmanager
     def reading_ahead(self, order: Sequence[LayerSpec]) -> Iterator[None]:
@@ -89,7 +84,7 @@ class GradientStore:
             layer.name: order[place + 1 : place + 1 + _LAYERS_AHEAD]
             for place, layer in enumerate(order)
         }
-        with self._objects.reading_ahead():
+        with self.objects.reading_ahead():
             yield
         self._followers = {}
 
@@ -107,7 +102,7 @@ class GradientStore:
             )
         followers = self._followers.get(layer.name, ())
         later = (key for x in followers for key in self._keys(x, statistics))
-        self._objects.begin(self._keys(layer, statistics), later)
+        self.objects.begin(self._keys(layer, statistics), later)
         waiting = list(statistics)
         while waiting:
             statistic = waiting.pop()
@@ -153,8 +148,8 @@ class GradientStore:
         `each` may be a pool's `map`.
         """
         self._nodes.check_copies()
-        keys = self._objects.record.objects
-        for _ in each(self._objects.verify, [x for x in keys if not x.endswith("/zarr.json")]):
+        keys = self.objects.record.objects
+        for _ in each(self.objects.verify, [x for x in keys if not x.endswith("/zarr.json")]):
             pass  # metadata has just been read
 
     def validate(self) -> None:
@@ -173,7 +168,7 @@ class GradientStore:
     def sizes(self) -> dict[str, int]:
         """Bytes on disk of each statistic, over all layers; everything else under `other`."""
         sizes = dict.fromkeys((*self.spec.statistics, "other"), 0)
-        for key, (size, _) in self._objects.record.objects.items():
+        for key, (size, _) in self.objects.record.objects.items():
             steps = key.split("/")
             statistic = steps[2] if steps[0] == "layers" and len(steps) > 3 else "other"
             sizes[statistic if statistic in sizes else "other"] += size
@@ -197,7 +192,7 @@ class GradientStore:
         for statistic, spec in specs.items():
             for part, (shape, dtype) in codec.part_types(spec, layer, statistic).items():
                 key = array_key(f"{_key(layer, statistic)}/{part}", shape)
-                size, _ = self._objects.record.objects.get(key, (-1, ""))
+                size, _ = self.objects.record.objects.get(key, (-1, ""))
                 if 0 <= size <= most_bytes(shape, dtype):
                     yield key
 

@@ -19,7 +19,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from gradpipe.store.codec import HIGHEST, LOWEST, STEPS, level_table, triangle_rows
+from gradpipe.store.codec import HIGHEST, LOWEST, STEPS, level_table, triangle_rows, triangle_width
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS, Sums
@@ -155,13 +155,12 @@ def block_of(name: str, layers: Iterable[tuple[LayerSpec, Summary]]) -> Summary:
 
 def diagonal(length: int) -> npt.NDArray[np.int64]:
     """Where the diagonal lies in a packed upper triangle of so many entries."""
-    width = (math.isqrt(8 * length + 1) - 1) // 2
-    return np.array([row.start for row in triangle_rows(width)])
+    return np.array([row.start for row in triangle_rows(triangle_width(length))])
 
 
 def square(packed: Sums) -> Sums:
     """The symmetric matrix (N, N) of a packed upper triangle."""
-    width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+    width = triangle_width(len(packed))
     matrix_NN = np.zeros((width, width), dtype=packed.dtype)
     for i, row in enumerate(triangle_rows(width)):
         matrix_NN[i, i:] = matrix_NN[i:, i] = packed[row]

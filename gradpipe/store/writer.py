@@ -38,7 +38,7 @@ class StoreWriter:
 
     def adopt(self, record: CommitRecord) -> None:
         """Count objects that were written and committed before as part of the store."""
-        self._objects.record.objects.update(record.objects)
+        self._objects.record.add(record)
 
     def write_layer(self, layer: LayerSpec, stats: LayerStats) -> CommitRecord:
         """Encode and write every statistic of one layer; returns what was written."""

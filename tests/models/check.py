@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.models.auto import modeling_auto
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import logging as hf_logging
@@ -28,10 +25,12 @@ from transformers.utils import logging as hf_logging
 from gradpipe import CollectConfig, DataConfig, EvalConfig, GradientStore, PruneConfig
 from gradpipe.errors import GradpipeError
 from gradpipe.pipeline.collect.run import collect
-from gradpipe.pipeline.evaluate import measure
+from gradpipe.pipeline.compare import compare
 from gradpipe.pipeline.prune.run import prune
 from tests.models.configs import tiny_config
 from tests.models.image_configs import SIZE, tiny_image_config
+from tests.support.architectures import filled
+from tests.support.autograd import gradient_sums, of_layer
 from tests.support.vision import write_images
 
 COLLECTED = "collected"
@@ -142,12 +141,7 @@ def _build(name: str, model_type: str, toy: _Toy, folder: Path) -> None:
         raise ValueError(f"{size} weights: its config has other names for its sizes")
     torch.manual_seed(0)
     model = toy_class.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and parameter.ndim >= 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.25)
-    model.eval().save_pretrained(folder)
+    filled(model, 0.25).save_pretrained(folder)
     if toy.seq_len is None:
         ViTImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
 
@@ -182,52 +176,17 @@ def _difference(resident: GradientStore, streamed: GradientStore) -> str | None:
 
 def _wrong_sums(toy: _Toy, folder: Path, store: GradientStore) -> str | None:
     """The layer whose sums are not autograd's; None: there is none."""
-    expected = _autograd(toy, folder, store)
+    model = toy.auto_class.from_pretrained(folder / "model", dtype=torch.float32)
+    samples = dict(store.calibration().arrays)
+    if "pixel_values" in samples:
+        samples["pixel_values"] = samples["pixel_values"].reshape(_NUM_SAMPLES, 3, SIZE, SIZE)
+    expected = gradient_sums(model, samples)
     for layer in store.spec.layers:
-        want = expected[layer.weight_key]
-        if layer.part is not None:
-            index, count = layer.part
-            want = want.reshape(count, -1, want.shape[-1])[index]
-        want = want.T if layer.transposed else want
-        got = np.asarray(store.read_norms(layer, "grad_l1"))
+        want, got = of_layer(expected, layer), np.asarray(store.read_norms(layer, "grad_l1"))
         scale = float(np.sqrt((want**2).mean()))
         if float(np.abs(got - want).max()) > TOLERANCE * scale:
             return f"wrong: the gradients of {layer.name} are not autograd's"
     return None
-
-
-def _autograd(
-    toy: _Toy, folder: Path, store: GradientStore
-) -> dict[str, npt.NDArray[np.floating[Any]]]:
-    """Tensor of the checkpoint -> sum over samples of |dL/dW|, the loss by hand from the logits."""
-    model = toy.auto_class.from_pretrained(folder / "model", dtype=torch.float32).eval()
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    sums: dict[str, Tensor] = {}
-    for loss in _losses(model, store):
-        model.zero_grad()
-        loss.backward(retain_graph=True)  # LeViT keeps what it makes of its biases for later passes
-        gradients = {
-            name: torch.zeros_like(x) if x.grad is None else x.grad.clone()
-            for name, x in model.named_parameters()
-        }
-        for key, gradient in revert_weight_conversion(model, gradients).items():
-            sums[key] = sums.get(key, 0) + gradient.abs()
-    return {key: x.numpy() for key, x in sums.items()}
-
-
-def _losses(model: Any, store: GradientStore) -> Any:
-    """The loss of each of the store's samples, one after the other."""
-    arrays = {name: torch.from_numpy(x) for name, x in store.calibration().arrays.items()}
-    if "input_ids" in arrays:
-        for ids_T in arrays["input_ids"].long():
-            logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
-            yield nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:])
-        return
-    pixels_BCHW = arrays["pixel_values"].reshape(_NUM_SAMPLES, 3, SIZE, SIZE)
-    for pixels_CHW, label in zip(pixels_BCHW, arrays["labels"], strict=True):
-        logits_1V = model(pixel_values=pixels_CHW[None]).logits
-        yield nn.functional.cross_entropy(logits_1V, label[None])
 
 
 def _wrong_outputs(toy: _Toy, folder: Path) -> str | None:
@@ -247,14 +206,13 @@ def _wrong_outputs(toy: _Toy, folder: Path) -> str | None:
             return f"wrong: from_pretrained misses or does not expect {min(odd)}"
         if not 0.4 < result.achieved < 0.6:
             return f"wrong: {result.achieved:.2f} of the pruned weights are zero"
-        measure(
-            EvalConfig(
-                model=str(result.folder),
-                data=DataConfig(name=toy.held_out),
-                seq_len=toy.seq_len,
-                max_windows=None if toy.seq_len is None else 2,
-            )
+        evaluation = EvalConfig(
+            model=str(result.folder),
+            data=DataConfig(name=toy.held_out),
+            seq_len=toy.seq_len,
+            max_windows=None if toy.seq_len is None else 2,
         )
+        compare([evaluation.model], evaluation)
     return None
 
 

@@ -7,18 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gradpipe import DataConfig, EvalConfig, evaluate
-from gradpipe.pipeline.evaluate import measure
-from gradpipe.pipeline.reports.results import Metrics
+from gradpipe import DataConfig, EvalConfig, Metrics, evaluate
+from gradpipe.pipeline.compare import compare
 from tests.support import hub as hubs
 from tests.support.models import save_tiny
-
-
-def measured(config: EvalConfig) -> Metrics:
-    """As `pipe eval` does."""
-    result = measure(config)
-    assert isinstance(result, Metrics)
-    return result
 
 
 def test_a_model_of_the_hub_is_opened_once(tmp_path: Path) -> None:
@@ -30,8 +22,9 @@ def test_a_model_of_the_hub_is_opened_once(tmp_path: Path) -> None:
     with hubs.serve() as hub:
         hub.commit("models/someone/tiny", model)
         with hubs.client(hub.endpoint, tmp_path / "cache") as client:
-            value = client.submit(measured, config).result().perplexity
+            [found] = client.submit(compare, [config.model], config).result()
         lookups = [x for x in hub.requests if x.startswith("GET /api/models/someone/tiny/revision")]
     assert len(lookups) == 1, hub.requests
+    assert isinstance(found.metrics, Metrics)
     own = EvalConfig(model=str(model), data=data, seq_len=16)
-    assert value == pytest.approx(evaluate(own).perplexity, rel=1e-6)
+    assert found.metrics.perplexity == pytest.approx(evaluate(own).perplexity, rel=1e-6)

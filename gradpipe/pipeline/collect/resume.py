@@ -186,7 +186,7 @@ class BySamples:
         for spec, stats in added(place.ranks, self._sums, place.spec.statistics, frees=False):
             if self._stop_requested():
                 raise Interrupted("stopped while the store was written; all samples are saved")
-            record.objects.update(writer.write_layer(spec, stats).objects)
+            record.add(writer.write_layer(spec, stats))
         return record
 
 
@@ -216,15 +216,17 @@ class ByBlocks:
             layers = ((x.spec, x.result()) for x in sums)
             place.blocks.write(part.name, place.samples, layers)
             return
-        records = place.ranks.gathered(self._write(sums))
+        written, *others = place.ranks.gathered(self._write(sums))
         if place.ranks.is_first:
-            place.blocks.commit(part.name, _all_of(records))
+            for more in others:
+                written.add(more)
+            place.blocks.commit(part.name, written)
 
     def _write(self, sums: Sequence[LayerAccumulator]) -> CommitRecord:
         """Write the statistics of the layers that are this worker's; returns what was written."""
         place, record = self._place, CommitRecord()
         for spec, stats in added(place.ranks, sums, place.spec.statistics, frees=True):
-            record.objects.update(self._writer.write_layer(spec, stats).objects)
+            record.add(self._writer.write_layer(spec, stats))
         return record
 
     def finish(self) -> None:
@@ -240,14 +242,6 @@ def _finish(place: Place, records: Iterable[CommitRecord]) -> None:
     with place.finished_store() as writer:
         for record in records:
             writer.adopt(record)
-
-
-def _all_of(records: Iterable[CommitRecord]) -> CommitRecord:
-    """One record of all that is in several."""
-    one = CommitRecord()
-    for record in records:
-        one.objects.update(record.objects)
-    return one
 
 
 @dataclass(slots=True)

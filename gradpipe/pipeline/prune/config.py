@@ -15,6 +15,7 @@ from gradpipe.options import (
     check_options,
     default_of,
     is_given,
+    number,
     refuse_given,
     spelled,
     unasked,
@@ -42,27 +43,17 @@ from gradpipe.stages.prune.target import Group, parse_targets
 
 
 def _sparsity(text: str) -> float:
-    """A sparsity as the user wrote it; its range is the config's to check."""
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(
-            f"--sparsity {text}: expected one number in [0, 1), the share to prune, as 0.5; repeat "
-            "--sparsity for several"
-        ) from None
+    one = "one number in [0, 1), the share to prune, as 0.5; repeat --sparsity for several"
+    return number(text, "--sparsity", one)
 
 
 def _alpha(text: str) -> float:
-    """An α as the user wrote it; its range is the config's to check."""
     if text == "auto":
         raise InputError(
             "--alpha auto: prune never runs the model, and cannot compare: let pipe sweep MODEL "
             "STORE OUT --alpha auto choose, and give the number that it finds"
         )
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"--alpha {text}: expected a finite number, 0 or more") from None
+    return number(text, "--alpha", "a finite number, 0 or more")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

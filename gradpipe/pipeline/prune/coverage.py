@@ -58,10 +58,9 @@ class Uncovered:
 
     def shares(self, plan: PrunePlan, layers: Iterable[LayerResult]) -> tuple[Zeros, Zeros]:
         """Zeros of all weights of the blocks, and of the files, with those of pruned layers."""
-        own: dict[bool, list[Zeros]] = {True: [], False: []}
+        own: dict[bool, list[LayerResult]] = {True: [], False: []}
         for x in layers:
-            is_in_block = plan.layers[x.name].block is not None
-            own[is_in_block].append(Zeros(zeros=x.zeros, size=x.size))
+            own[plan.layers[x.name].block is not None].append(x)
         blocks = Zeros.sum([*own[True], self.in_blocks])
         return blocks, Zeros.sum([*own[False], self.outside, blocks])
 

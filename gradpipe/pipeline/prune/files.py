@@ -55,6 +55,14 @@ class Written:
             self.digests.setdefault(target.label, {})[name] = found
         self.notes.extend(notes)
 
+    @classmethod
+    def sum(cls, parts: Iterable[Written]) -> Self:
+        """What was written of all parts."""
+        written = cls()
+        for part in parts:
+            written.add(part)
+        return written
+
     def add(self, more: Written) -> None:
         """Add what was written of another file."""
         for label, digests in more.digests.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from gradpipe.pipeline.prune.duty import Duty
 from gradpipe.pipeline.prune.files import Written
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
 from gradpipe.pipeline.prune.workers import side_by_side
-from gradpipe.pipeline.reports.checkpoint import write_report
+from gradpipe.pipeline.reports.card import write_report
 from gradpipe.pipeline.reports.results import LayerResult, PruneOrder, PruneReport, PruneResult
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import as_tensor, count_zeros
@@ -90,7 +89,8 @@ def finish(
         ranks.first(partial(copy_companions, plan.checkpoint, folder))
         read_back = partial(_read_back, allocated, target, folder, duty, written)
         parts = ranks.gathered(ranks.together(read_back))
-        layers = _in_order(plan, [layer for part in parts for layer in part])
+        found = {layer.name: layer for part in parts for layer in part}
+        layers = tuple(found[name] for name in plan.in_order())
         blocks, file = uncovered.shares(plan, layers)
         report = PruneReport(
             order=order_of(config, plan, target),
@@ -129,24 +129,13 @@ def _read_back(
 
     def result(name: str) -> LayerResult:
         """One layer, as it stands in the file."""
-        place, budget = plan.places[name], allocated.budgets[target][name]
+        place = plan.places[name]
         data = checkpoint.read_place(place)
         if digest(data) != written.digests[target.label][name]:
             raise GradpipeError(
                 f"layer {name} reads back from {folder} otherwise than it was written"
             )
-        return LayerResult(
-            name=name,
-            requested=float(budget.sparsity),
-            pattern=budget.pattern_name,
-            zeros=count_zeros(as_tensor(data, place)),
-            size=plan.layers[name].num_weights,
-        )
+        return allocated.result(target, name, count_zeros(as_tensor(data, place)))
 
     with side_by_side(plan.workers) as pool:
         return tuple(pool.map(result, duty.checked(plan.layers)))
-
-
-def _in_order(plan: PrunePlan, layers: Iterable[LayerResult]) -> tuple[LayerResult, ...]:
-    """By their tensors' names."""
-    return tuple(sorted(layers, key=lambda x: (plan.places[x.name].key, plan.places[x.name].start)))

@@ -16,6 +16,7 @@ from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.layers import check_statistics, check_widths, place_of, select_layers
 from gradpipe.pipeline.prune.wide import check_decompositions
 from gradpipe.pipeline.prune.workers import worker_count
+from gradpipe.pipeline.reports.results import LayerResult
 from gradpipe.stages.checkpoint.folder import Checkpoint, check_unquantized
 from gradpipe.stages.checkpoint.tensors import TensorInfo
 from gradpipe.stages.device import resolve_device
@@ -108,6 +109,10 @@ class PrunePlan:
         names = (name for name in self.layers if self.places[name].file == file)
         return sorted(names, key=lambda name: self.places[name].start)
 
+    def in_order(self) -> list[str]:
+        """The layers as reports list them: by their tensors' names."""
+        return sorted(self.layers, key=lambda x: (self.places[x].key, self.places[x].start))
+
     def reading_ahead(self, layers: Iterable[str]) -> AbstractContextManager[None]:
         """While inside, these layers' statistics come from far away in the order of the files."""
         wanted = self.seen.keys() & set(layers)
@@ -129,6 +134,17 @@ class AllocatedPlan:
     def of_layer(self, name: str) -> list[Budget]:
         """A layer's budgets, in the targets' order."""
         return [self.budgets[target][name] for target in self.plan.targets]
+
+    def result(self, target: Target, name: str, zeros: int) -> LayerResult:
+        """What became of a layer, in which so many zeros were found."""
+        budget = self.budgets[target][name]
+        return LayerResult(
+            name=name,
+            requested=float(budget.sparsity),
+            pattern=budget.pattern_name,
+            zeros=zeros,
+            size=self.plan.layers[name].num_weights,
+        )
 
 
 def _targets(config: PruneConfig, file: AllocationFile | None) -> tuple[Target, ...]:

@@ -91,7 +91,7 @@ def _prune(config: PruneConfig, ranks: Ranks, console: Console) -> tuple[PruneRe
         allocated = _allocated(plan, ranks, console)
         duty = Duty.of(plan, ranks)
         written = ranks.together(lambda: _write(allocated, duty, staging.folder, console))
-        written = _all_of(ranks.gathered(written))
+        written = Written.sum(ranks.gathered(written))
         results = finish(config, allocated, staging.folder, duty, written)
         ranks.first(staging.publish)
     _say(allocated, results, console)
@@ -138,23 +138,14 @@ def _allocated(plan: PrunePlan, ranks: Ranks, console: Console) -> AllocatedPlan
 
 def _write(allocated: AllocatedPlan, duty: Duty, folder: Path, console: Console) -> Written:
     """Write this rank's layers of every file; the bar is the first rank's."""
-    plan, written = allocated.plan, Written()
+    plan = allocated.plan
     own = duty.layers(plan.layers)
     with (
         plan.reading_ahead(own),
         progress_bar(console, "pruning", len(own), "layers") as advance,
     ):
-        for file in plan.checkpoint.files:
-            written.add(write_file(allocated, file, folder, duty, advance))
-    return written
-
-
-def _all_of(parts: Iterable[Written]) -> Written:
-    """What was written of all parts."""
-    written = Written()
-    for part in parts:
-        written.add(part)
-    return written
+        files = plan.checkpoint.files
+        return Written.sum(write_file(allocated, x, folder, duty, advance) for x in files)
 
 
 def _check_out(config: PruneConfig, plan: PrunePlan) -> None:
@@ -232,7 +223,7 @@ def _publish_shards(
     console: Console,
 ) -> tuple[PruneResult, ...]:
     """Complete what all shards have written."""
-    written = _all_of(map(Written.from_bytes, records))
+    written = Written.sum(map(Written.from_bytes, records))
     duty = Duty.of(allocated.plan, Ranks())
     try:
         results = finish(config, allocated, staging.folder, duty, written)

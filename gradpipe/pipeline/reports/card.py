@@ -1,4 +1,4 @@
-"""The model card of a pruned checkpoint: a README.md with the Hub's metadata.
+"""The report beside a pruned checkpoint, and its card: a README.md with the Hub's metadata.
 
 The Hub reads the metadata (https://huggingface.co/docs/hub/model-cards): which model it was made
 from, tags, and as `model-index` what was measured.
@@ -6,6 +6,7 @@ from, tags, and as `model-index` what was measured.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,13 @@ from gradpipe.store.objects import write_durably
 
 CARD = "README.md"
 _TEXT, _IMAGES = "text-generation", "image-classification"  # as the Hub names tasks
+
+
+def write_report(folder: Path, report: PruneReport) -> None:
+    """Write `pruning.json` and the model card."""
+    document = json.dumps(report.to_json(), indent=1) + "\n"
+    write_durably(folder / REPORT, document.encode())
+    write_durably(folder / CARD, model_card(report).encode())
 
 
 def model_card(report: PruneReport) -> str:

@@ -35,8 +35,7 @@ class Line:
     @classmethod
     def of(cls, name: str, layers: Sequence[LayerResult]) -> Self:
         """All weights of these layers together."""
-        found = Zeros.sum(Zeros(zeros=x.zeros, size=x.size) for x in layers)
-        return cls(name, len(layers), found)
+        return cls(name, len(layers), Zeros.sum(layers))
 
 
 def summary(layers: Sequence[LayerResult], *, by_kind: bool) -> list[Line]:

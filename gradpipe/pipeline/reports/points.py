@@ -5,21 +5,24 @@ A line is one JSON object, of these fields in this order; `docs/sweeps.md` says 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any, Self
 
 from rich import box
 from rich.table import Table
-from rich.text import Text
 
-from gradpipe.errors import InputError, StoreError, printable
+from gradpipe.errors import InputError, StoreError
+from gradpipe.pipeline.reports.tables import as_text
 from gradpipe.store.schema import JsonSpec
 
+RESULTS = "results.jsonl"  # in a sweep's folder
 FORMAT = 1  # of a line
 SAMPLES = "--num-samples"  # among a line's options: how many the store is of
 _OBJECTS = ("options", "zeros", "layers", "seconds", "versions")  # of a line
-_NAMED = ("grad_norm", "alpha", "group", "allocation", "update", "samples")  # after the method
+NAMED = ("grad_norm", "alpha", "group", "allocation", "update", "samples")  # after the method
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +130,18 @@ class PointResult:
         return f"α {value:g}" if field == "alpha" else str(value)
 
 
+def read_points(path: Path, remedy: str) -> list[PointResult]:
+    """The points in a file, less a torn last line; InputError for a line that is none."""
+    found = []
+    *lines, _ = path.read_bytes().split(b"\n")  # the last one is torn, or empty
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(PointResult.from_json(json.loads(line)))
+        except (InputError, ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number}: {error}: {remedy}") from error
+    return found
+
+
 def sweep_table(results: Sequence[PointResult], x: str = "target", *, plain: bool = False) -> Table:
     """A row for each way to prune, a column for each value of `x`; `plain` is Markdown.
 
@@ -137,22 +152,22 @@ def sweep_table(results: Sequence[PointResult], x: str = "target", *, plain: boo
     columns = dict.fromkeys(result.value_of(x) or "" for result in pruned)
     cells: dict[str, dict[str, str]] = {}
     for result in pruned:
-        row = " ".join(value for f in told[_row(result)] if (value := result.value_of(f)))
-        called = f"`{_row(result)}`" if plain and "*" in _row(result) else _row(result)
-        name = f"{called} {row}".strip()  # a formula is no emphasis
+        row = " ".join(value for f in told[called(result)] if (value := result.value_of(f)))
+        first = f"`{called(result)}`" if plain and "*" in called(result) else called(result)
+        name = f"{first} {row}".strip()  # a formula is no emphasis
         cells.setdefault(name, {})[result.value_of(x) or ""] = result.metric.shown
     table = Table(box=box.MARKDOWN if plain else box.HEAVY_HEAD)
     table.add_column(next((result.metric.name for result in results), ""))
     for column in columns:
-        table.add_column(_text(column), justify="right")
+        table.add_column(as_text(column), justify="right")
     for dense in (result for result in results if result.point is None):
         table.add_row("dense", *[dense.metric.shown] * len(columns))
     for name, row_cells in cells.items():
-        table.add_row(_text(name), *(row_cells.get(column, "") for column in columns))
+        table.add_row(as_text(name), *(row_cells.get(column, "") for column in columns))
     return table
 
 
-def _row(result: PointResult) -> str:
+def called(result: PointResult) -> str:
     """What a point is called first: its recipe or method."""
     return "" if result.point is None else result.point.recipe or result.point.method
 
@@ -161,15 +176,10 @@ def _told_apart(results: Iterable[PointResult], x: str) -> dict[str, list[str]]:
     """The fields, beside `x`, in which points of the same name differ."""
     values: dict[str, dict[str, set[str]]] = {}
     for result in results:
-        of_row = values.setdefault(_row(result), {field: set() for field in _NAMED if field != x})
+        of_row = values.setdefault(called(result), {field: set() for field in NAMED if field != x})
         for field in of_row:
             of_row[field] |= {value} if (value := result.value_of(field)) else set()
     return {
         row: [field for field, found in of_row.items() if len(found) > 1]
         for row, of_row in values.items()
     }
-
-
-def _text(words: str) -> Text:
-    """A user's words, or a file's: no markup, nothing that a terminal would obey."""
-    return Text(printable(words))

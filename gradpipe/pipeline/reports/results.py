@@ -22,8 +22,8 @@ class Zeros:
     size: int
 
     @classmethod
-    def sum(cls, parts: Iterable[Zeros]) -> Self:
-        """Of all the parts."""
+    def sum(cls, parts: Iterable[Zeros | LayerResult]) -> Self:
+        """Of all the parts, or layers."""
         pairs = [(x.zeros, x.size) for x in parts]
         return cls(zeros=sum(x for x, _ in pairs), size=sum(x for _, x in pairs))
 
@@ -109,7 +109,7 @@ class PruneReport:
     @property
     def achieved(self) -> float:
         """Sparsity found in the written files, over all pruned layers."""
-        return sum(x.zeros for x in self.layers) / sum(x.size for x in self.layers)
+        return Zeros.sum(self.layers).sparsity
 
     def to_json(self) -> dict[str, Any]:
         """`pruning.json`, as plain JSON values."""

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from gradpipe.pipeline.reports import figures
 from gradpipe.pipeline.reports.document import Cell, DataTable, Document, Section
 from gradpipe.pipeline.reports.facts import Found
-from gradpipe.pipeline.reports.kinds import block_of
+from gradpipe.pipeline.reports.kinds import block_of, summary
 from gradpipe.pipeline.reports.pictures import Picture
 from gradpipe.pipeline.reports.recorded import Recorded
+from gradpipe.pipeline.reports.results import Zeros
 from gradpipe.pipeline.reports.series import Sweep, place_of, series_name
 from gradpipe.store.reader import GradientStore
 
@@ -73,7 +74,7 @@ def _summary(found: Found) -> Section:
             _called(report),
             str(report.document.get("pattern", "")),
             report.requested,
-            _achieved(report),
+            Zeros.sum(report.layers.values()).sparsity,
             _number(report.document.get("blocks_sparsity")),
             report.file_sparsity,
         )
@@ -89,11 +90,6 @@ def _summary(found: Found) -> Section:
 def _called(report: Recorded) -> str:
     """The method, and what becomes of the weights that it keeps."""
     return report.method + ("" if report.update == "none" else f" + {report.update}")
-
-
-def _achieved(report: Recorded) -> float:
-    layers = report.layers.values()
-    return sum(x.zeros for x in layers) / max(sum(x.size for x in layers), 1)
 
 
 def _number(value: object) -> float | None:
@@ -153,13 +149,8 @@ def _shares(report: Recorded) -> dict[str, float]:
 
 def _block_means(report: Recorded) -> dict[str, float]:
     """Of all weights of a block that were to be pruned."""
-    zeros: dict[str, int] = {}
-    sizes: dict[str, int] = {}
-    for name, layer in report.layers.items():
-        block = block_of(name)
-        zeros[block] = zeros.get(block, 0) + layer.zeros
-        sizes[block] = sizes.get(block, 0) + layer.size
-    return {block: zeros[block] / sizes[block] for block in zeros}
+    blocks = summary([*report.layers.values()], by_kind=False)
+    return {block.name: block.found.sparsity for block in blocks}
 
 
 def _errors(found: Found) -> Section:
@@ -176,10 +167,6 @@ def _outliers(found: Found) -> Section:
     outliers = found.facts.outliers
     layers = {x: share for x, share in outliers.items() if block_of(x) != x}
     blocks = {x: share for x, share in outliers.items() if block_of(x) == x}
-    text = (
-        "Share of weights whose score |W|·‖X‖₂ is more than 5 times the mean, of the block and of "
-    )
-    text += "the layer: what OWL allocates by."
     pictures = []
     if blocks:
         of_blocks = {"outlier ratio": blocks}
@@ -203,10 +190,6 @@ def _scores(found: Found) -> Section:
     pictures = [
         figures.scores(name, fact, f"scores-{i}") for i, (name, fact) in enumerate(pairs, 1)
     ]
-    text = (
-        "The score of each weight of the dense model, by what became of the weight. Groups are cut "
-    )
-    text += "each for itself, so that the two overlap."
     return _with_pictures("Scores and the cut", _SCORES, pictures)
 
 

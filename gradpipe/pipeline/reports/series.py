@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.reports.points import PointResult
+from gradpipe.pipeline.reports.points import NAMED, RESULTS, PointResult, called, read_points
 
-RESULTS = "results.jsonl"
-_VARIED = ("grad_norm", "alpha", "group", "allocation", "update", "samples")
 _MEASURES = {"perplexity": "perplexity", "top1": "top-1 accuracy"}
-
-
 _ENOUGH = 3  # values that make an axis
 
 
@@ -43,18 +38,10 @@ class Sweep:
 
     @classmethod
     def read(cls, folder: Path, title: str) -> Self:
-        """The points in a folder; InputError for a line that is none. A torn last line is none."""
-        path, found = folder / RESULTS, []
-        *lines, _ = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
-            try:
-                found.append(PointResult.from_json(json.loads(line)))
-            except (InputError, ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{path}, line {number}: {error}: mend or remove that line"
-                ) from error
+        """The points in a folder; InputError if one line is none, or all are torn."""
+        found = read_points(folder / RESULTS, "mend or remove that line")
         if not found:
-            raise InputError(f"{path} holds no point: let pipe sweep go on")
+            raise InputError(f"{folder / RESULTS} holds no point: let pipe sweep go on")
         return cls.of(title, found)
 
     @classmethod
@@ -143,16 +130,11 @@ def _sorted(values: dict[float, float]) -> tuple[tuple[float, ...], tuple[float,
 
 def series_name(result: PointResult, among: Sequence[PointResult], without: str = "") -> str:
     """Recipe or method, and what tells it from other points of that name but for an axis."""
-    called = _called(result)
-    alike = [x for x in among if _called(x) == called]
-    words = [called]
-    for field in _VARIED:
+    alike = [x for x in among if called(x) == called(result)]
+    words = [called(result)]
+    for field in NAMED:
         value = result.value_of(field)
         is_axis = without == {"alpha": "α"}.get(field, field)
         if value and not is_axis and len({x.value_of(field) for x in alike} - {None}) > 1:
             words.append(f"{value} samples" if field == "samples" else value)
     return " ".join(words)
-
-
-def _called(result: PointResult) -> str:
-    return "" if result.point is None else result.point.recipe or result.point.method

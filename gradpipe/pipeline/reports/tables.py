@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.table import Table
 from rich.text import Text
@@ -14,10 +14,12 @@ from gradpipe.pipeline.reports.results import (
     Health,
     ModelReport,
     PruneResult,
+    StoreStats,
     Zeros,
 )
 from gradpipe.store.facts import facts_of
 from gradpipe.store.reader import GradientStore
+from gradpipe.store.summary import QUANTILES, Summary
 
 
 def store_table(store: GradientStore) -> Table:
@@ -30,13 +32,13 @@ def prune_table(out: str, results: Sequence[PruneResult]) -> Table:
     by_kind = all(is_alike(result.layers) for result in results)
     lines = [summary(result.layers, by_kind=by_kind) for result in results]
     reports = [result.report for result in results]
-    table = Table(title=_text(out))
+    table = Table(title=as_text(out))
     table.add_column("kind of layer" if by_kind else "block")
     table.add_column("layers", justify="right")
     for result in results:
-        table.add_column(_text(result.label), justify="right")
+        table.add_column(as_text(result.label), justify="right")
     for row in zip(*lines, strict=True):
-        table.add_row(_text(row[0].name), f"{row[0].num_layers}", *_shares(x.found for x in row))
+        table.add_row(as_text(row[0].name), f"{row[0].num_layers}", *_shares(x.found for x in row))
     table.add_section()
     table.add_row("asked for", "", *(f"{x.requested:.4f}" for x in reports))
     table.add_row("total", f"{len(results[0].layers)}", *(f"{x.achieved:.4f}" for x in reports))
@@ -56,12 +58,12 @@ def layer_table(result: PruneResult) -> Table:
     """
     report = result.report
     totals = (result.achieved, report.blocks.sparsity, report.file.sparsity)
-    table = Table(title=_text(f"{result.folder}"), show_footer=True)
+    table = Table(title=as_text(f"{result.folder}"), show_footer=True)
     table.add_column("layer", "total\nof all of the blocks\nof the whole file")
     table.add_column("requested", f"{result.requested:.4f}", justify="right")
     table.add_column("achieved", "\n".join(f"{x:.4f}" for x in totals), justify="right")
     for layer in result.layers:
-        table.add_row(_text(layer.name), f"{layer.requested:.4f}", f"{layer.achieved:.4f}")
+        table.add_row(as_text(layer.name), f"{layer.requested:.4f}", f"{layer.achieved:.4f}")
     return table
 
 
@@ -81,9 +83,9 @@ def health_table(health: Health) -> Table:
 
 
 def _rows(title: str, rows: Mapping[str, str]) -> Table:
-    table = Table(title=_text(title), show_header=False)
+    table = Table(title=as_text(title), show_header=False)
     for name, value in rows.items():
-        table.add_row(name, _text(value))
+        table.add_row(name, as_text(value))
     return table
 
 
@@ -107,7 +109,7 @@ def _model_rows(report: ModelReport) -> dict[str, str]:
     }
 
 
-def _text(words: str) -> Text:
+def as_text(words: str) -> Text:
     """A user's or a store's words: no markup, nothing that a terminal would obey."""
     return Text(printable(words))
 
@@ -126,3 +128,36 @@ def demo_table(result: DemoResult) -> Table:
     for name, row in result.perplexities.items():
         table.add_row(name, *(f"{row[label]:.2f}" for label in labels))
     return table
+
+
+def stats_table(stats: StoreStats) -> Table:
+    """Each layer, then each block: a row for what it is, and one for each of its statistics."""
+    title = as_text(f"gradient store {stats.store}")
+    table = Table(title=title, box=None, padding=(0, 1, 0, 0))
+    table.add_column("layer, statistic", overflow="fold")
+    shares = [f"{100 * share:g} %" for share in QUANTILES[:-1]]
+    for name in (*shares, "largest", "outliers", "rank"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for part in (stats.layers, stats.blocks):
+        for described in part:
+            for row in _summary_rows(described):
+                table.add_row(*map(as_text, row))
+    return table
+
+
+def _summary_rows(summary: Summary) -> Iterator[tuple[str, ...]]:
+    is_layer = summary.num_layers == 1
+    counts = {
+        "layers": None if is_layer else summary.num_layers,
+        "tokens": summary.num_tokens,
+        "dead inputs": summary.dead_inputs,
+        "unseen layers": summary.unseen or None,
+    }
+    yield (summary.name,)
+    yield (", ".join(f"{x:,} {name}" for name, x in counts.items() if x is not None),)
+    for name in (*summary.spreads, *summary.ranks):
+        spread, rank = summary.spreads.get(name), summary.ranks.get(name)
+        norms = [""] * 5 if spread is None else [f"{x:.1e}" for x in spread.quantiles]
+        if spread is not None:
+            norms.append(f"{spread.outliers:.2%}")
+        yield (f"  {name}", *norms, "" if rank is None else f"{rank:.1f}")

@@ -132,7 +132,7 @@ class Bench:
         label = "dense" if task.point is None else task.plan.targets[0].label
         with board.step(f"{label}: measuring", self._measure.steps) as advance:
             value = self._measure.value(advance)
-        zeros = Zeros.sum([Zeros(zeros=x.zeros, size=x.size) for x in layers])
+        zeros = Zeros.sum(layers)
         blocks, file = self._pruned.shares(task.plan, layers)
         return PointResult(
             key=task.key,

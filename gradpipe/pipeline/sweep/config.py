@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from gradpipe.errors import InputError
-from gradpipe.options import Option, check_options, option_fields, refuse_given, spelled
+from gradpipe.options import Option, check_options, number, option_fields, refuse_given, spelled
 from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.options import BatchSize, Device, Dtype, Include, Model, SeqLen, Task
 from gradpipe.pipeline.prune.config import PruneConfig
@@ -35,12 +35,7 @@ def _same(name: str) -> Option:
 
 def _alpha(text: str) -> float | str:
     """An α as the user wrote it, or that it is to be chosen."""
-    if text == AUTO:
-        return AUTO
-    try:
-        return float(text)
-    except ValueError:
-        raise InputError(f"--alpha {text}: expected a number, 0 or more, or {AUTO}") from None
+    return AUTO if text == AUTO else number(text, "--alpha", f"a number, 0 or more, or {AUTO}")
 
 
 def _is_alpha(alpha: float | str) -> bool:

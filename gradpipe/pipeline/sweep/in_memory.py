@@ -6,7 +6,7 @@ checkpoint's files are only read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ class PrunedModel:
             for results in pool.map(partial(self._fill, allocated), self._groups):
                 found |= {result.name: result for result in results}
                 advance(len(results))
-        return [found[name] for name in in_order(allocated.plan)]
+        return [found[name] for name in allocated.plan.in_order()]
 
     def shares(self, plan: PrunePlan, layers: Sequence[LayerResult]) -> tuple[Zeros, Zeros]:
         """Zeros of all weights of the blocks, and of the whole checkpoint."""
@@ -54,11 +54,12 @@ class PrunedModel:
     def _fill(self, allocated: AllocatedPlan, keys: tuple[str, ...]) -> list[LayerResult]:
         """Prune the layers of tensors that make one parameter, and write it."""
         checkpoint, results, tensors = allocated.plan.checkpoint, [], {}
+        [target] = allocated.plan.targets
         for key in keys:
             tensor = _Tensor(checkpoint, checkpoint.tensors[key])
             for name in self._names.get(key, ()):
                 zeros, _, _ = prune_layer(allocated, name, tensor.take)
-                results.append(_result(allocated, name, zeros))
+                results.append(allocated.result(target, name, zeros))
             tensors[key] = tensor.whole()
         self._refill.write(tensors)
         return results
@@ -103,21 +104,4 @@ def dense_layers(plan: PrunePlan) -> list[LayerResult]:
         )
 
     with side_by_side(plan.workers) as pool:
-        return list(pool.map(result, in_order(plan)))
-
-
-def in_order(plan: PrunePlan) -> Iterator[str]:
-    """The names of a plan's layers, as reports list them."""
-    return iter(sorted(plan.layers, key=lambda x: (plan.places[x].key, plan.places[x].start)))
-
-
-def _result(allocated: AllocatedPlan, name: str, zeros: int) -> LayerResult:
-    [target] = allocated.plan.targets
-    budget = allocated.budgets[target][name]
-    return LayerResult(
-        name=name,
-        requested=float(budget.sparsity),
-        pattern=budget.pattern_name,
-        zeros=zeros,
-        size=allocated.plan.layers[name].num_weights,
-    )
+        return list(pool.map(result, plan.in_order()))

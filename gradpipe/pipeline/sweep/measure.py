@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gradpipe.errors import GradpipeError, InputError
 from gradpipe.options import recorded_options, refuse_given
-from gradpipe.pipeline.evaluate import evaluation_tokens
+from gradpipe.pipeline.evaluate import LESS_MEMORY, evaluation_tokens
 from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.reports.points import Metric
 from gradpipe.stages.checkpoint.folder import Checkpoint
@@ -41,7 +41,7 @@ class Measure:
 
     def value(self, advance: Advance) -> float | None:
         """None where a loss or a logit is no number: pruning may have left nothing of the model."""
-        with memory_errors("give a smaller --batch-size or --seq-len, or --dtype bfloat16"):
+        with memory_errors(LESS_MEMORY):
             try:
                 return self.compute(advance)
             except InputError:

@@ -12,11 +12,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from gradpipe.errors import GradpipeError, InputError
-from gradpipe.pipeline.places import check_local, holds
-from gradpipe.pipeline.reports.points import PointResult
+from gradpipe.pipeline.places import check_apart, check_local
+from gradpipe.pipeline.reports.points import RESULTS, PointResult, read_points
 from gradpipe.store.lock import locked
 
-RESULTS = "results.jsonl"
 _LOCK = ".results.lock"
 
 
@@ -30,12 +29,7 @@ class ResultsFile:
     def check(self, sources: tuple[Path, ...]) -> None:
         """Raises InputError unless the folder is free, or a sweep's, and holds no source."""
         check_local("OUT", self._folder)
-        for source in sources:
-            if holds(self._folder, source) or holds(source, self._folder):
-                raise InputError(
-                    f"OUT {self._folder} and {source}, which is read, are in one another: give "
-                    "another OUT"
-                )
+        check_apart(self._folder, sources)
         if self._folder.exists() and not self._folder.is_dir():
             raise InputError(f"OUT {self._folder} is a file, expected a folder to create")
         is_ours = self.path.exists() or not self._folder.exists()
@@ -47,14 +41,7 @@ class ResultsFile:
         if not self.path.exists():
             return {}
         found: dict[str, PointResult] = {}
-        *lines, _ = self.path.read_bytes().split(b"\n")  # the last one is torn, or empty
-        for number, line in enumerate(lines, 1):
-            try:
-                result = PointResult.from_json(json.loads(line))
-            except (InputError, ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{self.path}, line {number}: {error}: mend or remove it, or give another OUT"
-                ) from error
+        for result in read_points(self.path, "mend or remove it, or give another OUT"):
             found.setdefault(result.key, result)
         return found
 

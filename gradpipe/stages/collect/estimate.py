@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from gradpipe.stages.device import usable_threads
+from gradpipe.stages.model.blocks import num_parameters
 from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.schema import LayerSpec
@@ -112,12 +113,12 @@ class _Sizes:
     def of(cls, skeleton: Skeleton, work: Workload) -> Self:
         """The sizes of a model that is collected."""
         model, blocks, layers = skeleton.model, skeleton.blocks, skeleton.layers
-        inside = [_num_parameters(model.get_submodule(path)) for path in blocks.paths]
+        inside = [num_parameters(model.get_submodule(path)) for path in blocks.paths]
         sums = [(x.spec.block, sum_bytes(x.spec, work.statistics)) for x in layers]
         widths = [(x.spec.block, sum(x.spec.shape)) for x in layers]
         hidden, outputs = _widths(model, layers)
         return cls(
-            parameters=_num_parameters(model),
+            parameters=num_parameters(model),
             parameters_inside=sum(inside),
             block_parameters=max(inside),
             block_widths=_largest(widths, blocks.count),
@@ -233,10 +234,6 @@ def _widths(model: Any, layers: Sequence[Layer]) -> tuple[int, int]:
     if isinstance(embeddings, nn.Embedding):
         return embeddings.embedding_dim, embeddings.num_embeddings
     return layers[0].spec.shape[1], model.config.num_labels
-
-
-def _num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def sum_bytes(layer: LayerSpec, statistics: tuple[str, ...]) -> int:

@@ -13,7 +13,7 @@ out what it gave before, and the model's own head and loss give the first gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,59 @@ from gradpipe.store.statistics import needs_backward
 _OUTSIDE = Part.of_block(None)
 
 
-class Streamed:
+class BlockByBlock:
+    """A model on micro-batches, one block's weights in memory at a time.
+
+    What passes between blocks is kept on disk.
+    """
+
+    def __init__(
+        self, skeleton: Skeleton, batches: Sequence[Batch], device: torch.device, scratch: Path
+    ) -> None:
+        """`scratch` may hold what an earlier, killed run left."""
+        self._model = skeleton.model
+        self._blocks = skeleton.blocks
+        self._batches = batches
+        self._sizes = tuple(map(len, batches))
+        self._device = device
+        self._loader = WeightLoader(skeleton, device)
+        self._calls = BlockCalls(skeleton.model, skeleton.blocks, self._block_weights, device)
+        self._files = Activations(scratch, self._sizes, skeleton.blocks.count)
+
+    def _block_weights(self, index: int) -> AbstractContextManager[None]:
+        return self._loader.loaded(self._blocks.paths[index] + ".")
+
+    def _other_weights(self) -> AbstractContextManager[None]:
+        return self._loader.loaded("", excluded=self._blocks.path + ".")
+
+    def _micro_batches(self) -> Iterator[Batch]:
+        return (batch.to(self._device) for batch in self._batches)
+
+    def record(self) -> None:
+        """Learn how the model calls its blocks; keep the arguments that depend on the samples."""
+        arguments = self._files.arguments
+        is_new = not arguments.exists()
+        with self._other_weights():
+            for batch in self._micro_batches():
+                if is_new or not self._calls.knows(len(batch)):
+                    different = self._calls.record(batch)
+                    if is_new:
+                        arguments.write(different)
+        if is_new:
+            arguments.publish()
+
+    def _given(self, index: int, number: int, source: TensorFile) -> dict[str, Tensor]:
+        """What block `index` is called with for a micro-batch, but for what is always the same."""
+        names = self._calls.arguments(index, self._sizes[number])
+        found = source.read(number) if index else {}
+        found |= self._files.arguments.read(number, names)
+        return self._to_device(found)
+
+    def _to_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
+
+
+class Streamed(BlockByBlock):
     """One run over `samples`, in micro-batches of `batch_size`: see `Schedule`."""
 
     is_cumulative = False
@@ -51,18 +103,11 @@ class Streamed:
         scratch: Path,
     ) -> None:
         """`scratch` may hold what an earlier, killed run left."""
-        self._model = skeleton.model
-        self._blocks = skeleton.blocks
+        super().__init__(skeleton, samples.split(batch_size), device, scratch)
         self._layers = skeleton.layers
         self._statistics = statistics
         self._backward = needs_backward(statistics)
         self._scale = loss_scale(skeleton.model)
-        self._batches = samples.split(batch_size)
-        self._sizes = tuple(map(len, self._batches))
-        self._device = device
-        self._loader = WeightLoader(skeleton, device)
-        self._calls = BlockCalls(skeleton.model, skeleton.blocks, self._block_weights, device)
-        self._files = Activations(scratch, self._sizes, skeleton.blocks.count)
         self.restorable: tuple[LayerAccumulator, ...] = ()
         self.num_steps = 2 * len(samples) * skeleton.blocks.count
 
@@ -76,7 +121,7 @@ class Streamed:
         wanted = {Part.of_block(layer.spec.block) for layer in self._layers} - done
         if not wanted:
             return
-        self._record()
+        self.record()
         before, fed = self._before_blocks() if _OUTSIDE in wanted else (set(), {})
         kept = self._files.kept()
         blocks = {part.index for part in wanted - {_OUTSIDE}} | (fed.keys() - kept.outside)
@@ -113,29 +158,7 @@ class Streamed:
         layers = [x for x in self._layers if Part.of_block(x.spec.block) == part and part in wanted]
         return zeroed(layers, self._statistics, self._device)
 
-    def _block_weights(self, index: int) -> AbstractContextManager[None]:
-        return self._loader.loaded(self._blocks.paths[index] + ".")
-
-    def _other_weights(self) -> AbstractContextManager[None]:
-        return self._loader.loaded("", excluded=self._blocks.path + ".")
-
-    def _micro_batches(self) -> Iterator[Batch]:
-        return (batch.to(self._device) for batch in self._batches)
-
     # What blocks are called with.
-
-    def _record(self) -> None:
-        """Learn how the model calls its blocks; keep the arguments that depend on the samples."""
-        arguments = self._files.arguments
-        is_new = not arguments.exists()
-        with self._other_weights():
-            for batch in self._micro_batches():
-                if is_new or not self._calls.knows(len(batch)):
-                    different = self._calls.record(batch)
-                    if is_new:
-                        arguments.write(different)
-        if is_new:
-            arguments.publish()
 
     def _before_blocks(self) -> tuple[set[str], dict[int, list[str]]]:
         """Layers that run before the blocks, and, by block, the arguments that come from them.
@@ -150,16 +173,6 @@ class Streamed:
             for name in self._calls.outside(self._batches[0].to(self._device)):
                 fed.setdefault(int(name.partition(":")[0]), []).append(name)
         return {path for path, _ in found}, fed
-
-    def _given(self, index: int, number: int, source: TensorFile) -> dict[str, Tensor]:
-        """What block `index` is called with for a micro-batch, but for what is always the same."""
-        names = self._calls.arguments(index, self._sizes[number])
-        found = source.read(number) if index else {}
-        found |= self._files.arguments.read(number, names)
-        return self._to_device(found)
-
-    def _to_device(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
 
     def _tracked(self, index: int, number: int, fed: list[str]) -> dict[str, Tensor]:
         """The same, what requires gradients when the whole model runs as leaves that do."""

@@ -7,19 +7,15 @@ for bit on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from gradpipe.stages.collect.activations import Activations
-from gradpipe.stages.collect.block_calls import BlockCalls
-from gradpipe.stages.collect.block_weights import WeightLoader
+from gradpipe.stages.collect.streamed import BlockByBlock
 from gradpipe.stages.evaluate.perplexity import MeanLoss
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.skeleton import Skeleton
@@ -46,38 +42,19 @@ def streamed_perplexity(
     return mean.perplexity
 
 
-class _Run:
-    """One model on some micro-batches."""
-
-    def __init__(
-        self, skeleton: Skeleton, batches: Sequence[Batch], device: torch.device, scratch: Path
-    ) -> None:
-        self._model, self._blocks = skeleton.model, skeleton.blocks
-        self._batches, self._device = batches, device
-        self._loader = WeightLoader(skeleton, device)
-        self._calls = BlockCalls(skeleton.model, skeleton.blocks, self._block_weights, device)
-        self._files = Activations(scratch, tuple(map(len, batches)), skeleton.blocks.count)
-
-    def record(self) -> None:
-        """Learn how the model calls its blocks, and with what."""
-        with self._other_weights():
-            for batch in self._batches:
-                self._files.arguments.write(self._calls.record(batch.to(self._device)))
-        self._files.arguments.publish()
+class _Run(BlockByBlock):
+    """The passes forward, and the head."""
 
     def forward(self, index: int, advance: Callable[[int], None]) -> None:
         """What one block gives; what came into it is not needed any more."""
         source, target = self._files.inputs(index), self._files.inputs(index + 1)
         names = self._calls.carried(index + 1)
         with self._block_weights(index):
-            for number, batch in enumerate(self._batches):
-                found = source.read(number) if index else {}
-                own = self._calls.arguments(index, len(batch))
-                found |= self._files.arguments.read(number, own)
-                found = self._moved(found)
-                found |= self._calls.run(index, len(batch), found)
+            for number, size in enumerate(self._sizes):
+                found = self._given(index, number, source)
+                found |= self._calls.run(index, size, found)
                 target.write({name: found[name] for name in names})
-                advance(len(batch))
+                advance(size)
         target.publish()
         if index:
             source.delete()
@@ -86,17 +63,8 @@ class _Run:
         """Of each micro-batch, by the model's head."""
         source = self._files.inputs(self._blocks.count)
         with self._other_weights():
-            for number, batch in enumerate(self._batches):
-                given = self._moved(source.read(number))
+            for number, batch in enumerate(self._micro_batches()):
+                given = self._to_device(source.read(number))
                 with self._calls.answered(len(batch), given):
-                    loss = batch.to(self._device).forward(self._model).loss
+                    loss = batch.forward(self._model).loss
                 yield loss
-
-    def _moved(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(self._device) for name, tensor in tensors.items()}
-
-    def _block_weights(self, index: int) -> AbstractContextManager[None]:
-        return self._loader.loaded(self._blocks.paths[index] + ".")
-
-    def _other_weights(self) -> AbstractContextManager[None]:
-        return self._loader.loaded("", excluded=self._blocks.path + ".")

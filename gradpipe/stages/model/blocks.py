@@ -69,7 +69,7 @@ def find_blocks(
             f"no blocks found in {type(model).__name__}: looked for an nn.ModuleList whose "
             "modules hold linear layers; name its path with --blocks PATH"
         )
-    sizes = {name: _num_parameters(model.get_submodule(name)) for name in outer}
+    sizes = {name: num_parameters(model.get_submodule(name)) for name in outer}
     near = {name: 0 if running else _steps_with_embedding(model, name) for name in outer}
     found = max(running or outer, key=lambda name: (near[name], sizes[name]))
     return _running(found, lists[found], trial)
@@ -100,5 +100,6 @@ def _runs(path: str, count: int, trial: Trial) -> bool:
     return any(trial.runs(f"{path}.{index}") for index in range(count))
 
 
-def _num_parameters(module: nn.Module) -> int:
+def num_parameters(module: nn.Module) -> int:
+    """Of all its parameters, how many values."""
     return sum(parameter.numel() for parameter in module.parameters())

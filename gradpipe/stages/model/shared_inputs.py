@@ -8,7 +8,7 @@ values and costs next to nothing, shows it for any architecture. Where such a pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from gradpipe.errors import InputError
 from gradpipe.stages.model.blocks import Blocks
 from gradpipe.stages.model.layers import Layer
-from gradpipe.stages.model.trial import image_shape
-
-_TOKENS = 4
+from gradpipe.stages.model.trial import attempts, image_shape
 
 
 def share_inputs(model: Any, layers: Sequence[Layer]) -> tuple[Layer, ...]:
@@ -41,7 +39,7 @@ def _first_readers(model: Any, layers: Sequence[Layer]) -> dict[str, str]:
     """Path of each layer that ran -> path of the first layer with the same input."""
     on_meta = copy.deepcopy(model).to("meta")
     best: dict[str, str] = {}
-    for inputs in _attempts(model):
+    for inputs in reversed(attempts(model, 1)):  # with a ready mask first
         seen: list[tuple[Tensor, str]] = []  # tensors are held, so that no id is used twice
         handles = [_record(on_meta, layer.path, seen) for layer in layers]
         with suppress(Exception), torch.no_grad():  # what has run until then is known
@@ -83,18 +81,6 @@ def image_tokens(model: Any, blocks: Blocks) -> int:
             "width): name a list of blocks that work on tokens by --blocks"
         )
     return seen[0][0].shape[1]
-
-
-def _attempts(model: Any) -> tuple[Mapping[str, Any], ...]:
-    """What to call a model with on the meta device.
-
-    Most language models need a ready mask not to look into it; a few build theirs without looking.
-    """
-    if model.main_input_name == "pixel_values":
-        return ({"pixel_values": torch.zeros(1, *image_shape(model), device="meta")},)
-    ids_BT = torch.zeros(1, _TOKENS, dtype=torch.long, device="meta")
-    text = {"input_ids": ids_BT, "use_cache": False}
-    return (text | {"attention_mask": torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta")}, text)
 
 
 def _record(model: nn.Module, path: str, seen: list[tuple[Tensor, str]]) -> Any:

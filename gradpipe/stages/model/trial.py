@@ -43,7 +43,7 @@ def try_forward(model: Any) -> Trial:
         if hasattr(module, "is_concatenated"):  # fused experts: which get a token is a value
             module.config._experts_implementation = "batched_mm"  # noqa: SLF001
     trials = []
-    for one, two in zip(_attempts(model, 1), _attempts(model, 2), strict=True):
+    for one, two in zip(attempts(model, 1), attempts(model, 2), strict=True):
         trials.append(_try(on_meta, one, two))
         if trials[-1].error is None:
             return trials[-1]
@@ -98,7 +98,7 @@ def image_shape(model: Any) -> tuple[int, int, int]:
     return getattr(config, "num_channels", 3), height, width
 
 
-def _attempts(model: Any, num_samples: int) -> tuple[Mapping[str, Any], ...]:
+def attempts(model: Any, num_samples: int) -> tuple[Mapping[str, Any], ...]:
     """What to call a model with.
 
     Most language models need a ready mask not to look into it; a few build theirs without looking.

@@ -26,6 +26,7 @@ from gradpipe.store.codec import (
     level_table,
     split_offsets,
     triangle_rows,
+    triangle_width,
 )
 from gradpipe.store.schema import StatisticSpec
 from gradpipe.store.statistics import STATISTICS
@@ -52,7 +53,7 @@ def decode_norms(encoded: Mapping[str, Encoded], statistic: str, device: torch.d
 def _second_moment(item: Encoded, device: torch.device) -> Tensor:
     """The symmetric matrix of a packed triangle, (N, N)."""
     packed = torch.from_numpy(item.parts["values"]).to(device)
-    width = (math.isqrt(8 * len(packed) + 1) - 1) // 2
+    width = triangle_width(len(packed))
     matrix_NN = torch.zeros(width, width, device=device)
     for i, row in enumerate(triangle_rows(width)):
         matrix_NN[i, i:] = packed[row]

@@ -1,4 +1,4 @@
-"""What a pruned layer is told by: masks as pictures, scores by what became of them, errors, ranks.
+"""What a pruned layer is told by: masks as pictures, scores by what became of them, errors.
 
 Shapes: O out, I in, N either; R, C cells of a picture.
 """
@@ -80,13 +80,3 @@ def _energy(matrix_OI: Tensor, moment: Tensor) -> Tensor:
     if moment.ndim == 1:
         return (matrix_OI * moment).square().sum(dtype=torch.float64)
     return ((matrix_OI @ moment) * matrix_OI).sum(dtype=torch.float64)
-
-
-def effective_rank(moment_NN: Tensor) -> float:
-    """(tr M)² / ‖M‖²: N if all directions weigh the same, 1 if one holds everything.
-
-    The participation ratio of the eigenvalues, which needs none of them.
-    """
-    trace = moment_NN.diagonal().sum(dtype=torch.float64)
-    norm = torch.linalg.vector_norm(moment_NN, dtype=torch.float64)
-    return float((trace / norm).square()) if norm > 0 else 0.0

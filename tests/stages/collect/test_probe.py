@@ -52,6 +52,8 @@ REFUSED = {
 def test_other_models_are_refused_in_one_line(model_type: str, tmp_path: Path) -> None:
     """Encoders, losses of something else, and configs that its own code cannot run."""
     changes: dict[str, Any] = {"rotary_dim": 64} if model_type == "codegen" else {}
+    if model_type.endswith("bert") or model_type == "roberta":
+        changes["is_decoder"] = False
     folder = save_architecture(model_type, tmp_path / "model", **changes)
     with pytest.raises(InputError, match=REFUSED[model_type]) as refusal:
         probed(folder)

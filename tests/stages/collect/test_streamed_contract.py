@@ -16,48 +16,40 @@ from rich.console import Console
 from torch import Tensor, nn
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from gradpipe import CollectConfig, DataConfig, GradientStore, GradpipeError, collect
+from gradpipe import CollectConfig, DataConfig, GradpipeError, collect
 from gradpipe.stages.collect.block_calls import BlockCalls
 from gradpipe.stages.collect.hooks import LayerHooks
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.blocks import Blocks
 from gradpipe.store.schema import LayerSpec
+from tests.models.configs import TEXT
+from tests.support.architectures import filled
+from tests.support.autograd import gradient_sums, of_layer
+from tests.support.cases import collecting
 from tests.support.models import tiny_tokenizer
 from tests.support.texts import write_text
 from tests.support.vision import write_images
 
-_SMALL: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 56,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 _GEMMA: dict[str, Any] = {
-    **_SMALL,
+    **TEXT,
     "head_dim": 16,
     "global_head_dim": 16,
     "sliding_window": 8,
     "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 96,
+    "vocab_size_per_layer_input": 320,
     "num_kv_shared_layers": 2,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 _OPT: dict[str, Any] = {
-    **_SMALL,
+    **TEXT,
     "ffn_dim": 56,
     "word_embed_proj_dim": 16,
     "do_layer_norm_before": False,
     "dropout": 0.0,
 }
 _GPT: dict[str, Any] = {
-    "vocab_size": 96,
+    "vocab_size": 320,
     "n_positions": 64,
     "n_embd": 32,
     "n_layer": 3,
@@ -74,54 +66,29 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-def filled(model: Any) -> Any:
-    """The model with weights large enough that nothing is degenerate."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim >= 2:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model.eval()
-
-
-def config(root: Path, **options: Any) -> CollectConfig:
+def streaming(root: Path, **options: Any) -> CollectConfig:
     """A small run in `root`."""
-    settings: dict[str, Any] = {
-        "model": str(root / "model"),
-        "store": root / "streamed",
-        "data": DataConfig(name=str(root / "text.txt")),
-        "num_samples": 3,
-        "seq_len": 16,
-        "encoding": "float32",
-        "statistics": ("grad_l1", "grad_sum", "act_l2"),
-        "schedule": "streamed",
-    }
-    return CollectConfig(**{**settings, **options})
+    settings: dict[str, Any] = {"num_samples": 3, "schedule": "streamed"}
+    settings["statistics"] = ("grad_l1", "grad_sum", "act_l2")
+    return collecting(root, root / "streamed", **{**settings, **options})
 
 
-def autograd(model: Any, store: GradientStore) -> dict[str, Tensor]:
-    """Σ|G| over the store's samples by parameter, from `backward` of the whole model."""
-    sums: dict[str, Tensor] = {}
-    for ids_T in torch.from_numpy(store.input_ids()).long():
-        model.zero_grad()
-        logits_TV = model(input_ids=ids_T[None], use_cache=False).logits[0]
-        nn.functional.cross_entropy(logits_TV[:-1], ids_T[1:]).backward()
-        for name, parameter in model.named_parameters():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            sums[name] = sums.get(name, 0) + gradient.abs()
-    return sums
+def write(root: Path, kind: str, options: dict[str, Any]) -> Any:
+    """A model that nothing is degenerate in, its tokenizer and a text; returns the model."""
+    made = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(kind, **options))
+    model = filled(made, 0.2)
+    model.save_pretrained(root / "model")
+    tiny_tokenizer().save_pretrained(root / "model")
+    write_text(root / "text.txt")
+    return model
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_language_model_is_streamed_to_the_bit_and_right(case: str, tmp_path: Path) -> None:
     """In micro-batches of one size, of two, and all at once; and it is what autograd says."""
     kind, options, include = CASES[case]
-    made = hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model(kind, **options))
-    model = filled(made)
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    write_text(tmp_path / "text.txt")
-    streamed = config(tmp_path, include=include)
+    model = write(tmp_path, kind, options)
+    streamed = streaming(tmp_path, include=include)
     for batch_size in (1, 2, 4):
         store = collect(replace(streamed, batch_size=batch_size, overwrite=True))
         resident = replace(streamed, schedule="resident", store=tmp_path / "resident")
@@ -129,13 +96,10 @@ def test_a_language_model_is_streamed_to_the_bit_and_right(case: str, tmp_path: 
             store.digest == collect(replace(resident, batch_size=batch_size, overwrite=True)).digest
         )
     assert {layer.block is None for layer in store.spec.layers} == {False, bool(include)}
-    expected = autograd(model, store)
+    expected = gradient_sums(model, store.calibration().arrays)
     for layer in store.spec.layers:
-        found = next(name for name in expected if name.endswith(layer.weight_key))
-        wanted = expected[found].numpy()
-        wanted = wanted.T if layer.transposed else wanted
+        wanted, got = of_layer(expected, layer), store.read_norms(layer, "grad_l1")
         assert wanted.any()
-        got = store.read_norms(layer, "grad_l1")
         np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-4 * np.sqrt((wanted**2).mean()))
 
 
@@ -164,11 +128,11 @@ def test_stages_of_other_widths_are_streamed(family: str, tmp_path: Path) -> Non
     made = hf.AutoConfig.for_model(
         family, architectures=[name], image_size=32, embed_dim=16, num_labels=3, **options
     )
-    filled(getattr(hf, name)(made)).save_pretrained(tmp_path / "model")
+    filled(getattr(hf, name)(made), 0.2).save_pretrained(tmp_path / "model")
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "model")
     write_images(tmp_path / "images", 6)
     data = DataConfig(name=str(tmp_path / "images"))
-    streamed = config(tmp_path, data=data, seq_len=None, batch_size=2)
+    streamed = streaming(tmp_path, data=data, seq_len=None, batch_size=2)
     resident = replace(streamed, schedule="resident", store=tmp_path / "resident")
     store = collect(streamed)
     assert store.digest == collect(resident).digest
@@ -292,13 +256,13 @@ def test_a_head_that_reads_an_earlier_block_is_known() -> None:
 @pytest.mark.parametrize("schedule", ["resident", "streamed"])
 def test_gradients_that_are_all_zero_are_said_aloud(schedule: str, tmp_path: Path) -> None:
     """A gate that is shut passes nothing back: true zeros are kept, and named."""
-    model = filled(hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model("llama", **_SMALL)))
+    model = filled(hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model("llama", **TEXT)))
     model.get_parameter("model.layers.1.mlp.down_proj.weight").data.zero_()
     model.save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     write_text(tmp_path / "text.txt")
     console = Console(file=io.StringIO(), width=200)
-    store = collect(config(tmp_path, schedule=schedule), console)
+    store = collect(streaming(tmp_path, schedule=schedule), console)
     assert isinstance(console.file, io.StringIO)
     said = "gradients of 2 layers are all zero, as model.layers.1.mlp.gate_proj's are"
     assert said in console.file.getvalue()

@@ -13,16 +13,11 @@ import torch
 import transformers as hf
 from rich.console import Console
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
-from transformers.core_model_loading import revert_weight_conversion
 
-from gradpipe import (
-    CollectConfig,
-    DataConfig,
-    PruneConfig,
-    collect,
-    prune,
-)
+from gradpipe import collect, prune
+from tests.support.architectures import filled
+from tests.support.autograd import gradient_sums, of_layer
+from tests.support.cases import collecting, pruning
 from tests.support.models import VOCAB_SIZE, tiny_tokenizer
 from tests.support.texts import write_text
 
@@ -117,28 +112,10 @@ MODELS: Mapping[str, Callable[[], Any]] = {
 def save(kind: str, folder: Path) -> Any:
     """A random model and its tokenizer; returns the model."""
     with torch.random.fork_rng(devices=[]):
-        model = MODELS[kind]().eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:
-            parameter.data = 0.25 * torch.randn(parameter.shape, generator=generator)
+        model = filled(MODELS[kind](), 0.25)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return copy.deepcopy(model)
-
-
-def gradients(model: Any, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Σ over samples of |gradient|, by the checkpoint's tensors."""
-    sums = {name: torch.zeros_like(x) for name, x in model.named_parameters()}
-    for sample_T in input_ids.long():
-        model.zero_grad()
-        logits_TV = model(input_ids=sample_T[None], use_cache=False).logits[0]
-        cross_entropy(logits_TV[:-1], sample_T[1:]).backward()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                sums[name] += parameter.grad.abs()
-    found: dict[str, torch.Tensor] = revert_weight_conversion(model, sums)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -150,18 +127,16 @@ def test_the_language_model_is_collected_and_pruned(
 ) -> None:
     """Exact under both schedules; what reads images stays dense, aloud; transformers opens it."""
     model = save(kind, tmp_path / "model")
+    write_text(tmp_path / "text.txt")
     said, stores = io.StringIO(), {}
     for schedule in ("resident", "streamed"):
-        settings = CollectConfig(
-            model=str(tmp_path / "model"),
-            store=tmp_path / schedule,
+        settings = collecting(
+            tmp_path,
+            tmp_path / schedule,
             blocks=blocks,
-            data=DataConfig(name=str(write_text(tmp_path / "text.txt"))),
             num_samples=3,
-            seq_len=16,
             batch_size=2,
             statistics=("grad_l1",),
-            encoding="float32",
             schedule=schedule,
         )
         stores[schedule] = collect(settings, Console(file=said, width=200))
@@ -171,17 +146,12 @@ def test_the_language_model_is_collected_and_pruned(
     assert len(store.spec.layers) == 2 * of_block
     if kind != "mllama":  # whose class for text leaves its tower in the file
         assert "stays dense: model.vis" in said.getvalue()
-    expected = gradients(model, torch.from_numpy(np.array(store.input_ids())))
+    expected = gradient_sums(model, store.calibration().arrays)
     for layer in store.spec.layers:
-        got = torch.from_numpy(np.array(store.read_norms(layer, "grad_l1")))
-        want = expected[layer.weight_key]
-        if layer.part is not None:  # of experts in one tensor, (in, out)
-            want = want[layer.part[0]]
-        want = want.T if layer.transposed else want
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    options: dict[str, Any] = {"out": tmp_path / "out", "method": "gradient"}
-    pruned = PruneConfig(model=settings.model, store=str(tmp_path / "resident"), **options)
-    (result,) = prune(pruned, Console(file=said, width=200))
+        got = store.read_norms(layer, "grad_l1")
+        np.testing.assert_allclose(got, of_layer(expected, layer), rtol=1e-4, atol=1e-5)
+    run = pruning(tmp_path, tmp_path / "out", store=store.url, method="gradient")
+    (result,) = prune(run, Console(file=said, width=200))
     assert re.search(r"stays dense: \S*vis\S*, [\d,]+ weights: the store has no", said.getvalue())
     assert result.achieved == pytest.approx(0.5)
     dense = load_file(tmp_path / "model" / "model.safetensors")
