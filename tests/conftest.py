@@ -19,10 +19,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from tests.support.cases import Shelf
+from tests.support.cases import Shelf, written
 from tests.support.forked import Processes, processes
-from tests.support.models import save_tiny
-from tests.support.texts import write_text
 from tests.support.workplace import pipe, refused, stores, workplace
 
 __all__ = ["pipe", "refused", "stores", "workplace"]  # fixtures
@@ -56,9 +54,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and a text, to be read and not to be changed."""
     folder = tmp_path_factory.mktemp("inputs")
-    save_tiny("llama", folder / "model")
-    write_text(folder / "text.txt")
-    return folder
+    return written(folder)
 
 
 @pytest.fixture(scope="session")

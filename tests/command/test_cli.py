@@ -25,7 +25,8 @@ from transformers import AutoModelForCausalLM
 from gradpipe import GradientStore, cli
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.load import load_tokenizer
-from tests.support.models import VOCAB_SIZE, random_ids, save_tiny, tiny_model
+from tests.support.cases import written
+from tests.support.models import VOCAB_SIZE, random_ids, tiny_model
 from tests.support.reference import reference_perplexity
 from tests.support.texts import SENTENCE, write_text
 from tests.support.workplace import Pipe
@@ -284,8 +285,7 @@ def test_stdout_holds_data_and_stderr_no_bars(
     tmp_path: Path, command: str, is_data: Callable[[str], bool]
 ) -> None:
     """Off a terminal neither our bars nor those of a library appear, and JSON stands alone."""
-    save_tiny("llama", tmp_path / "model")
-    write_text(tmp_path / "text.txt")
+    written(tmp_path)
     done = subprocess.run(
         [PIPE, *shlex.split(command)], cwd=tmp_path, capture_output=True, text=True, check=True
     )

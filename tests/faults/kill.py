@@ -42,9 +42,8 @@ from rich.console import Console
 
 import gradpipe.cli
 from gradpipe.store.objects import digest
-from tests.support.models import save_tiny
+from tests.support.cases import written
 from tests.support.phases import PHASES
-from tests.support.texts import write_text
 
 SETTINGS = ["--num-samples", "9", "--seq-len", "16", "--batch-size", "2"]
 SECONDS_TO_HANG = 60.0
@@ -131,8 +130,7 @@ class Bench:
         self.phase = mmap.mmap(-1, 1)
         self.references: dict[str, dict[str, str]] = {}
         self.seconds: dict[tuple[str, str], list[float]] = {}  # of each visit to a phase
-        save_tiny("llama", self.inputs / "model", max_shard_size="60KB")
-        write_text(self.inputs / "text.txt")
+        written(self.inputs, max_shard_size="60KB")
         self._run_ok(_collect()(self.inputs, self.inputs))
         for name, arguments in {
             "old": _collect("--seed", "7")(self.inputs, self.inputs / "old"),

@@ -41,10 +41,9 @@ from rich.console import Console
 
 from gradpipe import open_store
 from gradpipe.__main__ import main as main_of_pipe
-from tests.support.models import save_tiny
+from tests.support.cases import written
 from tests.support.phases import PHASES
 from tests.support.ranked import free_port
-from tests.support.texts import write_text
 
 RANKS = 3
 SECONDS_TO_END = 20.0  # a rank alone would work on for less; one that waits would wait for more
@@ -95,8 +94,7 @@ class Bench:
         self.visits = mmap.mmap(-1, RANKS * len(_NAMES))  # of each phase, by rank
         self.usual: dict[str, bytes] = {}  # the visits of an uninterrupted run
         self.references: dict[str, dict[str, str]] = {}
-        save_tiny("llama", folder / "model")
-        write_text(folder / "text.txt")
+        written(folder)
         for scenario in SCENARIOS:
             out = folder / f"{scenario.name} reference"
             out.mkdir()

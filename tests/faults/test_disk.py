@@ -14,10 +14,9 @@ import pytest
 
 from gradpipe import CollectConfig, GradpipeError, collect, prune
 from gradpipe.errors import InputError, StoreError
-from tests.support.cases import collecting, pruning
+from tests.support.cases import collecting, pruning, written
 from tests.support.models import save_tiny
 from tests.support.phases import PHASES
-from tests.support.texts import write_text
 
 SCHEDULES = ("resident", "streamed")
 
@@ -25,9 +24,7 @@ SCHEDULES = ("resident", "streamed")
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a text, and the store that an untroubled run writes."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny("llama", folder / "model")
-    write_text(folder / "text.txt")
+    folder = written(tmp_path_factory.mktemp("inputs"))
     collect(config(folder, folder / "store"))
     return folder
 

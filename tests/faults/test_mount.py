@@ -6,40 +6,22 @@ from pathlib import Path
 
 import pytest
 
-from gradpipe import CollectConfig, DataConfig, InputError, PruneConfig, collect, prune
+from gradpipe import InputError, collect, prune
 from tests.faults.test_disk import mounted
-from tests.support.models import save_tiny
-from tests.support.texts import write_text
+from tests.support.cases import collecting, pruning, written
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and its store."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny("llama", folder / "model")
-    data = DataConfig(name=str(write_text(folder / "text.txt")))
-    collect(
-        CollectConfig(
-            model=str(folder / "model"),
-            store=folder / "store",
-            data=data,
-            num_samples=2,
-            seq_len=16,
-            statistics=("act_l2",),
-        )
-    )
+    folder = written(tmp_path_factory.mktemp("inputs"))
+    collect(collecting(folder, num_samples=2, statistics=("act_l2",)))
     return folder
 
 
 def _prune(inputs: Path, out: Path, *, overwrite: bool = False) -> list[Path]:
-    options = PruneConfig(
-        model=str(inputs / "model"),
-        store=str(inputs / "store"),
-        out=out,
-        method="wanda",
-        overwrite=overwrite,
-    )
-    return [result.folder for result in prune(options)]
+    run = pruning(inputs, out, method="wanda", overwrite=overwrite)
+    return [result.folder for result in prune(run)]
 
 
 @pytest.mark.parametrize("name", ["volume", "a volume, of ours"])

@@ -17,10 +17,9 @@ from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.conversion import find_sources
 from gradpipe.stages.model.experts import RoutedLinear, split_experts
 from gradpipe.stages.model.load import load_model
-from tests.support.cases import MIXTRAL, collecting, pruning, tensors_of
+from tests.support.cases import MIXTRAL, collecting, pruning, tensors_of, written
 from tests.support.models import VOCAB_SIZE, random_ids, save_tiny, tiny_model
 from tests.support.reference import reference_mask, reference_nm_mask, with_plain_experts
-from tests.support.texts import write_text
 
 FAMILIES = ("mixtral", "qwen3_moe")
 NUM_EXPERTS = 4
@@ -30,9 +29,7 @@ ALL = ("grad_l1", "grad_l2", "act_l2", "hessian", "grad_cov")
 @pytest.fixture(scope="module", params=FAMILIES)
 def scarce(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and a store of one sample of two tokens, which reach only some experts."""
-    root = tmp_path_factory.mktemp(request.param)
-    save_tiny(request.param, root / "model", max_shard_size="40KB")
-    write_text(root / "text.txt")
+    root = written(tmp_path_factory.mktemp(request.param), request.param, max_shard_size="40KB")
     collect(collecting(root, num_samples=1, seq_len=2, statistics=ALL))
     return root
 

@@ -12,14 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from gradpipe import InputError, PruneConfig, apply_masks, collect, export_masks, prune, verify
+from gradpipe import InputError, apply_masks, collect, export_masks, prune, verify
 from gradpipe.masks import read_masks
-from tests.support.cases import collecting
+from tests.support.cases import collecting, pruning, tensors_of, written
 from tests.support.models import save_tiny
-from tests.support.texts import write_text
 from tests.support.workplace import Refused, contents, edit_weights
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -28,32 +27,17 @@ LAYER = "model.layers.0.self_attn.q_proj"
 @pytest.fixture(scope="module", params=["llama", "mixtral", "gpt2"])
 def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model in several files, `out`, which is pruned, and `tuned`, whose weights are others."""
-    root = tmp_path_factory.mktemp("masks")
-    save_tiny(request.param, root / "model", max_shard_size="20KB")
-    write_text(root / "text.txt")
+    root = written(tmp_path_factory.mktemp("masks"), request.param, max_shard_size="20KB")
     collect(collecting(root, statistics=("act_l2",)))
-    prune(
-        PruneConfig(
-            model=str(root / "model"),
-            store=str(root / "store"),
-            out=root / "out",
-            method="wanda",
-            sparsities=(0.7,),
-        )
-    )
+    prune(pruning(root, root / "out", method="wanda", sparsities=(0.7,)))
     save_tiny(request.param, root / "tuned", seed=1)
     export_masks(str(root / "out"), root / "masks.safetensors")
     return root
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint."""
-    return {k: x for path in folder.glob("*.safetensors") for k, x in load_file(path).items()}
-
-
 def test_masks_are_bits(made: Path) -> None:
     """An eighth of a byte a weight, as NumPy unpacks them; nothing but where weights are."""
-    weights = tensors(made / "out")
+    weights = tensors_of(made / "out")
     with safe_open(made / "masks.safetensors", framework="numpy") as file:
         shapes = json.loads(file.metadata()["shapes"])
         assert shapes.keys() == set(file.keys())
@@ -70,7 +54,7 @@ def test_another_checkpoint_gets_the_zeros_and_nothing_else(made: Path, tmp_path
     """Zeros where the pruned one has them; every other value and tensor as it was, to the bit."""
     result = apply_masks(str(made / "tuned"), made / "masks.safetensors", tmp_path / "new")
     masks = read_masks(made / "masks.safetensors")
-    before, after = tensors(made / "tuned"), tensors(tmp_path / "new")
+    before, after = tensors_of(made / "tuned"), tensors_of(tmp_path / "new")
     assert before.keys() == after.keys()
     for key, weight in before.items():
         expected = torch.where(masks[key], weight, torch.zeros(())) if key in masks else weight
@@ -111,14 +95,7 @@ def test_masks_are_the_same_bytes_each_time(made: Path, tmp_path: Path) -> None:
 def files(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Masks of the workplace's model, and the checkpoint that they are of."""
     root = tmp_path_factory.mktemp("files")
-    prune(
-        PruneConfig(
-            model=str(workplace / "model"),
-            store=str(workplace / "store"),
-            out=root / "out",
-            method="magnitude",
-        )
-    )
+    prune(pruning(workplace, root / "out", method="magnitude"))
     export_masks(str(root / "out"), root / "masks.safetensors")
     yield root
     shutil.rmtree(root)

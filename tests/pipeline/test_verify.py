@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradpipe import GradpipeError, InputError, PruneConfig, collect, prune, verify
-from tests.support.cases import collecting
+from gradpipe import GradpipeError, InputError, collect, prune, verify
+from tests.support.cases import collecting, pruning, tensors_of, written
 from tests.support.models import save_tiny
-from tests.support.texts import write_text
 from tests.support.workplace import Pipe, Refused, edit_config, edit_weights
 
 KEY = "model.layers.0.self_attn.q_proj.weight"
@@ -24,13 +23,9 @@ LAYER = KEY.removesuffix(".weight")
 
 def pruned(root: Path, family: str, **options: Any) -> Path:
     """A tiny model and its store, pruned into `root/out`."""
-    save_tiny(family, root / "model", **options.pop("model", {}))
-    write_text(root / "text.txt")
+    written(root, family, **options.pop("model", {}))
     collect(collecting(root, statistics=("act_l2", "hessian", "grad_l1")))
-    config = PruneConfig(
-        model=str(root / "model"), store=str(root / "store"), out=root / "out", **options
-    )
-    prune(config)
+    prune(pruning(root, root / "out", **options))
     return root / "out"
 
 
@@ -52,12 +47,7 @@ def test_what_pruning_writes_is_verified(
     out = pruned(tmp_path, family, **options)
     alone, beside = verify(str(out)), verify(str(out), str(tmp_path / "model"))
     assert alone.num_layers == beside.num_layers > 0
-    assert beside.num_tensors == len(list(tensors(tmp_path / "model")))
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint."""
-    return {k: x for path in folder.glob("*.safetensors") for k, x in load_file(path).items()}
+    assert beside.num_tensors == len(list(tensors_of(tmp_path / "model")))
 
 
 @pytest.fixture(scope="module")

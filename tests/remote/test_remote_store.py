@@ -23,9 +23,7 @@ from gradpipe import (
     prune,
 )
 from gradpipe.store.objects import COMMIT_KEY
-from tests.support.cases import collecting, files_of, pruning
-from tests.support.models import save_tiny
-from tests.support.texts import write_text
+from tests.support.cases import collecting, files_of, pruning, written
 from tests.support.workplace import run_pipe
 
 BUCKET = "statistics"
@@ -37,9 +35,7 @@ OBJECT = "layers/transformer.h.1.mlp.c_fc/grad_l1/codes/c/0/0"
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny GPT-2 and the store of what pruning it needs."""
-    root = tmp_path_factory.mktemp("remote")
-    save_tiny("gpt2", root / "model")
-    write_text(root / "text.txt")
+    root = written(tmp_path_factory.mktemp("remote"), "gpt2")
     changes: dict[str, Any] = {"statistics": ("grad_l1", "act_l2"), "encoding": "compact"}
     collect(collecting(root, num_samples=2, seq_len=8, **changes))
     return root

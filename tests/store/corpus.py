@@ -24,7 +24,6 @@ Mutation = Callable[[Objects], None]
 
 NAME = "model.layers.0.up"
 SHAPE = (24, 16)
-INPUT_IDS = np.arange(6, dtype=np.int32).reshape(2, 3)
 BOMB_BYTES = 1 << 30
 
 ROOT = "zarr.json"

@@ -16,9 +16,7 @@ from gradpipe import GradientStore, InputError, collect
 from gradpipe.pipeline.stores.config import ExportConfig
 from gradpipe.pipeline.stores.export import export
 from gradpipe.store.statistics import STATISTICS
-from tests.support.cases import collecting
-from tests.support.models import save_tiny
-from tests.support.texts import write_text
+from tests.support.cases import collecting, written
 from tests.support.workplace import run_pipe
 
 STORE = Path(__file__).parents[1] / "data" / "store-v2"
@@ -55,8 +53,7 @@ def tensors_of(path: Path) -> dict[str, Any]:
 
 def collected(family: str, root: Path, **changes: Any) -> GradientStore:
     """A store of squared inputs."""
-    save_tiny(family, root / "model")
-    write_text(root / "text.txt")
+    written(root, family)
     return collect(collecting(root, statistics=("act_l2",), **changes))
 
 

@@ -9,43 +9,28 @@ import numpy as np
 import pytest
 
 from gradpipe.errors import StoreError
-from gradpipe.store.folder import Calibration
 from gradpipe.store.objects import digest
 from gradpipe.store.reader import GradientStore
-from gradpipe.store.schema import (
-    CouplingSpec,
-    LayerSpec,
-    ModelSpec,
-    SampleSpec,
-    StoreSpec,
-)
-from gradpipe.store.statistics import LayerStats
-from gradpipe.store.writer import StoreWriter
+from gradpipe.store.schema import CouplingSpec, LayerSpec, StoreSpec
+from tests.support.stores import toy_layer, toy_spec, write_toy
 
 GOLDEN = Path(__file__).parents[1] / "data" / "store-v2"
 GOLDEN_DIGEST = "4a3fc7ded129282615d4c633ed675454"
 GOLDEN_NORMS = "ef2e16a034003928c662006c5a6c3f89"
 
-INPUT_IDS = np.arange(6, dtype=np.int32).reshape(2, 3)
 STATISTICS = ("grad_l2", "act_l2", "hessian")
 MLP = "model.layers.0.mlp"
-
-
-def layer(name: str, shape: tuple[int, int], **fields: Any) -> LayerSpec:
-    """A layer of block 0."""
-    values = {"weight_key": f"{name}.weight", "block": 0, "transposed": False, "digest": "0" * 32}
-    return LayerSpec(name=name, shape=shape, **{**values, **fields})
 
 
 def expert(index: int, count: int = 2, **fields: Any) -> LayerSpec:
     """One of the experts that a tensor holds."""
     key = f"{MLP}.experts.down_proj"
-    return layer(f"{key}.{index}", (4, 6), weight_key=key, part=(index, count), **fields)
+    return toy_layer(f"{key}.{index}", (4, 6), weight_key=key, part=(index, count), **fields)
 
 
-GATE = layer(f"{MLP}.gate_proj", (6, 4))
-UP = layer(f"{MLP}.up_proj", (6, 4), input_of=GATE.name)
-DOWN = layer(f"{MLP}.down_proj", (4, 6))
+GATE = toy_layer(f"{MLP}.gate_proj", (6, 4))
+UP = toy_layer(f"{MLP}.up_proj", (6, 4), input_of=GATE.name)
+DOWN = toy_layer(f"{MLP}.down_proj", (4, 6))
 LAYERS = (GATE, UP, DOWN, expert(0), expert(1))
 COUPLINGS = (
     CouplingSpec(source=GATE.name, target=DOWN.name, outputs=((0, 6),)),
@@ -55,45 +40,19 @@ COUPLINGS = (
 
 def spec(**fields: Any) -> StoreSpec:
     """A store of a gated block, and of a tensor with two experts."""
-    values: dict[str, Any] = {
-        "version": 2,
-        "gradpipe": "0.1.0",
-        "objective": "causal-lm",
-        "model": ModelSpec(
-            name="toy", revision=None, architecture="Toy", dtype="float32", config_digest="1" * 32
-        ),
-        "samples": SampleSpec(
-            dataset="text",
-            revision=None,
-            sampling="document",
-            seed=0,
-            num_samples=2,
-            seq_len=3,
-            digest=digest(INPUT_IDS.tobytes()),
-        ),
-        "statistics": STATISTICS,
-        "encoding": "compact",
-        "layers": LAYERS,
-        "command": "pipe collect-grads toy STORE",
-        "couplings": COUPLINGS,
-    }
-    return StoreSpec(**{**values, **fields})
+    values: dict[str, Any] = {"layers": LAYERS, "version": 2, "couplings": COUPLINGS}
+    return toy_spec(**{"statistics": STATISTICS, **values, **fields})
 
 
 def write_store(folder: Path) -> Path:
     """A finished store of sums over some orders of magnitude."""
     generator = np.random.default_rng(0)
-    writer = StoreWriter(folder, spec())
-    writer.begin(
-        Calibration(arrays={"input_ids": INPUT_IDS, "sources": np.zeros((2, 2), np.int64)})
-    )
+    sums = {}
     for x in LAYERS:
         g = np.exp(generator.normal(-9, 2, x.shape)).astype(np.float32)
-        arrays = {"grad_l2": g * g, "act_l2": g[0]}
-        arrays |= {"hessian": moment(x.shape[1])} if x.input_of is None else {}
-        writer.write_layer(x, LayerStats(arrays=arrays, num_samples=2, num_tokens=6))
-    writer.commit()
-    return folder
+        sums[x.name] = {"grad_l2": g * g, "act_l2": g[0]}
+        sums[x.name] |= {"hessian": moment(x.shape[1])} if x.input_of is None else {}
+    return write_toy(folder, spec(), sums)
 
 
 def moment(width: int) -> np.ndarray[Any, Any]:
@@ -121,13 +80,6 @@ def test_a_store_of_today_has_the_golden_bytes(tmp_path: Path) -> None:
     assert GradientStore.open(write_store(tmp_path / "store")).digest == GOLDEN_DIGEST
 
 
-def test_layers_with_one_input_keep_one_hessian(tmp_path: Path) -> None:
-    """The first layer keeps it; activations, which cost little, are kept under each."""
-    store = GradientStore.open(write_store(tmp_path / "store"))
-    assert UP.own(STATISTICS) == ("grad_l2", "act_l2")
-    assert np.array_equal(store.read_norms(UP, "hessian"), store.read_norms(GATE, "hessian"))
-
-
 def test_the_example_of_the_format_is_one() -> None:
     """What docs/store-format.md shows of layers and couplings is read as that."""
     page = (GOLDEN.parents[2] / "docs" / "store-format.md").read_text()
@@ -140,7 +92,7 @@ def test_the_example_of_the_format_is_one() -> None:
     (document,) = shown["couplings"]
     coupling = CouplingSpec.from_json(document)
     value = LayerSpec.from_json(shown["layers"][0])
-    coupling.check({value.name: value, coupling.target: layer(coupling.target, (8, 8))})
+    coupling.check({value.name: value, coupling.target: toy_layer(coupling.target, (8, 8))})
 
 
 def version_1(**fields: object) -> dict[str, Any]:

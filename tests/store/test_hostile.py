@@ -231,7 +231,7 @@ def damage(path: Path, whole: bytes, generator: random.Random) -> None:
 
 def read_by_prune(store: GradientStore) -> set[str]:
     """Keys of the objects that pruning reads: not the samples, not the groups between."""
-    files = store._objects  # noqa: SLF001 (what is read is not said otherwise)
+    files = store.objects
     seen: set[str] = set()
     read = type(files).read
 

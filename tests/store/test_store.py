@@ -14,29 +14,15 @@ from hypothesis import strategies as st
 from gradpipe.errors import GradpipeError, InputError, StoreError
 from gradpipe.store import arrays
 from gradpipe.store import folder as folders
-from gradpipe.store.folder import Calibration, is_begun, is_complete
+from gradpipe.store.folder import is_begun, is_complete
 from gradpipe.store.objects import CommitRecord, ObjectWriter, digest
 from gradpipe.store.reader import GradientStore
-from gradpipe.store.schema import (
-    FORMAT_VERSION,
-    LayerSpec,
-    ModelSpec,
-    SampleSpec,
-    StoreSpec,
-)
-from gradpipe.store.statistics import STATISTICS, LayerStats
+from gradpipe.store.schema import FORMAT_VERSION, StoreSpec
+from gradpipe.store.statistics import STATISTICS, Sums
 from gradpipe.store.writer import StoreWriter
+from tests.support.stores import INPUT_IDS, toy_layer, toy_spec, write_toy
 
-LAYER = LayerSpec(
-    name="model.layers.0.mlp.up_proj",
-    weight_key="model.layers.0.mlp.up_proj.weight",
-    shape=(6, 4),
-    block=0,
-    transposed=False,
-    digest="0" * 32,
-)
-
-INPUT_IDS = np.arange(6, dtype=np.int32).reshape(2, 3)
+LAYER = toy_layer("model.layers.0.mlp.up_proj", (6, 4))
 GOLDEN_DIGEST = "81444a3b1e6397e44b8d839cf3d3a662"
 GOLDEN_NORMS = {
     "grad_l1": "2b56faec99c041924edee21bb69f8449",
@@ -47,51 +33,21 @@ GOLDEN_NORMS = {
 
 def spec(encoding: str = "float32") -> StoreSpec:
     """A store of one layer."""
-    return StoreSpec(
-        version=FORMAT_VERSION,
-        gradpipe="0.1.0",
-        objective="causal-lm",
-        model=ModelSpec(
-            name="toy", revision=None, architecture="Toy", dtype="float32", config_digest="1" * 32
-        ),
-        samples=SampleSpec(
-            dataset="text",
-            revision=None,
-            sampling="document",
-            seed=0,
-            num_samples=2,
-            seq_len=3,
-            digest=digest(INPUT_IDS.tobytes()),
-        ),
-        statistics=("grad_l1", "grad_l2", "act_l2"),
-        encoding=encoding,
-        layers=(LAYER,),
-        command="pipe collect-grads toy STORE",
-    )
+    return toy_spec([LAYER], ("grad_l1", "grad_l2", "act_l2"), encoding=encoding)
 
 
-def stats() -> LayerStats:
-    """Sums over many orders of magnitude, zeros among them."""
+def sums() -> dict[str, Sums]:
+    """Over many orders of magnitude, zeros among them."""
     generator = np.random.default_rng(0)
     g = np.exp(generator.normal(-9, 2, LAYER.shape)).astype(np.float32)
     g[0] = 0
     x = np.exp(generator.normal(0, 1, 4)).astype(np.float32)
-    return LayerStats(
-        arrays={"grad_l1": g, "grad_l2": (g * g).astype(np.float32), "act_l2": x},
-        num_samples=2,
-        num_tokens=6,
-    )
+    return {"grad_l1": g, "grad_l2": (g * g).astype(np.float32), "act_l2": x}
 
 
 def write_store(folder: Path, encoding: str = "float32") -> Path:
     """A finished store."""
-    writer = StoreWriter(folder, spec(encoding))
-    writer.begin(
-        Calibration(arrays={"input_ids": INPUT_IDS, "sources": np.zeros((2, 2), np.int64)})
-    )
-    writer.write_layer(LAYER, stats())
-    writer.commit()
-    return folder
+    return write_toy(folder, spec(encoding), {LAYER.name: sums()})
 
 
 @given(
@@ -117,8 +73,8 @@ def test_a_store_gives_back_its_norms(tmp_path: Path, encoding: str, rtol: float
     store = GradientStore.open(write_store(tmp_path / encoding, encoding))
     assert store.spec == spec(encoding)
     store.validate()
-    for statistic, sums in stats().arrays.items():
-        norms = STATISTICS[statistic].norm_of(sums)
+    for statistic, exact in sums().items():
+        norms = STATISTICS[statistic].norm_of(exact)
         got = store.read_norms(LAYER, statistic)
         assert got.dtype == np.float32
         np.testing.assert_allclose(got, norms, rtol=rtol, atol=norms.max() * 2**-24)
@@ -130,7 +86,7 @@ def test_any_zarr_reader_opens_it(tmp_path: Path) -> None:
     group = zarr.open_group(write_store(tmp_path / "store"), mode="r")
     values = group["layers/model.layers.0.mlp.up_proj/act_l2/values"]
     assert isinstance(values, zarr.Array)
-    assert np.array_equal(np.asarray(values[...]), stats().arrays["act_l2"])
+    assert np.array_equal(np.asarray(values[...]), sums()["act_l2"])
     assert group.metadata.consolidated_metadata is not None
     attributes = group.attrs["gradpipe"]
     assert isinstance(attributes, dict)

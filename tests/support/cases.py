@@ -23,6 +23,7 @@ from gradpipe import CollectConfig, DataConfig, GradientStore, PruneConfig, coll
 from gradpipe.store.statistics import STATISTICS
 from tests.support.models import FAMILIES, VOCAB_SIZE, random_ids, save_tiny, tiny_model
 from tests.support.reference import EXPERT_NAMES, layer_statistics, reference_statistics
+from tests.support.texts import write_text
 from tests.support.vision import FAMILIES as IMAGE_FAMILIES
 from tests.support.vision import save_classifier, tiny_classifier, write_images
 
@@ -54,6 +55,13 @@ def pruning(root: Path, out: Path, **changes: Any) -> PruneConfig:
     """Prune `root`'s model by `root/store`."""
     settings = {"model": str(root / "model"), "store": str(root / "store"), "out": out}
     return PruneConfig(**{**settings, **changes})
+
+
+def written(root: Path, family: str = "llama", **changes: Any) -> Path:
+    """A tiny model and a text in `root`, for the two above; returns `root`."""
+    save_tiny(family, root / "model", **changes)
+    write_text(root / "text.txt")
+    return root
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ PHASES: Mapping[str, tuple[Any, str]] = {
     "snapshotting": (gradpipe.pipeline.collect.resume.BySamples, "_write"),
     "finalising": (gradpipe.pipeline.collect.resume.BySamples, "finish"),
     "merging": (gradpipe.pipeline.collect.run, "finalize"),
-    "recording calls": (gradpipe.stages.collect.streamed.Streamed, "_record"),
+    "recording calls": (gradpipe.stages.collect.streamed.Streamed, "record"),
     "streaming forward": (gradpipe.stages.collect.streamed.Streamed, "_forward"),
     "streaming the head": (gradpipe.stages.collect.streamed.Streamed, "_run_head"),
     "streaming backward": (gradpipe.stages.collect.streamed.Streamed, "_run_block"),

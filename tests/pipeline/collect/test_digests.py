@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from gradpipe import CollectConfig, DataConfig, InputError, Shard, collect, collect_shard, merge
+from gradpipe import CollectConfig, InputError, Shard, collect, collect_shard, merge
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model import layers
 from gradpipe.store.objects import digest
-from tests.support.models import save_tiny, tiny_model
-from tests.support.texts import write_text
+from tests.support.cases import collecting, written
+from tests.support.models import tiny_model
 
 SCHEDULES = ("resident", "streamed")
 
@@ -19,21 +19,12 @@ SCHEDULES = ("resident", "streamed")
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A model and a text."""
-    save_tiny("llama", tmp_path / "model")
-    write_text(tmp_path / "text.txt")
-    return tmp_path
+    return written(tmp_path)
 
 
-def config(root: Path, **options: object) -> CollectConfig:
+def config(root: Path, **options: Any) -> CollectConfig:
     """A small run in `root`."""
-    settings: dict[str, object] = {
-        "model": str(root / "model"),
-        "store": root / "store",
-        "data": DataConfig(name=str(root / "text.txt")),
-        "num_samples": 3,
-        "seq_len": 16,
-    }
-    return CollectConfig(**{**settings, **options})  # type: ignore[arg-type]
+    return collecting(root, **{"num_samples": 3, "schedule": "auto", **options})
 
 
 def save_other_weights(root: Path) -> None:

@@ -15,9 +15,7 @@ from torch import Tensor
 
 from gradpipe import (
     CollectConfig,
-    DataConfig,
     GradientStore,
-    PruneConfig,
     StoreError,
     collect,
     collect_shard,
@@ -29,8 +27,8 @@ from gradpipe import (
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.store.shard import Shard
 from gradpipe.store.statistics import OUT, OUTPUTS, STATISTICS, Statistic
-from tests.support.models import save_tiny, tiny_model
-from tests.support.texts import write_text
+from tests.support.cases import collecting, pruning, written
+from tests.support.models import tiny_model
 from tests.support.workplace import succeed
 
 
@@ -54,9 +52,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a text, and a store with the statistic."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny("llama", folder / "model")
-    write_text(folder / "text.txt")
+    folder = written(tmp_path_factory.mktemp("inputs"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(STATISTICS, LARGEST.name, LARGEST)
         collect(config(folder, folder / "store"))
@@ -65,17 +61,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(inputs: Path, store: Path, **options: Any) -> CollectConfig:
     """A small run, in which samples of a batch must be told apart."""
-    settings: dict[str, Any] = {
-        "model": str(inputs / "model"),
-        "data": DataConfig(name=str(inputs / "text.txt")),
-        "num_samples": 5,
-        "seq_len": 16,
-        "batch_size": 2,
-        "statistics": NAMES,
-        "encoding": "float32",
-        "schedule": "resident",
-    }
-    return CollectConfig(store=store, **{**settings, **options})
+    settings: dict[str, Any] = {"num_samples": 5, "batch_size": 2, "statistics": NAMES}
+    return collecting(inputs, store, **{**settings, **options})
 
 
 def largest(store: GradientStore) -> dict[str, np.ndarray[Any, Any]]:
@@ -162,15 +149,7 @@ def test_the_command_line_knows_it(
 def test_its_letter_stands_in_formulas(inputs: Path, tmp_path: Path) -> None:
     """Each row of weights is multiplied by its output's value."""
     store = open_store(inputs / "store")
-    run = PruneConfig(
-        model=str(inputs / "model"),
-        store=store.url,
-        out=tmp_path / "out",
-        score="abs(W)*Y",
-        sparsities=(0.5,),
-        group="layer",
-    )
-    prune(run)
+    prune(pruning(inputs, tmp_path / "out", score="abs(W)*Y", group="layer"))
     before, after = (Checkpoint.open(str(x)) for x in (inputs / "model", tmp_path / "out"))
     for layer in store.spec.layers:
         score_OI = before.read(layer.weight_key).abs() * torch.from_numpy(

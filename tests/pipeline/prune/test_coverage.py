@@ -8,73 +8,35 @@ from typing import Any
 import pytest
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from gradpipe import CollectConfig, DataConfig, PruneConfig, collect, prune
+from gradpipe import collect, prune
 from gradpipe.pipeline.reports.tables import layer_table
+from tests.support.architectures import save_architecture
+from tests.support.cases import collecting, pruning, written
 from tests.support.fused import save_fused
-from tests.support.models import VOCAB_SIZE, save_tiny, tiny_tokenizer
+from tests.support.models import save_tiny
 from tests.support.texts import write_text
 
-_SMALL: dict[str, Any] = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 56,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "pad_token_id": 0,
-}
 
-_JAMBA = _SMALL | {
-    "attn_layer_period": 2,
-    "attn_layer_offset": 1,
-    "expert_layer_period": 2,
-    "expert_layer_offset": 1,
-    "mamba_d_state": 8,
-    "mamba_dt_rank": 8,
-    "use_mamba_kernels": False,
-}
-
-_QWEN2_MOE = _SMALL | {"moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
-
-
-def save(kind: str, folder: Path) -> None:
-    """A mixture of experts of one kind."""
+def save(kind: str, root: Path) -> None:
+    """A mixture of experts of one kind, and a text."""
+    write_text(root / "text.txt")
     if kind == "gpt_oss":
-        save_fused(kind, folder)
-        return
-    options = _JAMBA if kind == "jamba" else _QWEN2_MOE
-    config = AutoConfig.for_model(kind, **options)
-    model: Any = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+        save_fused(kind, root / "model")
+    else:
+        save_architecture(kind, root / "model")
 
 
-def store_of(root: Path) -> Path:
+def collected(root: Path) -> None:
     """A store of two samples of the model in `root`."""
-    collect(
-        CollectConfig(
-            model=str(root / "model"),
-            store=root / "store",
-            data=DataConfig(name=str(write_text(root / "text.txt"))),
-            num_samples=2,
-            seq_len=16,
-            statistics=("act_l2",),
-        )
-    )
-    return root / "store"
+    collect(collecting(root, num_samples=2, statistics=("act_l2",)))
 
 
 def pruned(root: Path, model: Path, **options: Any) -> tuple[dict[str, Any], str, str]:
     """Report, what was said, and the table of a pruning of `model`."""
     said, shown = io.StringIO(), io.StringIO()
-    settings = PruneConfig(
-        model=str(model), store=str(root / "store"), out=root / "out", method="wanda", **options
-    )
-    (result,) = prune(settings, Console(file=said, width=200))
+    run = pruning(root, root / "out", model=str(model), method="wanda", **options)
+    (result,) = prune(run, Console(file=said, width=200))
     Console(file=shown, width=200).print(layer_table(result))
     return (
         json.loads((root / "out" / "pruning.json").read_text()),
@@ -86,8 +48,8 @@ def pruned(root: Path, model: Path, **options: Any) -> tuple[dict[str, Any], str
 @pytest.mark.parametrize("kind", ["gpt_oss", "jamba", "qwen2_moe"])
 def test_shares_of_the_blocks_and_of_the_file_are_true(kind: str, tmp_path: Path) -> None:
     """They are counted over everything that was written; routers and such are named."""
-    save(kind, tmp_path / "model")
-    store_of(tmp_path)
+    save(kind, tmp_path)
+    collected(tmp_path)
     report, said, table = pruned(tmp_path, tmp_path / "model")
     written = load_file(tmp_path / "out" / "model.safetensors")
     blocks = {key: x for key, x in written.items() if ".layers." in key}
@@ -106,8 +68,8 @@ def test_shares_of_the_blocks_and_of_the_file_are_true(kind: str, tmp_path: Path
 
 def test_blocks_that_the_store_does_not_have_are_said(tmp_path: Path) -> None:
     """A deeper model whose first blocks are those of the store: the rest stays dense, aloud."""
-    save_tiny("llama", tmp_path / "model")
-    store_of(tmp_path)
+    written(tmp_path)
+    collected(tmp_path)
     deeper = save_tiny("llama", tmp_path / "deeper", num_hidden_layers=3)
     report, said, _ = pruned(tmp_path, deeper, allow_mismatch=True)
     assert len(report["dense_weights"]) == 7
@@ -119,8 +81,8 @@ def test_blocks_that_the_store_does_not_have_are_said(tmp_path: Path) -> None:
 
 def test_what_the_user_leaves_out_is_listed_and_not_announced(tmp_path: Path) -> None:
     """An excluded layer is in the report, as dense; nobody needs to be told."""
-    save_tiny("llama", tmp_path / "model")
-    store_of(tmp_path)
+    written(tmp_path)
+    collected(tmp_path)
     report, said, _ = pruned(tmp_path, tmp_path / "model", exclude=(r"layers\.0\.mlp",))
     assert len(report["dense_weights"]) == 3
     assert "stays dense" not in said

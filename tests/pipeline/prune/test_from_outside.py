@@ -1,8 +1,6 @@
 """Methods and allocations added from outside: one entry, and everything else follows from it."""
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gradpipe import (
-    InputError,
-    PruneConfig,
-    cli,
-    collect,
-    open_store,
-    prune,
-)
+from gradpipe import InputError, PruneConfig, collect, open_store, prune
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.prune.allocation import ALLOCATIONS, AllocationRule
 from gradpipe.stages.prune.mask import budget_mask
@@ -26,10 +17,9 @@ from gradpipe.stages.prune.methods import METHODS, Method
 from gradpipe.stages.prune.solver import LayerProblem
 from gradpipe.stages.prune.target import Budget, Target
 from gradpipe.store.schema import LayerSpec
-from tests.support.cases import collecting
-from tests.support.models import save_tiny
+from tests.support.cases import collecting, pruning, written
 from tests.support.reference import reference_mask
-from tests.support.texts import write_text
+from tests.support.workplace import succeed
 
 
 class Halving:
@@ -61,9 +51,7 @@ class Trace:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and its store, sums exact."""
-    root = tmp_path_factory.mktemp("outside")
-    save_tiny("llama", root / "model")
-    write_text(root / "text.txt")
+    root = written(tmp_path_factory.mktemp("outside"))
     collect(collecting(root, statistics=("grad_l1", "grad_l2", "act_l2", "hessian", "grad_cov")))
     return root
 
@@ -89,11 +77,6 @@ def _last_first(
     ]
 
 
-def config(root: Path, out: Path, **options: Any) -> PruneConfig:
-    """A run on the fixture's model and store."""
-    return PruneConfig(model=str(root / "model"), store=str(root / "store"), out=out, **options)
-
-
 def report_of(out: Path) -> dict[str, Any]:
     """`pruning.json`."""
     document: dict[str, Any] = json.loads((out / "pruning.json").read_text())
@@ -102,7 +85,7 @@ def report_of(out: Path) -> dict[str, Any]:
 
 def test_a_toy_solver_runs_as_itself(root: Path, tmp_path: Path) -> None:
     """By its own statistics, group and weights: never as another method that has no formula."""
-    prune(config(root, tmp_path / "out", method="halving"))
+    prune(pruning(root, tmp_path / "out", method="halving"))
     store = open_store(root / "store")
     before, after = Checkpoint.open(str(root / "model")), Checkpoint.open(str(tmp_path / "out"))
     for layer in store.spec.layers:
@@ -115,12 +98,14 @@ def test_a_toy_solver_runs_as_itself(root: Path, tmp_path: Path) -> None:
     assert (report["score"], report["group"]) == (None, "layer")
 
 
-def test_a_toy_solver_takes_what_its_entry_names(root: Path, tmp_path: Path) -> None:
+def test_a_toy_solver_takes_what_its_entry_names(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Through the command: targets, a group, allocations and shards, as any method does."""
     out = tmp_path / "out"
     words = f"prune {root}/model {root}/store {out} --method halving --group output --sparsity 0.3"
     for shard in ("0/2", "1/2"):
-        command(f"{words} --pattern 2:4 --allocation owl --shard {shard}")
+        succeed(f"{words} --pattern 2:4 --allocation owl --shard {shard}", monkeypatch)
     assert {path.name for path in out.iterdir()} == {"s0.30", "2-4"}
     assert report_of(out / "s0.30")["statistics"] == ["grad_l1", "act_l2"]
     assert "--method halving" in report_of(out / "2-4")["command"]
@@ -129,7 +114,7 @@ def test_a_toy_solver_takes_what_its_entry_names(root: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("curvature", ["input", "kfac"])
 def test_a_toy_solver_gets_its_curvature(root: Path, tmp_path: Path, curvature: str) -> None:
     """Damped second moments, those of the curvature chosen."""
-    [result] = prune(config(root, tmp_path / "out", method="trace", curvature=curvature))
+    [result] = prune(pruning(root, tmp_path / "out", method="trace", curvature=curvature))
     assert result.achieved == pytest.approx(0.5, abs=0.02)
     expected = {"input": ["hessian"], "kfac": ["hessian", "grad_cov"]}
     assert report_of(tmp_path / "out")["statistics"] == expected[curvature]
@@ -159,7 +144,7 @@ def test_a_recipe_leaves_out_what_an_entry_does_not_take() -> None:
     """The recipe's curvature goes beside a method that minimises none, and stays beside one."""
     chosen = {}
     for method in ("alps", "halving", "trace"):
-        run = config(Path("m"), Path("out"), recipe="best", method=method)
+        run = pruning(Path("m"), Path("out"), recipe="best", method=method)
         chosen[method] = (run.method, run.curvature, run.allocation)
     assert chosen == {
         "alps": ("alps", "kfac", "sensitivity"),
@@ -170,8 +155,8 @@ def test_a_recipe_leaves_out_what_an_entry_does_not_take() -> None:
 
 def test_a_toy_formula_is_a_method(root: Path, tmp_path: Path) -> None:
     """The weights are those of the formula given as --score."""
-    [named] = prune(config(root, tmp_path / "named", method="squared"))
-    [given] = prune(config(root, tmp_path / "given", score="W**2*X"))
+    [named] = prune(pruning(root, tmp_path / "named", method="squared"))
+    [given] = prune(pruning(root, tmp_path / "given", score="W**2*X"))
     files = [x.folder / "model.safetensors" for x in (named, given)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -179,7 +164,7 @@ def test_a_toy_formula_is_a_method(root: Path, tmp_path: Path) -> None:
 def test_a_toy_allocation_is_a_rule(root: Path, tmp_path: Path) -> None:
     """By its name, in the report as well; its wish is met in whole weights."""
     options = {"method": "magnitude", "group": "layer", "allocation": "last-first"}
-    prune(config(root, tmp_path / "out", sparsities=(0.4,), **options))
+    prune(pruning(root, tmp_path / "out", sparsities=(0.4,), **options))
     report = report_of(tmp_path / "out")
     assert report["allocation"] == "last-first"
     for name, layer in report["layers"].items():
@@ -192,12 +177,3 @@ def test_an_entry_that_does_not_say_how_to_pick_is_none(entry: dict[str, Any]) -
     """Nothing falls through to a default: what a new method runs as is what it says."""
     with pytest.raises(ValueError, match="a formula or a solver"):
         Method(**entry)
-
-
-def command(words: str) -> None:
-    """Run `pipe`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pipe", *shlex.split(words)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.main()
-    assert stopped.value.code == 0

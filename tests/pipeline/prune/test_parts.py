@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from gradpipe import InputError, PruneConfig, collect, open_store, prune
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.writer import StoreWriter
-from tests.support.cases import collecting
-from tests.support.models import save_tiny
-from tests.support.texts import write_text
+from tests.support.cases import collecting, pruning, written
 
 FUSED = {"down_proj": torch.stack, "up_proj": torch.cat, "gate_proj": torch.cat}  # 3-D; 2-D
 
@@ -22,9 +20,7 @@ FUSED = {"down_proj": torch.stack, "up_proj": torch.cat, "gate_proj": torch.cat}
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A mixture of experts with a tensor each, and with fused ones; a store for either."""
-    root = tmp_path_factory.mktemp("parts")
-    save_tiny("qwen3_moe", root / "model", num_hidden_layers=1)
-    write_text(root / "text.txt")
+    root = written(tmp_path_factory.mktemp("parts"), "qwen3_moe", num_hidden_layers=1)
     collect(collecting(root))
     (root / "fused").mkdir()
     (root / "fused" / "config.json").write_bytes((root / "model" / "config.json").read_bytes())
@@ -62,16 +58,12 @@ def _write_fused_store(root: Path) -> None:
     writer.commit()
 
 
-def config(root: Path, kind: str, out: Path, **options: object) -> PruneConfig:
+def config(root: Path, kind: str, out: Path, **options: Any) -> PruneConfig:
     """A run on the plain or the fused model."""
-    model, store = {"plain": ("model", "store"), "fused": ("fused", "fused-store")}[kind]
-    settings: dict[str, Any] = {
-        "model": str(root / model),
-        "store": str(root / store),
-        "sparsities": (0.5, 0.3),
-        "method": "wanda",
-    }
-    return PruneConfig(out=out, **settings | options)
+    settings: dict[str, Any] = {"sparsities": (0.5, 0.3), "method": "wanda"}
+    if kind == "fused":
+        settings |= {"model": str(root / "fused"), "store": str(root / "fused-store")}
+    return pruning(root, out, **settings | options)
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,13 @@ from gradpipe import (
     prune,
 )
 from gradpipe.stages.prune.formula import Expression
-from tests.support.cases import collecting, files_of, pruning
-from tests.support.models import save_tiny
-from tests.support.texts import write_text
+from tests.support.cases import collecting, files_of, pruning, written
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sharded tiny model and its store."""
-    root = tmp_path_factory.mktemp("plan")
-    save_tiny("llama", root / "model", max_shard_size="20KB")
-    write_text(root / "text.txt")
+    root = written(tmp_path_factory.mktemp("plan"), max_shard_size="20KB")
     collect(collecting(root, num_samples=2))
     return root
 

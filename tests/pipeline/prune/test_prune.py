@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gradpipe import InputError, Shard, collect, prune
-from tests.support.cases import collecting, files_of, pruning, tensors_of
+from tests.support.cases import collecting, files_of, pruning, tensors_of, written
 from tests.support.models import save_tiny
 from tests.support.texts import write_text
 
@@ -77,8 +77,7 @@ def test_include_and_exclude_choose_layers(workplace: Path, tmp_path: Path) -> N
 
 def test_a_head_in_a_sequence_can_be_included_and_no_other_list(tmp_path: Path) -> None:
     """`mlp` means the store's blocks, not those of a tower or of more heads that lie beside."""
-    save_tiny("llama", tmp_path / "model")
-    write_text(tmp_path / "text.txt")
+    written(tmp_path)
     file = tmp_path / "model" / "model.safetensors"
     tensors = load_file(file)
     up = tensors["model.layers.0.mlp.up_proj.weight"]
@@ -96,8 +95,7 @@ def test_a_head_in_a_sequence_can_be_included_and_no_other_list(tmp_path: Path) 
 
 def test_a_tied_head_is_pruned_once_for_both_uses(tmp_path: Path) -> None:
     """Its gradient would be in part the embedding's, so it has none: pruned by magnitude, once."""
-    save_tiny("gpt2", tmp_path / "model")
-    write_text(tmp_path / "text.txt")
+    written(tmp_path, "gpt2")
     run = collecting(tmp_path, num_samples=2, seq_len=8)
     with pytest.raises(InputError, match="lm_head is no layer: its tensor is used by several"):
         collect(replace(run, include=("lm_head",)))

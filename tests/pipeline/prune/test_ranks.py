@@ -8,11 +8,9 @@ from pathlib import Path
 import pytest
 
 from gradpipe import collect, prune
-from tests.support.cases import collecting, files_of, pruning
+from tests.support.cases import collecting, files_of, pruning, written
 from tests.support.forked import Processes
-from tests.support.models import save_tiny
 from tests.support.ranked import lines, run, start
-from tests.support.texts import write_text
 
 TARGETS = ("--sparsity", "0.5", "--pattern", "2:4")
 
@@ -20,9 +18,7 @@ TARGETS = ("--sparsity", "0.5", "--pattern", "2:4")
 @pytest.fixture(scope="module", params=["1MB", "40KB"], ids=["one file", "several"])
 def place(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     """A checkpoint and a store of it."""
-    folder = tmp_path_factory.mktemp("place")
-    save_tiny("llama", folder / "model", max_shard_size=request.param)
-    write_text(folder / "text.txt")
+    folder = written(tmp_path_factory.mktemp("place"), max_shard_size=request.param)
     statistics = ("grad_l1", "grad_l2", "act_l2", "hessian")
     collect(collecting(folder, num_samples=3, statistics=statistics))
     return folder

@@ -11,18 +11,15 @@ import pytest
 from gradpipe import GradpipeError, InputError, PruneConfig, Shard, collect, prune
 from gradpipe.pipeline import places
 from gradpipe.pipeline.prune import run, staging
-from tests.support.cases import collecting, files_of, pruning
+from tests.support.cases import collecting, files_of, pruning, written
 from tests.support.forked import Processes
 from tests.support.models import save_tiny
-from tests.support.texts import write_text
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of several files, a store of it, and an output of one process."""
-    folder = tmp_path_factory.mktemp("workplace")
-    save_tiny("llama", folder / "model", max_shard_size="40KB")
-    write_text(folder / "text.txt")
+    folder = written(tmp_path_factory.mktemp("workplace"), max_shard_size="40KB")
     collect(collecting(folder, num_samples=3))
     prune(config(folder, folder / "whole"))
     return folder

@@ -14,9 +14,8 @@ from gradpipe.pipeline.prune.wide import check_decompositions
 from gradpipe.stages.prune.methods import METHODS, UPDATES, ChosenMethod
 from gradpipe.stages.prune.target import Group
 from gradpipe.store.schema import LayerSpec
-from tests.support.cases import collecting, files_of, pruning
-from tests.support.models import save_tiny
-from tests.support.texts import write_text
+from tests.support.cases import collecting, files_of, pruning, written
+from tests.support.stores import toy_layer
 
 CPU = torch.device("cpu")
 ALPS = ChosenMethod(
@@ -30,14 +29,7 @@ ALPS = ChosenMethod(
 
 def layer(rows: int, columns: int) -> LayerSpec:
     """A layer of a shape, and no more."""
-    return LayerSpec(
-        name=f"{rows}x{columns}",
-        weight_key=f"{rows}x{columns}.weight",
-        shape=(rows, columns),
-        transposed=False,
-        block=0,
-        digest="",
-    )
+    return toy_layer(f"{rows}x{columns}", (rows, columns))
 
 
 def test_a_wide_layer_is_told_of_with_its_time() -> None:
@@ -67,8 +59,7 @@ def test_a_method_that_decomposes_nothing_has_no_limit() -> None:
 
 def test_prune_says_it_first_or_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the command's own run, and nothing is left where it is refused."""
-    save_tiny("llama", tmp_path / "model")
-    write_text(tmp_path / "text.txt")
+    written(tmp_path)
     collect(collecting(tmp_path, num_samples=2, statistics=("hessian", "grad_cov")))
     config = pruning(tmp_path, tmp_path / "out", method="alps", curvature="kfac")
     monkeypatch.setattr(wide, "_LONG", 56)

@@ -8,42 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradpipe import CollectConfig, DataConfig, InputError, PruneConfig, collect, prune
+from gradpipe import InputError, PruneConfig, collect, prune
 from gradpipe.pipeline.prune.workers import side_by_side, worker_count
 from gradpipe.stages.prune.mask import budget_mask, budget_masks
 from gradpipe.stages.prune.target import Group, parse_targets
-from tests.support.models import save_tiny
-from tests.support.texts import write_text
+from tests.support.cases import collecting, pruning, written
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model and its store."""
-    folder = tmp_path_factory.mktemp("inputs")
-    save_tiny("llama", folder / "model")
-    write_text(folder / "text.txt")
-    collect(
-        CollectConfig(
-            model=str(folder / "model"),
-            store=folder / "store",
-            data=DataConfig(name=str(folder / "text.txt")),
-            num_samples=4,
-            seq_len=16,
-        )
-    )
+    folder = written(tmp_path_factory.mktemp("inputs"))
+    collect(collecting(folder, encoding="compact"))
     return folder
 
 
 def config(inputs: Path, out: Path, workers: int | None) -> PruneConfig:
     """Two sparsities and a pattern by the default method."""
-    return PruneConfig(
-        model=str(inputs / "model"),
-        store=str(inputs / "store"),
-        out=out,
-        sparsities=(0.5, 0.6),
-        patterns=("2:4",),
-        workers=workers,
-    )
+    return pruning(inputs, out, sparsities=(0.5, 0.6), patterns=("2:4",), workers=workers)
 
 
 def test_the_number_of_workers_changes_no_byte(inputs: Path, tmp_path: Path) -> None:

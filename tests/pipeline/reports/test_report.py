@@ -21,10 +21,9 @@ from gradpipe.pipeline.reports.kinds import block_of
 from gradpipe.pipeline.reports.recorded import Recorded
 from gradpipe.pipeline.reports.sections import document_of
 from gradpipe.store.reader import GradientStore
-from tests.support.cases import tensors_of
+from tests.support.cases import tensors_of, written
 from tests.support.models import save_tiny
 from tests.support.reported import HOSTILE, grid, point, write_points
-from tests.support.texts import write_text
 from tests.support.workplace import succeed
 
 KEY = "model.layers.0.self_attn.k_proj"
@@ -33,9 +32,7 @@ KEY = "model.layers.0.self_attn.k_proj"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, a store of it, two outputs, and a sweep."""
-    root = tmp_path_factory.mktemp("reported")
-    save_tiny("llama", root / "model")
-    write_text(root / "text.txt")
+    root = written(tmp_path_factory.mktemp("reported"))
     write_points(root / "sweep", [point(None, 9.0), *grid()])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)

@@ -14,10 +14,8 @@ from gradpipe.stages.collect.resident import resident_batch
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.load import load_model
-from gradpipe.store.schema import LayerSpec
-from tests.support.cases import collecting
-from tests.support.models import save_tiny
-from tests.support.texts import write_text
+from tests.support.cases import collecting, written
+from tests.support.stores import toy_layer
 
 
 def config(root: Path, **changes: Any) -> CollectConfig:
@@ -28,9 +26,7 @@ def config(root: Path, **changes: Any) -> CollectConfig:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """A model and a text."""
-    save_tiny("llama", tmp_path / "model")
-    write_text(tmp_path / "text.txt")
-    return tmp_path
+    return written(tmp_path)
 
 
 def test_a_finished_store_is_the_same_command_s_result(root: Path) -> None:
@@ -70,14 +66,7 @@ class _Twice(nn.Module):
 
 
 def _accumulator() -> LayerAccumulator:
-    spec = LayerSpec(
-        name="layers.0.0",
-        weight_key="layers.0.0.weight",
-        shape=(4, 4),
-        block=0,
-        transposed=False,
-        digest="",
-    )
+    spec = toy_layer("layers.0.0", (4, 4))
     return LayerAccumulator(spec, ("grad_l1",), torch.device("cpu"))
 
 

@@ -12,15 +12,13 @@ import torch
 from gradpipe import CollectConfig, DataConfig, Shard, collect, plan
 from gradpipe.stages.collect import estimate as planning
 from gradpipe.store.statistics import STATISTICS
-from tests.support.cases import collecting
-from tests.support.models import FAMILIES, save_tiny
-from tests.support.texts import write_text
+from tests.support.cases import collecting, written
+from tests.support.models import FAMILIES
 
 
 def config(root: Path, family: str = "llama", **changes: Any) -> CollectConfig:
     """A small run in `root`, of every statistic."""
-    save_tiny(family, root / "model")
-    write_text(root / "text.txt")
+    written(root, family)
     settings = {"num_samples": 5, "statistics": STATISTICS, "schedule": "auto"}
     return collecting(root, **{**settings, **changes})
 

@@ -22,12 +22,12 @@ from gradpipe.stages.collect.hooks import LayerHooks
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.blocks import Blocks
-from gradpipe.store.schema import LayerSpec
 from tests.models.configs import TEXT
 from tests.support.architectures import filled
 from tests.support.autograd import gradient_sums, of_layer
 from tests.support.cases import collecting
 from tests.support.models import tiny_tokenizer
+from tests.support.stores import toy_layer
 from tests.support.texts import write_text
 from tests.support.vision import write_images
 
@@ -275,17 +275,9 @@ def test_a_layer_that_the_loss_does_not_depend_on_is_refused() -> None:
     """Zeros would read as 'prune this first'."""
     model = _Model(lambda blocks, hidden, _: (hidden, blocks[1](hidden).detach()))
     model.requires_grad_(requires_grad=False)
-    spec = LayerSpec(
-        name="layers.0.linear",
-        weight_key="layers.0.linear.weight",
-        shape=(4, 4),
-        block=0,
-        transposed=False,
-        digest="",
-    )
-    last = replace(spec, name="layers.1.linear", weight_key="layers.1.linear.weight", block=1)
+    layers = [toy_layer(f"layers.{block}.linear", (4, 4), block=block) for block in (0, 1)]
     cpu = torch.device("cpu")
-    sums = {x.name: LayerAccumulator(x, ("grad_l1",), cpu) for x in (spec, last)}
+    sums = {x.name: LayerAccumulator(x, ("grad_l1",), cpu) for x in layers}
 
     def run() -> None:
         with LayerHooks(model, sums, 1, 1.0):

@@ -24,10 +24,10 @@ from gradpipe.stages.model.couplings import find_couplings
 from gradpipe.stages.model.experts import RoutedLinear, split_experts
 from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.shared_inputs import share_inputs
-from gradpipe.store.schema import CouplingSpec, LayerSpec
-from tests.support.cases import collecting
+from gradpipe.store.schema import CouplingSpec
+from tests.support.cases import collecting, written
 from tests.support.models import FAMILIES, random_ids, save_tiny, tiny_model
-from tests.support.texts import write_text
+from tests.support.stores import toy_layer
 from tests.support.vision import FAMILIES as IMAGE_FAMILIES
 from tests.support.vision import SIZE, save_classifier, tiny_classifier
 
@@ -276,13 +276,8 @@ def toy_couplings(*blocks: nn.Module, without: str = "") -> tuple[CouplingSpec, 
     layers = [
         Layer(
             path=name,
-            spec=LayerSpec(
-                name=name,
-                weight_key=name + ".weight",
-                shape=tuple(module.weight.shape),
-                block=int(name.split(".")[1]),
-                transposed=False,
-                digest="0" * 32,
+            spec=toy_layer(
+                name, (module.out_features, module.in_features), block=int(name.split(".")[1])
             ),
         )
         for name, module in model.named_modules()
@@ -388,8 +383,7 @@ def test_a_layer_that_runs_on_another_number_of_rows_is_not_coupled() -> None:
 
 def test_a_store_has_couplings_whatever_it_holds(tmp_path: Path) -> None:
     """Also without second moments, and it says whose input a layer reads."""
-    save_tiny("llama", tmp_path / "model")
-    write_text(tmp_path / "text.txt")
+    written(tmp_path)
     spec = collect(collecting(tmp_path, num_samples=2, statistics=("act_l2",))).spec
     block = "model.layers.1."
     couplings = [x for x in spec.couplings if x.target.startswith(block)]

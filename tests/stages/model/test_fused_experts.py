@@ -12,40 +12,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from gradpipe import (
-    CollectConfig,
-    DataConfig,
-    GradientStore,
-    PruneConfig,
-    collect,
-    open_store,
-    prune,
-)
+from gradpipe import CollectConfig, GradientStore, collect, open_store, prune
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.experts import is_split, split_experts
 from gradpipe.stages.model.load import build_skeleton
 from gradpipe.store.schema import LayerSpec
+from tests.support.cases import collecting, pruning
 from tests.support.fused import FUSED, NUM_EXPERTS, expected_sums, save_fused
 from tests.support.texts import write_text
 
-NUM_SAMPLES, SEQ_LEN = 4, 16
 STATISTICS = ("grad_l1", "act_l2", "hessian")
 
 
 def config(root: Path, **options: Any) -> CollectConfig:
     """A collection from the model in `root`, in batches of which the last is smaller."""
-    settings: dict[str, Any] = {
-        "model": str(root / "model"),
-        "store": root / "resident",
-        "data": DataConfig(name=str(write_text(root / "text.txt"))),
-        "num_samples": NUM_SAMPLES,
-        "seq_len": SEQ_LEN,
-        "statistics": STATISTICS,
-        "encoding": "float32",
-        "batch_size": 3,
-        "schedule": "resident",
-    }
-    return CollectConfig(**{**settings, **options})
+    settings: dict[str, Any] = {"statistics": STATISTICS, "batch_size": 3}
+    return collecting(root, **{**settings, **options})
 
 
 @pytest.fixture(scope="module", params=FUSED)
@@ -53,6 +35,7 @@ def root(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """A model of each family and its store."""
     root = tmp_path_factory.mktemp(request.param)
     save_fused(request.param, root / "model")
+    write_text(root / "text.txt")
     collect(config(root))
     return root
 
@@ -81,7 +64,7 @@ def assert_close(got: Any, expected: Tensor) -> None:
 
 def test_every_expert_s_sums_are_those_of_transformers_code(root: Path) -> None:
     """Gradients are slices of autograd's, taken by sample; inputs are those of the products."""
-    store = open_store(root / "resident")
+    store = open_store(root / "store")
     expected = expected_sums(root / "model", torch.from_numpy(np.array(store.input_ids())))
     assert {x.weight_key for x in parts(store)} == expected.moments.keys()
     for layer in parts(store):
@@ -99,7 +82,7 @@ def test_every_expert_s_sums_are_those_of_transformers_code(root: Path) -> None:
 def test_streamed_is_resident_bit_for_bit(root: Path) -> None:
     """Every object of the store has the same bytes under either schedule."""
     streamed = collect(config(root, schedule="streamed", store=root / "streamed"))
-    assert streamed.digest == open_store(root / "resident").digest
+    assert streamed.digest == open_store(root / "store").digest
 
 
 def test_nothing_of_the_blocks_but_routers_and_biases_stays_dense(root: Path) -> None:
@@ -114,12 +97,10 @@ def test_nothing_of_the_blocks_but_routers_and_biases_stays_dense(root: Path) ->
 
 def test_parts_are_pruned_in_place(root: Path) -> None:
     """Half of each expert's matrix is zero, all else as it was; transformers opens it."""
-    model, store = root / "model", root / "resident"
-    settings = PruneConfig(model=str(model), store=str(store), out=root / "out", method="wanda")
-    prune(settings, Console(file=io.StringIO()))
+    prune(pruning(root, root / "out", method="wanda"), Console(file=io.StringIO()))
     dense = load_file(root / "model" / "model.safetensors")
     pruned = load_file(root / "out" / "model.safetensors")
-    layers = open_store(root / "resident").spec.layers
+    layers = open_store(root / "store").spec.layers
     for layer in layers:
         is_part = layer.part is not None
         new = part(layer, pruned[layer.weight_key]) if is_part else pruned[layer.weight_key]
@@ -134,7 +115,7 @@ def test_parts_are_pruned_in_place(root: Path) -> None:
 
 def test_weights_changed_under_a_store_are_refused_by_part(root: Path) -> None:
     """Each layer's digest is of its own part."""
-    layers = parts(open_store(root / "resident"))
+    layers = parts(open_store(root / "store"))
     assert len({x.digest for x in layers}) == len(layers)
 
 

@@ -17,15 +17,13 @@ from gradpipe import InputError, collect, open_store, prune
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.prune.allocation_rules import dlp, dlp_alpha, owl, rounded, shifted
 from gradpipe.stages.prune.thresholds import Thresholds
-from tests.support.cases import collecting, pruning
-from tests.support.models import save_tiny
+from tests.support.cases import collecting, pruning, written
 from tests.support.reference import (
     reference_dlp,
     reference_mask,
     reference_owl,
     reference_score,
 )
-from tests.support.texts import write_text
 
 _SIZES = st.dictionaries(st.integers(0, 30), st.integers(1, 10**9), min_size=1, max_size=12)
 
@@ -137,9 +135,7 @@ def test_ranks_are_those_of_a_sort(parts: dict[int, list[float]], data: st.DataO
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and its store, norms exact."""
-    root = tmp_path_factory.mktemp("allocate")
-    save_tiny("llama", root / "model")
-    write_text(root / "text.txt")
+    root = written(tmp_path_factory.mktemp("allocate"))
     collect(collecting(root, statistics=("grad_l1", "grad_l2", "act_l2", "hessian")))
     return root
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gradpipe.stages.prune.mask import budget_mask
-from gradpipe.stages.prune.measures import cuts, effective_rank, histogram, relative_error, shrunk
+from gradpipe.stages.prune.measures import cuts, histogram, relative_error, shrunk
 from gradpipe.stages.prune.target import Budget, Group
 
 
@@ -75,14 +75,3 @@ def test_the_error_is_that_of_the_outputs() -> None:
     )
     assert relative_error(weight, weight, moment) == 0
     assert relative_error(torch.zeros(4, 6), torch.zeros(4, 6), moment) == 0
-
-
-def test_the_effective_rank_is_that_of_the_eigenvalues() -> None:
-    """All directions alike: as many as there are; one alone: 1; nothing: 0."""
-    root = torch.randn(9, 5)
-    values = torch.linalg.eigvalsh((root @ root.T).double())
-    expected = float(values.sum() ** 2 / values.square().sum())
-    assert effective_rank(root @ root.T) == pytest.approx(expected, rel=1e-5)
-    assert effective_rank(torch.eye(7)) == pytest.approx(7)
-    assert effective_rank(torch.ones(5, 5)) == pytest.approx(1)
-    assert effective_rank(torch.zeros(3, 3)) == 0

@@ -16,17 +16,15 @@ from rich.console import Console
 from gradpipe import collect, open_store, prune
 from gradpipe.stages.prune.allocation_rules import shifted, whole_parts
 from gradpipe.stages.prune.target import Pattern
-from tests.support.cases import collecting, pruning
-from tests.support.models import save_tiny
-from tests.support.texts import write_text
+from tests.support.cases import collecting, pruning, written
 
 
 @pytest.fixture(scope="module")
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose first block is dense, three quarters the size of its mixtures of experts."""
-    root = tmp_path_factory.mktemp("uneven")
-    save_tiny("qwen3_moe", root / "model", mlp_only_layers=[0], num_hidden_layers=3)
-    write_text(root / "text.txt")
+    root = written(
+        tmp_path_factory.mktemp("uneven"), "qwen3_moe", mlp_only_layers=[0], num_hidden_layers=3
+    )
     collect(collecting(root, num_samples=8, seq_len=24, statistics=("grad_l2", "act_l2")))
     return root
 
