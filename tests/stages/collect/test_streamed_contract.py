@@ -30,6 +30,7 @@ from tests.support.models import tiny_tokenizer
 from tests.support.stores import toy_layer
 from tests.support.texts import write_text
 from tests.support.vision import write_images
+from tests.support.workplace import edit_weights
 
 _GEMMA: dict[str, Any] = {
     **TEXT,
@@ -256,11 +257,8 @@ def test_a_head_that_reads_an_earlier_block_is_known() -> None:
 @pytest.mark.parametrize("schedule", ["resident", "streamed"])
 def test_gradients_that_are_all_zero_are_said_aloud(schedule: str, tmp_path: Path) -> None:
     """A gate that is shut passes nothing back: true zeros are kept, and named."""
-    model = filled(hf.AutoModelForCausalLM.from_config(hf.AutoConfig.for_model("llama", **TEXT)))
-    model.get_parameter("model.layers.1.mlp.down_proj.weight").data.zero_()
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    write_text(tmp_path / "text.txt")
+    write(tmp_path, "llama", TEXT)
+    edit_weights(tmp_path / "model", lambda x: x["model.layers.1.mlp.down_proj.weight"].zero_())
     console = Console(file=io.StringIO(), width=200)
     store = collect(streaming(tmp_path, schedule=schedule), console)
     assert isinstance(console.file, io.StringIO)
