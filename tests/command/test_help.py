@@ -10,26 +10,12 @@ from typing import Any
 import pytest
 import typer
 
-from gradpipe import cli
 from gradpipe.errors import did_you_mean
 from gradpipe.help import EXAMPLES, OTHER, TOPICS, topic_of
 from gradpipe.pipeline.reports.kinds import block_of, is_alike, kind_of, summary
 from gradpipe.pipeline.reports.results import LayerResult
+from tests.support.commands import COMMANDS
 from tests.support.workplace import COLLECT, EVAL, PIPE, PRUNE, Pipe, Refused
-
-
-def commands(group: Any = None, words: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Every command that does something, by the words that call it."""
-    group = group or typer.main.get_command(cli.app)
-    found: dict[str, Any] = {}
-    for name, command in group.commands.items():
-        path = (*words, name)
-        below = commands(command, path) if hasattr(command, "commands") else {}
-        found |= below or {" ".join(path): command}
-    return found
-
-
-COMMANDS = commands()
 
 
 @pytest.mark.parametrize("name", COMMANDS)

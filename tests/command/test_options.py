@@ -10,21 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 
 import gradpipe
 from gradpipe import CollectConfig, DataConfig, EvalConfig, ImportConfig, InputError, PruneConfig
-from gradpipe.cli import app
 from gradpipe.options import is_given, option_fields, unasked
 from gradpipe.pipeline.evaluate_config import EvalExtras
 from gradpipe.pipeline.publish import PushConfig
+from tests.support.commands import COMMANDS, FLAGS
 from tests.support.workplace import COLLECT, EVAL, IMPORT, PRUNE, Refused
 
 CONFIGS: dict[str, tuple[type, ...]] = {  # command -> the configs whose fields it takes
     "collect-grads": (CollectConfig, DataConfig),
     "prune": (PruneConfig, PushConfig),
     "eval": (EvalConfig, DataConfig, EvalExtras, PushConfig),
-    "import-gblm": (ImportConfig,),
+    "store import-gblm": (ImportConfig,),
 }
 OF_COMMANDS = {"--dry-run", "--json", "--verbose", "--help", "more"}  # options that no config has
 FEWEST: dict[type, dict[str, Any]] = {
@@ -38,18 +37,11 @@ FEWEST: dict[type, dict[str, Any]] = {
 }
 
 
-def commands() -> dict[str, Any]:
-    """Every command as typer has made it, by name; of two of one name, that without a group."""
-    top: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    below = [group.commands for group in top.values() if hasattr(group, "commands")]
-    return {name: command for some in (*below, top) for name, command in some.items()}
-
-
 @pytest.mark.parametrize("command", CONFIGS)
 def test_each_field_is_one_option_with_its_help_and_default(command: str) -> None:
     """And each option is a field's, or one of the few that belong to the command itself."""
     shown: dict[str, list[Any]] = {}
-    for parameter in commands()[command].params:
+    for parameter in COMMANDS[command].params:
         shown.setdefault(parameter.opts[0], []).append(parameter)
     expected = set()
     for config in CONFIGS[command]:
@@ -67,16 +59,15 @@ def test_each_field_is_one_option_with_its_help_and_default(command: str) -> Non
 
 def test_messages_name_options_that_exist() -> None:
     """An option that is renamed is renamed in what the package says of it."""
-    known = {name for command in commands().values() for x in command.params for name in x.opts}
     package = Path(gradpipe.__file__).parent
     for path in package.rglob("*.py"):
         for flag in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", path.read_text()):
-            assert flag in known | {"--version"}, f"{path}: {flag}"
+            assert flag in FLAGS | {"--version"}, f"{path}: {flag}"
 
 
 def test_help_says_every_default() -> None:
     """In the same words wherever the value comes from: a field, another option, the model."""
-    collect, prune = (commands()[name].params for name in ("collect-grads", "prune"))
+    collect, prune = (COMMANDS[name].params for name in ("collect-grads", "prune"))
     said = {x.opts[0]: x.help for x in (*collect, *prune)}
     for flag, default in (
         ("--num-samples", "128"),
@@ -87,7 +78,7 @@ def test_help_says_every_default() -> None:
         ("--group", "output; alps: layer"),
     ):
         assert said[flag].endswith(f"[default: {default}]")
-    dataset = {x.opts[0]: x.help for x in commands()["eval"].params}["--dataset"]
+    dataset = {x.opts[0]: x.help for x in COMMANDS["eval"].params}["--dataset"]
     assert dataset.endswith("[default: wikitext2]")
 
 
@@ -96,7 +87,7 @@ def test_help_shows_what_a_value_looks_like() -> None:
     shown = {
         (name, x.opts[0]): x.metavar
         for name in CONFIGS
-        for x in commands()[name].params
+        for x in COMMANDS[name].params
         if x.opts[0] not in OF_COMMANDS
     }
     assert set(shown.values()) - {None} == {

@@ -13,8 +13,9 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
+
+from tests.support.serving import Handler, serving
 
 FAULTS = ("500", "slow", "cut", "truncated", "unheard", "time-out", "503")
 STALL = 0.8  # seconds: longer than the client waits
@@ -58,27 +59,14 @@ class Proxy:
 def proxy(host: str, port: int) -> Iterator[Proxy]:
     """A proxy on a free port."""
     made = Proxy(host, port)
-    handler = type("FaultyHandler", (_Handler,), {"proxy": made})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        server.daemon_threads = True
-        made.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield made
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(_Handler, proxy=made) as made.url:
+        yield made
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(Handler):
     proxy: ClassVar[Proxy]
-    protocol_version = "HTTP/1.1"
 
-    def log_message(self, *args: object) -> None:
-        """Print nothing."""
-
-    def _answer(self) -> None:
+    def answer(self) -> None:
         proxy, path = self.proxy, self.path.partition("?")[0]
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         with proxy.lock:
@@ -147,23 +135,3 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(data)
-
-    def do_GET(self) -> None:
-        """A listing, or an object."""
-        self._answer()
-
-    def do_HEAD(self) -> None:
-        """An object's size."""
-        self._answer()
-
-    def do_PUT(self) -> None:
-        """An object to keep."""
-        self._answer()
-
-    def do_POST(self) -> None:
-        """Anything else."""
-        self._answer()
-
-    def do_DELETE(self) -> None:
-        """An object to forget."""
-        self._answer()

@@ -16,17 +16,16 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.support import hub_uploads
+from tests.support.serving import Handler, serving
 
 KINDS = ("models", "datasets")
 
@@ -79,23 +78,9 @@ class Hub:
 def serve() -> Iterator[Hub]:
     """A hub without repositories that answers on a free port of this machine."""
     hub = Hub()
-    with tempfile.TemporaryDirectory() as uploads:
+    with tempfile.TemporaryDirectory() as uploads, serving(_Handler, hub=hub) as hub.endpoint:
         hub.uploads = Path(uploads)
-        yield from _serve(hub)
-
-
-def _serve(hub: Hub) -> Iterator[Hub]:
-    """The server of a hub, while it is looked at."""
-    handler = type("HubHandler", (_Handler,), {"hub": hub})
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        hub.endpoint = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
-        try:
-            yield hub
-        finally:
-            server.shutdown()
-            thread.join()
+        yield hub
 
 
 @contextlib.contextmanager
@@ -126,32 +111,10 @@ def _stay_on_this_machine() -> None:
     sys.addaudithook(refuse)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    """One request."""
-
+class _Handler(Handler):
     hub: ClassVar[Hub]
-    protocol_version = "HTTP/1.1"
 
-    def do_HEAD(self) -> None:
-        """A file's commit, size and tag."""
-        self._answer()
-
-    def do_GET(self) -> None:
-        """A file, a repository's description, or a listing."""
-        self._answer()
-
-    def do_POST(self) -> None:
-        """A listing of chosen paths; a commit, and what belongs to one."""
-        self._answer()
-
-    def do_PUT(self) -> None:
-        """A large file."""
-        self._answer()
-
-    def log_message(self, *args: object) -> None:
-        """Print nothing: the hub remembers the requests."""
-
-    def _answer(self) -> None:
+    def answer(self) -> None:
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.hub.requests.append(f"{self.command} {unquote(url.path)}")
