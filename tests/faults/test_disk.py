@@ -16,7 +16,7 @@ from gradpipe import CollectConfig, GradpipeError, collect, prune
 from gradpipe.errors import InputError, StoreError
 from tests.support.cases import collecting, pruning, written
 from tests.support.models import save_tiny
-from tests.support.phases import PHASES
+from tests.support.phases import interfere
 
 SCHEDULES = ("resident", "streamed")
 
@@ -156,15 +156,9 @@ def test_a_file_that_vanishes(
     with pytest.raises(InputError, match=r"model\.safetensors"):
         collect(run)
     away.rename(weights)
-    owner, name = PHASES["accumulating"]
-    step = getattr(owner, name)
-
-    def vanishing(*arguments: Any, **options: Any) -> Any:
-        (run.store / "zarr.json").unlink(missing_ok=True)
-        return step(*arguments, **options)
-
+    root = run.store / "zarr.json"
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, vanishing)
+        interfere(patched, "accumulating", lambda: root.unlink(missing_ok=True))
         expected = collect(run)  # what is in memory is written again at the end
     assert expected.digest == digest(inputs)
 
@@ -187,16 +181,13 @@ def test_a_scratch_file_that_vanishes_meanwhile(
 ) -> None:
     """One line that names it; the same call computes it again."""
     run = config(inputs, tmp_path / "store", schedule="streamed", scratch=tmp_path / "scratch")
-    owner, name = PHASES["streaming backward"]
-    step = getattr(owner, name)
 
-    def vanishing(*arguments: Any, **options: Any) -> Any:
+    def vanish() -> None:
         for path in (tmp_path / "scratch").glob("*/inputs-0001"):
             path.unlink()
-        return step(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, vanishing)
+        interfere(patched, "streaming backward", vanish)
         with pytest.raises(GradpipeError, match="inputs-0001: No such file") as caught:
             collect(run)
     check_line(caught.value)

@@ -9,7 +9,7 @@ import pytest
 
 from gradpipe import DataConfig, GradientStore, GradpipeError, Shard, collect, collect_shard, merge
 from tests.support.cases import EVERY, LLAMA, MECHANISMS, MIXTRAL, TOKENS, VIT, Case, Shelf
-from tests.support.phases import PHASES
+from tests.support.phases import interfere, raising
 
 STEPS = {"resident": "accumulating", "streamed": "streaming backward"}
 
@@ -29,16 +29,8 @@ def test_a_run_that_broke_off_needs_no_data_to_end_as_if_it_had_not(
     run = case.collecting(
         case.make(tmp_path), statistics=EVERY, schedule=schedule, **often(schedule)
     )
-    owner, name = PHASES[STEPS[schedule]]
-    step, left = getattr(owner, name), iter([True] * calls + [False])
-
-    def crashing(*arguments: Any, **named: Any) -> Any:
-        if not next(left):
-            raise GradpipeError("crash")
-        return step(*arguments, **named)
-
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, crashing)
+        interfere(patched, STEPS[schedule], raising(GradpipeError("crash"), after=calls))
         with pytest.raises(GradpipeError, match="crash"):
             collect(run)
     for file in (tmp_path / case.data).rglob("*.png") if case.is_images else [tmp_path / case.data]:

@@ -5,8 +5,11 @@ moves is one edit here. Listed from the outer to the inner phase: while an inner
 is the phase.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import pytest
 
 import gradpipe.pipeline.collect.begin
 import gradpipe.pipeline.collect.resume
@@ -40,3 +43,32 @@ PHASES: Mapping[str, tuple[Any, str]] = {
     "reporting": (gradpipe.pipeline.prune.run, "finish"),
     "publishing": (gradpipe.pipeline.prune.staging.Places, "publish"),
 }
+
+
+def interfere(
+    patched: pytest.MonkeyPatch, phase: str, act: Callable[[], object], *, after: bool = False
+) -> None:
+    """Do something each time before, or after, what runs in a phase."""
+    owner, name = PHASES[phase]
+    step = getattr(owner, name)
+
+    def interfered(*arguments: Any, **options: Any) -> Any:
+        if not after:
+            act()
+        result = step(*arguments, **options)
+        if after:
+            act()
+        return result
+
+    patched.setattr(owner, name, interfered)
+
+
+def raising(error: Exception, after: int = 0) -> Callable[[], None]:
+    """What raises an error when it is called once more than so often."""
+    calls = itertools.count()
+
+    def act() -> None:
+        if next(calls) >= after:
+            raise error
+
+    return act

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,13 @@ from gradpipe import CollectConfig, GradpipeError, InputError, Interrupted, Stor
 from gradpipe.stages.collect import estimate as planning
 from gradpipe.store.shard import Shard
 from gradpipe.store.snapshots import Snapshots
-from gradpipe.store.writer import StoreWriter
 from tests.support.cases import collecting
 from tests.support.forked import Processes
 from tests.support.models import tiny_model, tiny_tokenizer
-from tests.support.phases import PHASES
+from tests.support.phases import interfere, raising
 
 SCHEDULES = ("resident", "streamed")
-STEPS = {"resident": PHASES["accumulating"], "streamed": PHASES["streaming backward"]}
+STEPS = {"resident": "accumulating", "streamed": "streaming backward"}
 
 
 class Crash(Exception):  # noqa: N818 (what happens, on purpose)
@@ -42,29 +40,17 @@ def digest(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return collect(config(inputs, tmp_path_factory.mktemp("whole") / "store")).digest
 
 
-def crash_after(
-    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, calls: int
-) -> Callable[[], int]:
-    """Let a function work so many times, then raise; returns what counts its calls."""
-    function, counted = getattr(owner, name), 0
-
-    def crashing(*arguments: Any, **options: Any) -> Any:
-        nonlocal counted
-        counted += 1
-        if counted > calls:
-            raise Crash
-        return function(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, crashing)
-    return lambda: counted
+def counted(monkeypatch: pytest.MonkeyPatch, phase: str) -> list[None]:
+    """One entry for each time that a phase runs from now on."""
+    calls: list[None] = []
+    interfere(monkeypatch, phase, lambda: calls.append(None))
+    return calls
 
 
-def interrupt(
-    monkeypatch: pytest.MonkeyPatch, run: CollectConfig, calls: int, step: tuple[object, str]
-) -> None:
-    """Run, and crash after so many calls of a step."""
+def interrupt(monkeypatch: pytest.MonkeyPatch, run: CollectConfig, calls: int, phase: str) -> None:
+    """Run, and crash after so many calls of what runs in a phase."""
     with monkeypatch.context() as patched:
-        crash_after(patched, *step, calls)
+        interfere(patched, phase, raising(Crash(), after=calls))
         with pytest.raises(Crash):
             collect(run)
 
@@ -81,9 +67,9 @@ def test_a_snapshot_is_gone_on_from(
     run = config(inputs, tmp_path / "store", checkpoint_every=2)
     interrupt(monkeypatch, run, 3, STEPS["resident"])
     assert snapshots(run.store) == ["samples-00000006"]
-    count = crash_after(monkeypatch, *STEPS["resident"], calls=99)
+    count = counted(monkeypatch, STEPS["resident"])
     assert collect(run).digest == digest
-    assert count() == 1
+    assert len(count) == 1
 
 
 def test_snapshots_come_every_so_many_samples_and_replace_one_another(
@@ -92,15 +78,12 @@ def test_snapshots_come_every_so_many_samples_and_replace_one_another(
     """A snapshot is a new folder, written once; the one before goes when it is committed."""
     run = config(inputs, tmp_path / "store", checkpoint_every=3)
     seen: list[str] = []
-    owner, name = PHASES["snapshotting"]
-    save = getattr(owner, name)
+    folder = run.store / "partial" / "0-of-1"
 
-    def watched(*arguments: Any) -> None:
-        save(*arguments)
-        folder = run.store / "partial" / "0-of-1"
+    def look() -> None:
         seen.extend(sorted(path.name for path in folder.iterdir()))
 
-    monkeypatch.setattr(owner, name, watched)
+    interfere(monkeypatch, "snapshotting", look, after=True)
     collect(run)
     assert seen == ["samples-00000004", "samples-00000004.json"]  # batches of 2: due after 4
 
@@ -231,20 +214,14 @@ def test_stopped_while_the_store_is_written_all_samples_are_saved(
 ) -> None:
     """Encoding a large model takes minutes; a signal in them costs no pass over the samples."""
     run = config(inputs, tmp_path / "store")
-    write_layer = StoreWriter.write_layer
-
-    def signalled(*arguments: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
-        return write_layer(*arguments)
-
     with monkeypatch.context() as patched:
-        patched.setattr(StoreWriter, "write_layer", signalled)
+        interfere(patched, "writing a layer", lambda: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Interrupted, match="all samples are saved: run the same command again"):
             collect(run)
     assert len(snapshots(run.store)) == 1
-    count = crash_after(monkeypatch, *STEPS["resident"], calls=99)
+    count = counted(monkeypatch, STEPS["resident"])
     assert collect(run).digest == digest
-    assert count() == 0
+    assert len(count) == 0
 
 
 def test_auto_goes_on_as_it_was_begun(
@@ -254,11 +231,11 @@ def test_auto_goes_on_as_it_was_begun(
     run = config(inputs, tmp_path / "store", schedule="auto", checkpoint_every=2)
     interrupt(monkeypatch, run, 3, STEPS["resident"])
     monkeypatch.setattr(planning, "free_bytes", lambda _: 0)
-    count = crash_after(monkeypatch, *STEPS["resident"], calls=99)
+    count = counted(monkeypatch, STEPS["resident"])
     assert collect(run).digest == digest
-    assert count() == 1
+    assert len(count) == 1
     assert collect(replace(run, store=tmp_path / "other")).digest == digest
-    assert count() == 1  # which is streamed
+    assert len(count) == 1  # which is streamed
 
 
 def test_a_run_that_overwrites_goes_on_without_the_option(
@@ -266,15 +243,8 @@ def test_a_run_that_overwrites_goes_on_without_the_option(
 ) -> None:
     """`--overwrite` again would start anew, so the advice is to leave it out."""
     run = config(inputs, tmp_path / "store", checkpoint_every=2)
-    owner, name = STEPS["resident"]
-    step = getattr(owner, name)
-
-    def signalled(*arguments: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        step(*arguments)
-
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, signalled)
+        interfere(patched, STEPS["resident"], lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Interrupted, match="run the same command again, without --overwrite"):
             collect(replace(run, overwrite=True))
     assert snapshots(run.store)
@@ -287,15 +257,9 @@ def test_a_block_that_vanishes_is_not_left_out(
     """A streamed store is never declared complete without a layer; run again, it has it."""
     run = config(inputs, tmp_path / "store", schedule="streamed")
     interrupt(monkeypatch, run, 1, STEPS["streamed"])
-    owner, name = PHASES["finishing from blocks"]
-    finish = getattr(owner, name)
-
-    def vanishing(*arguments: Any) -> None:
-        (run.store / "partial" / "0-of-1" / "block-0001.json").unlink()
-        finish(*arguments)
-
+    block = run.store / "partial" / "0-of-1" / "block-0001.json"
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, vanishing)
+        interfere(patched, "finishing from blocks", block.unlink)
         with pytest.raises(GradpipeError, match=r"layers\.1\..* has vanished"):
             collect(run)
     assert collect(run).digest == digest

@@ -30,7 +30,7 @@ from gradpipe.store.lock import locked
 from gradpipe.store.objects import CommitRecord
 from tests.support.cases import collecting
 from tests.support.forked import Processes
-from tests.support.phases import PHASES
+from tests.support.phases import interfere, raising
 from tests.support.texts import write_text
 
 SAMPLES = 9
@@ -96,16 +96,8 @@ def test_an_unfinished_shard_is_named(
     store = tmp_path / "store"
     collect_shard(config(inputs, store, "0/2"))
     run = config(inputs, store, "1/2", checkpoint_every=2)
-    calls, (owner, name) = iter(range(99)), PHASES["accumulating"]
-    step = getattr(owner, name)
-
-    def interrupted(*arguments: Any) -> None:
-        if next(calls) == 3:
-            raise Interrupted("stopped")
-        step(*arguments)
-
     with monkeypatch.context() as patched:
-        patched.setattr(owner, name, interrupted)
+        interfere(patched, "accumulating", raising(Interrupted("stopped"), after=3))
         with pytest.raises(Interrupted):
             collect_shard(run)
     assert list((store / "partial" / "1-of-2").glob("*.json"))
@@ -122,14 +114,7 @@ def test_a_resident_snapshot_is_not_mistaken_for_streamed_sums(
     _, first, third = gathered(thirds, tmp_path, "012", "0", "2")
     run = config(inputs, tmp_path / "1", "1/3", checkpoint_every=1)
     with monkeypatch.context() as patched:
-        owner, name = PHASES["snapshotting"]
-        save = getattr(owner, name)
-
-        def crash(*arguments: object) -> None:
-            save(*arguments)
-            raise Interrupted("stopped")
-
-        patched.setattr(owner, name, crash)
+        interfere(patched, "snapshotting", raising(Interrupted("stopped")), after=True)
         with pytest.raises(Interrupted):
             collect_shard(run)
     collect_shard(replace(run, schedule="streamed", checkpoint_every=None))
