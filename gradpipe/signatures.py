@@ -100,7 +100,7 @@ def command(group: typer.Typer, name: str | None = None) -> Callable[[Callable[.
 
     def register(function: Callable[..., None]) -> None:
         """Give the group a function with a parameter for each option."""
-        parameters = parameters_of(function)
+        parameters = tuple(_parameters(function))
 
         def run(**given: Any) -> None:
             function(**_arguments(function, parameters, given))
@@ -114,12 +114,8 @@ def command(group: typer.Typer, name: str | None = None) -> Callable[[Callable[.
     return register
 
 
-def parameters_of(function: Callable[..., None]) -> tuple[Parameter, ...]:
-    """A command's options, in order."""
-    return tuple(_parameters(function))
-
-
 def _parameters(function: Callable[..., None]) -> Iterator[Parameter]:
+    """A command's options, in order."""
     hints = typing.get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
         if dataclasses.is_dataclass(hints[name]):

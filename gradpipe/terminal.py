@@ -41,7 +41,9 @@ def stdout() -> Console:
     """For data; of several ranks the first writes it."""
     from rich.console import Console
 
-    return Console(markup=False, emoji=False, highlight=False, quiet=_is_silent())
+    return Console(
+        markup=False, emoji=False, highlight=False, quiet=Launch.of(os.environ).index > 0
+    )
 
 
 def stderr() -> Console:
@@ -99,10 +101,6 @@ class Output:
             raise GradpipeError(
                 f"cannot write --json {self._path}: {error.strerror}: the result is on stdout"
             ) from error
-
-
-def _is_silent() -> bool:
-    return Launch.of(os.environ).index > 0
 
 
 def _print(shown: str | Table) -> None:

@@ -214,6 +214,7 @@ class _Applied:
             tensor = as_tensor(data, info)
             found = Zeros(zeros=count_zeros(tensor), size=tensor.numel())
             (blocks if list_of(info.key) in lists else outside).append(found)
+        was = self.recorded.document
         return PruneReport(
             order=self.order,
             requested=self.recorded.requested,
@@ -223,7 +224,7 @@ class _Applied:
             dense=self.recorded.dense,
             mismatched_layers=(),
             unseen_layers=(),
-            notes=(self._note(),),
+            notes=(f"zeros by masks of {was['model']}, which was pruned by {was['command']}",),
         )
 
     def _layers(
@@ -236,7 +237,3 @@ class _Applied:
             for name, x in inside.items()
         }
         return {name: replace(self.recorded.layers[name], zeros=zeros[name]) for name in inside}
-
-    def _note(self) -> str:
-        was = self.recorded.document
-        return f"zeros by masks of {was['model']}, which was pruned by {was['command']}"

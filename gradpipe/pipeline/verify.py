@@ -127,7 +127,10 @@ class _Checks:
                 yield f"{name} has no weights of the recorded size in the files"
         if self._dense is None:
             return
-        kinds = [{k: (x.shape, x.dtype) for k, x in c.tensors.items()} for c in self._both()]
+        kinds = [
+            {k: (x.shape, x.dtype) for k, x in c.tensors.items()}
+            for c in (self._pruned, self._dense)
+        ]
         for key in sorted(kinds[0].keys() | kinds[1].keys()):
             mine, theirs = (kind.get(key) for kind in kinds)
             if mine != theirs:
@@ -154,10 +157,6 @@ class _Checks:
             )
         for key, other in tied_to(self._pruned, self._dense):
             yield f"{key} is not {other}, to which the model ties it"
-
-    def _both(self) -> tuple[Checkpoint, Checkpoint]:
-        assert self._dense is not None
-        return self._pruned, self._dense
 
     def _tensor(
         self, info: TensorInfo, layers: list[tuple[TensorInfo, LayerResult]]

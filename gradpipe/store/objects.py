@@ -99,7 +99,7 @@ class ObjectWriter:
     def commit(self, key: str = COMMIT_KEY) -> None:
         """Make all objects written so far durable, then declare them complete under `key`."""
         files = [self.folder / name for name in self.record.objects]
-        folders = {folder for file in files for folder in file.parents if self._is_inside(folder)}
+        folders = {x for file in files for x in file.parents if x.is_relative_to(self.folder)}
         record = self.folder / key
         try:
             with ThreadPoolExecutor(_FSYNC_THREADS) as pool:  # file systems batch these
@@ -108,9 +108,6 @@ class ObjectWriter:
             write_durably(record, self.record.to_bytes())
         except OSError as error:
             raise _write_error(record, error) from error
-
-    def _is_inside(self, folder: Path) -> bool:
-        return folder == self.folder or self.folder in folder.parents
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum
@@ -23,7 +22,7 @@ from gradpipe.stages.data.samples import Samples
 from gradpipe.stages.data.text import load_text
 from gradpipe.stages.data.tokens import is_tokens, token_samples, window_length
 from gradpipe.stages.data.windows import draw_samples
-from gradpipe.stages.model.layers import Layer, measured
+from gradpipe.stages.model.layers import measured
 from gradpipe.stages.model.load import check_tokens, dtype_name, load_tokenizer
 from gradpipe.stages.model.shared_inputs import image_tokens
 from gradpipe.stages.model.skeleton import Skeleton
@@ -125,7 +124,9 @@ def _begin(
                 if drawn is None:
                     raise StoreError(f"store {folder} was removed meanwhile: run the command again")
                 clear(folder)
-                layers = measured(_counted(skeleton, console), skeleton.checkpoint)
+                found = skeleton.layers
+                read = counted(found, console, "reading weights", len(found), "layers")
+                layers = measured(read, skeleton.checkpoint)
                 spec = _spec(config, replace(skeleton, layers=layers), drawn[0])
                 StoreWriter(folder, spec).begin(drawn[1])
         return _take(config, shard, skeleton, held)
@@ -152,11 +153,6 @@ def _take(
     check_same(folder, _expected(config, skeleton, spec), spec)
     held.enter_context(locked(Snapshots(folder, shard).lock, of=folder, wait=False))
     return spec, calibration
-
-
-def _counted(skeleton: Skeleton, console: Console) -> Iterator[Layer]:
-    layers = skeleton.layers
-    return counted(layers, console, "reading weights", len(layers), "layers")
 
 
 def _check_finished(config: CollectConfig, skeleton: Skeleton, store: GradientStore) -> None:

@@ -138,9 +138,10 @@ def _homes(folders: Sequence[Path], spec: StoreSpec) -> dict[Shard, Path | None]
             f"store {folders[0]} holds shards of {' and of '.join(map(str, counts))}: "
             "collect all of them with one N"
         )
+    layers = {layer.name for layer in spec.layers}
     homes: dict[Shard, Path | None] = {}
     for shard in (Shard(index, count) for count in counts for index in range(count)):
-        finished = [folder for folder in folders if _is_finished(folder, spec, shard)]
+        finished = [x for x in folders if _layer_index(x, spec, shard).keys() >= layers]
         if len(finished) > 1:
             raise InputError(
                 f"shard {shard.index}/{shard.count} is both in {finished[0]} and in "
@@ -148,11 +149,6 @@ def _homes(folders: Sequence[Path], spec: StoreSpec) -> dict[Shard, Path | None]
             )
         homes[shard] = finished[0] if finished else None
     return homes
-
-
-def _is_finished(folder: Path, spec: StoreSpec, shard: Shard) -> bool:
-    """True if every layer has the sums of all of the shard's samples."""
-    return _layer_index(folder, spec, shard).keys() >= {layer.name for layer in spec.layers}
 
 
 def _snapshots(partial: Snapshots) -> Iterator[Snapshot]:

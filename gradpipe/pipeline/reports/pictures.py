@@ -39,6 +39,8 @@ _STYLE = {
     "text.parse_math": False,  # names may hold dollars
     "svg.fonttype": "none",
 }
+# the same picture, the same bytes
+_UNDATED = {"svg": {"Date": None, "Creator": None}, "png": {"Software": None}}
 _INKED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
 
 
@@ -82,11 +84,6 @@ class Picture:
             figure = Figure(figsize=(self.width, self.height))
             self.draw(figure)
             figure.savefig(
-                written, format=kind, dpi=150, transparent=kind == "svg", **_undated(kind)
+                written, format=kind, dpi=150, transparent=kind == "svg", metadata=_UNDATED[kind]
             )
         return written.getvalue()
-
-
-def _undated(kind: str) -> dict[str, Any]:
-    """The same picture, the same bytes."""
-    return {"metadata": {"Date": None, "Creator": None} if kind == "svg" else {"Software": None}}

@@ -290,9 +290,10 @@ def _called(
 ) -> tuple[_Answer, list[Tensor]]:
     """Run a block: what its answer is like, and the tensors in it."""
     before = {place: dict(mapping) for place, mapping in mappings((args, kwargs)) if len(place) > 1}
-    versions = [(leaf, leaf._version) for _, leaf in leaves((args, kwargs)) if _is(leaf)]  # noqa: SLF001
+    given = [leaf for _, leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    versions = [leaf._version for leaf in given]  # noqa: SLF001
     returned = block(*args, **kwargs)
-    if any(leaf._version != version for leaf, version in versions):  # noqa: SLF001
+    if [leaf._version for leaf in given] != versions:  # noqa: SLF001
         raise GradpipeError(
             f"blocks of class {type(block).__name__} change a tensor that they are called with: "
             "use --schedule resident"
@@ -307,10 +308,6 @@ def _called(
     found = [(place, leaf) for place, leaf in leaves(tree) if isinstance(leaf, Tensor)]
     kinds = {place: _Kind(tuple(leaf.shape), leaf.dtype) for place, leaf in found}
     return _Answer(replaced(tree, kinds), tuple(put)), [leaf for _, leaf in found]
-
-
-def _is(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
 
 
 def _memory(tensor: Tensor) -> Any:

@@ -52,7 +52,7 @@ class Tasks:
             raise InputError(
                 "--tasks needs lm-evaluation-harness: pip install 'gradpipe[tasks]'"
             ) from error
-        files = {name: _is_file(name) for name in names}
+        files = {x: x.endswith((".yaml", ".yml")) or Path(x).is_file() for x in names}
         manager = TaskManager(include_defaults=not all(files.values()))
         for name in names:
             if not files[name] and name not in manager.all_tasks:
@@ -85,10 +85,6 @@ class Tasks:
                     raise
                 raise InputError(f"--tasks: cannot run them: {one_line(error)}") from error
         return tuple(_scores(found))
-
-
-def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) or Path(name).is_file()
 
 
 def _read_file(path: Path) -> dict[str, Any]:
