@@ -169,6 +169,7 @@ _OTHER_WEIGHTS: tuple[Fault, ...] = (  # transformers would make up what lacks, 
     ),
     (RUN, _drop(KEY), ("nothing for 1 of the tensors", f"first {KEY}")),
     (RUN, _shrink_the_vocabulary, ("the text holds token", "has 40", "belongs to another model")),
+    (EVERY, _write("adapter_config.json", "{}"), ("(adapter_config.json)", "merge it into them")),
     ((COLLECT,), _reweigh(_adapt), (f"{LAYER}.lora_A.weight", "merge it into them")),
     ((COLLECT,), _reweigh(_wrap), (f"{LAYER}.base_layer.weight", "merge_and_unload")),
 )

@@ -14,7 +14,6 @@ from moto.core.authorization import enable_iam_authentication
 from moto.server import ThreadedMotoServer
 
 from gradpipe import (
-    CollectConfig,
     GradientStore,
     GradpipeError,
     InputError,
@@ -176,13 +175,6 @@ def test_the_command_reads_stores_from_s3(
     assert run_pipe(monkeypatch, "store", "verify", URL) == 0
 
 
-def test_collecting_to_a_url_is_refused(workplace: Path) -> None:
-    """Stores are written to a folder; a URL is not taken for a relative path."""
-    config = CollectConfig(model=str(workplace / "model"), store=Path(URL))
-    with pytest.raises(InputError, match="copy it to a URL"):
-        collect(config)
-
-
 @pytest.mark.parametrize(
     "damage",
     [
@@ -298,13 +290,3 @@ def test_a_server_that_goes_away_fails_the_read() -> None:
     server.stop()
     with pytest.raises(GradpipeError, match="cannot read layers/"):
         store.read(store.spec.layers[0], ["grad_l1"])
-
-
-def test_a_store_is_never_replaced_by_an_output_made_from_it(workplace: Path) -> None:
-    """OUT may not be the store's folder, however the store is spelled."""
-    folder = workplace / "store"
-    for store in (str(folder), folder.as_uri(), folder.as_uri() + "/"):
-        for out in (folder, folder / "out"):
-            with pytest.raises(InputError, match="give another OUT"):
-                prune(pruning(workplace, out, store=store, overwrite=True))
-    GradientStore.open(folder).validate()

@@ -1,6 +1,5 @@
 """A model loaded part by part, as `from_pretrained` loads it at once; and what neither can load."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -109,22 +108,6 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     key = "model.layers.1.mlp.up_proj.weight"
     rewrite(folder, lambda x: x | {key: x[key][:48].clone()})
     both_refuse(folder, r"up_proj\.weight is \(48, 32\), by its config\.json \(56, 32\)")
-
-
-def test_codes_are_no_weights(tmp_path: Path) -> None:
-    """Integers where floats belong are refused, by whoever loads them."""
-    folder = save_tiny("llama", tmp_path / "model")
-    key = "model.layers.1.mlp.up_proj.weight"
-    rewrite(folder, lambda x: x | {key: (x[key] * 10).to(torch.int8)})
-    both_refuse(folder, r"up_proj is of type I8: expected F16, BF16, F32 or F64")
-
-
-def test_an_adapter_beside_the_weights_is_refused(tmp_path: Path) -> None:
-    """Transformers would add it to the weights if peft were installed."""
-    folder = save_tiny("llama", tmp_path / "model")
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
-    with pytest.raises(InputError, match=r"adapter_config\.json.*merge it into them, or move it"):
-        Checkpoint.open(str(folder))
 
 
 class _Forgetful(PreTrainedModel):
