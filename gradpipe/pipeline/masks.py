@@ -17,7 +17,6 @@ from gradpipe.errors import GradpipeError, InputError
 from gradpipe.options import recorded_command
 from gradpipe.pipeline.places import check_local, check_out
 from gradpipe.pipeline.progress import QUIET, progress_bar
-from gradpipe.pipeline.prune.layers import list_of
 from gradpipe.pipeline.prune.outcome import copy_companions
 from gradpipe.pipeline.prune.staging import Staging
 from gradpipe.pipeline.reports.card import write_report
@@ -30,7 +29,7 @@ from gradpipe.pipeline.reports.results import (
     Zeros,
 )
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.checkpoint.layer_names import find_layer
+from gradpipe.stages.checkpoint.layer_names import find_layer, list_of
 from gradpipe.stages.checkpoint.mask_file import MaskFile, masked, write_masks
 from gradpipe.stages.checkpoint.rewrite import rewriting
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo, as_tensor, count_zeros

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Self
 
-from gradpipe.pipeline.prune.layers import list_of
 from gradpipe.pipeline.prune.plan import PrunePlan
 from gradpipe.pipeline.reports.results import LayerResult, Zeros
+from gradpipe.stages.checkpoint.layer_names import list_of
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo, as_tensor, count_zeros
 
 

@@ -9,6 +9,7 @@ from itertools import product
 from gradpipe.errors import InputError, did_you_mean, steps_of
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.layer_names import list_of
 from gradpipe.stages.checkpoint.tensors import TensorInfo, check_type, matrix_shape, owners
 from gradpipe.stages.prune.target import Target
 from gradpipe.store.reader import GradientStore
@@ -89,12 +90,6 @@ def _check_tied(
                 f"layers {one.name} and {other.name} of {checkpoint.name} are tied, and equal: "
                 f"prune both, with --include {other.name} as well, or neither"
             )
-
-
-def list_of(name: str) -> str | None:
-    """The list of blocks that a name is in: `model.layers` for `model.layers.0.mlp.gate`."""
-    found = re.match(r"(.+?)\.\d+\.", name)
-    return found[1] if found else None
 
 
 def _towers(checkpoint: Checkpoint, store: GradientStore) -> set[str]:

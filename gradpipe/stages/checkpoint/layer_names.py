@@ -1,10 +1,18 @@
-"""The weights of a layer that is known by its name alone, as `pruning.json` names it."""
+"""What a layer's name tells, as `pruning.json` has it: its list of blocks, its weights' place."""
 
 from __future__ import annotations
+
+import re
 
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo
+
+
+def list_of(name: str) -> str | None:
+    """The list of blocks that a name is in: `model.layers` for `model.layers.0.mlp.gate`."""
+    found = re.match(r"(.+?)\.\d+\.", name)
+    return found[1] if found else None
 
 
 def find_layer(checkpoint: Checkpoint, name: str, size: int) -> TensorInfo | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.layer_names import list_of
 from gradpipe.store.objects import digest
 
 _HEADS = ("lm_head.weight", "embed_out.weight")  # as transformers names them
@@ -22,11 +23,8 @@ def tied_to(checkpoint: Checkpoint, dense: Checkpoint | None) -> Iterator[tuple[
     by its config.
     """
     tie = checkpoint.config.get("tie_word_embeddings")
-    outside = [
-        info
-        for key, info in checkpoint.tensors.items()
-        if info.is_matrix and not re.match(r"(.+?)\.\d+\.", key)
-    ]
+    matrices = [info for info in checkpoint.tensors.values() if info.is_matrix]
+    outside = [info for info in matrices if list_of(info.key) is None]
     own = {x.key: digest(checkpoint.read_bytes(x.key)) for x in outside if tie is not False}
     if dense is None:
         expected = [(head, table) for table, head in _heads(own)] if tie else []
