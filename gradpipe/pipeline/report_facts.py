@@ -198,20 +198,24 @@ def _layers(
             near = did_you_mean(name, names)
             raise InputError(f"--layer {name}: expected a layer's name, as {names[0]}{near}")
         spec = sources.specs.get(name)
-        masks = [*_figure_4(sources, spec), *_written(sources, outputs, name, spec)]
+        written = dict(_written(sources, outputs, name, spec))
+        shape = next((tuple(x.shape) for x in written.values()), (0, 0))
+        masks = [
+            *_figure_4(sources, spec),
+            *(MaskFact(title=x, kept=shrunk(k, _CELLS).numpy()) for x, k in written.items()),
+        ]
         scores = [] if spec is None else [*_scores(sources, outputs, spec)]
-        shape = spec.shape if spec is not None else _shape(sources, outputs, name)
-        yield LayerFacts(name=name, shape=shape, masks=tuple(masks), scores=tuple(scores))
+        yield LayerFacts(
+            name=name,
+            shape=shape if spec is None else spec.shape,
+            masks=tuple(masks),
+            scores=tuple(scores),
+        )
 
 
 def _first_key(names: Sequence[str]) -> list[str]:
     """The first block's key projection, or what it is a part of; else the first layer."""
     return [name for name in names if _KEYS.search(name)][:1] or [*names[:1]]
-
-
-def _shape(sources: _Sources, outputs: Mapping[str, Recorded], name: str) -> tuple[int, ...]:
-    masks = (_kept(sources.outputs[x], name, report) for x, report in outputs.items())
-    return next((tuple(mask.shape) for mask in masks if mask is not None), (0, 0))
 
 
 def _figure_4(sources: _Sources, spec: LayerSpec | None) -> Iterator[MaskFact]:
@@ -228,25 +232,15 @@ def _figure_4(sources: _Sources, spec: LayerSpec | None) -> Iterator[MaskFact]:
 
 def _written(
     sources: _Sources, outputs: Mapping[str, Recorded], name: str, spec: LayerSpec | None
-) -> Iterator[MaskFact]:
-    """What each output kept."""
+) -> Iterator[tuple[str, Tensor]]:
+    """What each output kept of a layer: its weights that are not zero; (O, I), if that is known."""
     for output, report in outputs.items():
-        if name in report.layers:
-            kept = _kept(sources.outputs[output], name, report)
-            if kept is not None:
-                kept_OI = kept.T if spec is not None and spec.transposed else kept
-                yield MaskFact(title=output, kept=shrunk(kept_OI, _CELLS).numpy())
-
-
-def _kept(checkpoint: Checkpoint, name: str, report: Recorded) -> Tensor | None:
-    """The weights of a layer that are not zero, as the checkpoint has them."""
-    if name not in report.layers:
-        return None
-    place = find_layer(checkpoint, name, report.layers[name].size)
-    if place is None:
-        return None
-    kept = as_tensor(checkpoint.read_place(place), place) != 0
-    return kept if kept.ndim == 2 else None
+        checkpoint, layer = sources.outputs[output], report.layers.get(name)
+        place = None if layer is None else find_layer(checkpoint, name, layer.size)
+        if place is not None:
+            kept = as_tensor(checkpoint.read_place(place), place) != 0
+            if kept.ndim == 2:
+                yield output, kept.T if spec is not None and spec.transposed else kept
 
 
 def _scores(
