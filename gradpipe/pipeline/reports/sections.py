@@ -266,10 +266,14 @@ def _sweep_origin(sweep: Sweep) -> Iterator[tuple[str, str]]:
     for what, values in (
         ("model", (f"{x.model.name} {x.model.digest}" for x in sweep.results)),
         ("store", (f"{x.store.name} {x.store.digest}" for x in sweep.results)),
-        ("versions", (", ".join(map(" ".join, x.versions.items())) for x in sweep.results)),
+        ("versions", (_pairs(x.versions) for x in sweep.results)),
         ("measured on", (_measured(x.metric.tokens, x.metric.images) for x in sweep.results)),
     ):
         yield from ((what, value) for value in dict.fromkeys(values) if value)
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def _measured(tokens: int | None, images: int | None) -> str:
