@@ -14,16 +14,14 @@ from unittest import mock
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
 
 from gradpipe import GradientStore, GradpipeError, cli
 from gradpipe.pipeline import compare as comparing
-from gradpipe.stages.checkpoint.folder import SINGLE_NAME
 from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.stages.device import is_out_of_memory, memory_errors
 from tests.support.phases import PHASES
-from tests.support.workplace import COLLECT, EVAL
+from tests.support.workplace import COLLECT, EVAL, edit_weights
 
 Ran = tuple[int, str, str]  # exit code, stdout, stderr
 Run = Callable[[str], Ran]
@@ -84,9 +82,7 @@ def test_the_version_is_told(run: Run) -> None:
 
 
 def _scale_head(place: Path, factor: float) -> None:
-    tensors = load_file(place / "model" / SINGLE_NAME)
-    tensors["lm_head.weight"] *= factor
-    save_file(tensors, place / "model" / SINGLE_NAME, metadata={"format": "pt"})
+    edit_weights(place / "model", lambda x: x["lm_head.weight"].mul_(factor))
 
 
 @pytest.mark.parametrize("json_file", ["", "--json -", "--json result.json"])

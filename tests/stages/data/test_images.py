@@ -42,7 +42,7 @@ from tests.support.vision import (
     tiny_classifier,
     write_images,
 )
-from tests.support.workplace import run_pipe
+from tests.support.workplace import edit_config, run_pipe
 
 ROOT = Path(__file__).parents[3]
 NUM_SAMPLES = 7
@@ -211,12 +211,9 @@ def test_the_command_evaluates_images(
 
 def test_class_names_decide_labels_or_else_their_order(workplace: Path, tmp_path: Path) -> None:
     """Folders with the model's names go by them; as many others go by their order."""
-    config_file = tmp_path / "model" / "config.json"
-    save_classifier("vit", tmp_path / "model")
-    document = json.loads(config_file.read_text())
-    reverse = {name: 2 - label for name, label in document["label2id"].items()}
+    reverse = {name: 2 - label for label, name in enumerate(CLASSES)}
     ids = {str(label): name for name, label in reverse.items()}
-    config_file.write_text(json.dumps(document | {"label2id": reverse, "id2label": ids}))
+    edit_config(save_classifier("vit", tmp_path / "model"), label2id=reverse, id2label=ids)
     right = {"images": 0, "renamed": 0}
     write_images(tmp_path / "renamed", names=("a", "b", "c"))
     for name, folder in (("images", workplace / "images"), ("renamed", tmp_path / "renamed")):
@@ -360,9 +357,6 @@ def test_without_pillow(workplace: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_model_of_another_loss_is_refused(tmp_path: Path, workplace: Path) -> None:
     """Several labels an image have another loss than the cross-entropy of one."""
     model = save_classifier("deit", tmp_path / "model")
-    document = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(
-        json.dumps(document | {"problem_type": "multi_label_classification"})
-    )
+    edit_config(model, problem_type="multi_label_classification")
     with pytest.raises(InputError, match="problem_type multi_label_classification: expected"):
         collect(config(workplace, tmp_path / "store", model=str(model)))

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -17,6 +16,7 @@ from gradpipe.stages.model.load import load_model
 from gradpipe.stages.model.skeleton import take_apart
 from tests.support.architectures import save_architecture
 from tests.support.models import save_tiny
+from tests.support.workplace import edit_weights
 
 CPU = torch.device("cpu")
 
@@ -82,23 +82,17 @@ def both_refuse(folder: Path, match: str) -> None:
     assert str(resident.value) == str(streamed.value)
 
 
-def rewrite(folder: Path, change: Any) -> None:
-    """Put `change` of its tensors in place of a checkpoint's."""
-    file = folder / "model.safetensors"
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-
 def test_a_tensor_that_no_rule_names_is_not_taken_for_one_that_is_missing(tmp_path: Path) -> None:
     """Were it of the same shape, and the only one left."""
     folder = save_tiny("llama", tmp_path / "model")
-    rewrite(folder, lambda x: {"stranger" if k == "lm_head.weight" else k: x[k] for k in x})
+    edit_weights(folder, lambda x: x.update(stranger=x.pop("lm_head.weight")))
     both_refuse(folder, r"hold nothing for 1 of the tensors of LlamaForCausalLM, first lm_head")
 
 
 def test_a_wrapper_s_names_are_told(tmp_path: Path) -> None:
     """Both schedules know that PEFT's prefix is no other model's."""
     folder = save_tiny("llama", tmp_path / "model")
-    rewrite(folder, lambda x: {f"base_model.model.{k}": v for k, v in x.items()})
+    edit_weights(folder, lambda x: [x.update({f"base_model.model.{k}": x.pop(k)}) for k in [*x]])
     both_refuse(folder, r"named base_model\.model\.…, as PEFT wraps a model")
 
 
@@ -106,7 +100,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     """With both shapes."""
     folder = save_tiny("llama", tmp_path / "model")
     key = "model.layers.1.mlp.up_proj.weight"
-    rewrite(folder, lambda x: x | {key: x[key][:48].clone()})
+    edit_weights(folder, lambda x: x.update({key: x[key][:48].clone()}))
     both_refuse(folder, r"up_proj\.weight is \(48, 32\), by its config\.json \(56, 32\)")
 
 
