@@ -22,7 +22,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import logging as hf_logging
 
-from gradpipe import CollectConfig, DataConfig, EvalConfig, GradientStore, PruneConfig
+from gradpipe import DataConfig, EvalConfig, GradientStore
 from gradpipe.errors import GradpipeError
 from gradpipe.pipeline.collect.run import collect
 from gradpipe.pipeline.compare import compare
@@ -31,6 +31,7 @@ from tests.models.configs import tiny_config
 from tests.models.image_configs import SIZE, tiny_image_config
 from tests.support.architectures import filled
 from tests.support.autograd import gradient_sums, of_layer
+from tests.support.cases import collecting, pruning
 from tests.support.vision import write_images
 
 COLLECTED = "collected"
@@ -57,8 +58,7 @@ class _Toy:
 
     config: Any
     auto_class: Any
-    calibration: str
-    held_out: str
+    data: str
     seq_len: int | None
 
 
@@ -96,8 +96,7 @@ def _verdict(name: str, data: Path, folder: Path) -> str:
     toy = _Toy(
         config=tiny_image_config if kind == "images" else tiny_config,
         auto_class=AutoModelForImageClassification if kind == "images" else AutoModelForCausalLM,
-        calibration=str(data / ("images" if kind == "images" else "tokens.npy")),
-        held_out=str(data / ("images" if kind == "images" else "tokens.npy")),
+        data=str(data / ("images" if kind == "images" else "tokens.npy")),
         seq_len=None if kind == "images" else _SEQ_LEN,
     )
     try:
@@ -148,15 +147,14 @@ def _build(name: str, model_type: str, toy: _Toy, folder: Path) -> None:
 
 def _collect(toy: _Toy, folder: Path, schedule: str) -> GradientStore:
     return collect(
-        CollectConfig(
-            model=str(folder / "model"),
-            store=folder / schedule,
-            data=DataConfig(name=toy.calibration),
+        collecting(
+            folder,
+            folder / schedule,
+            data=DataConfig(name=toy.data),
             seq_len=toy.seq_len,
             num_samples=_NUM_SAMPLES,
             batch_size=2,
             statistics=_STATISTICS,
-            encoding="float32",
             schedule=schedule,
         )
     )
@@ -191,16 +189,8 @@ def _wrong_sums(toy: _Toy, folder: Path, store: GradientStore) -> str | None:
 
 def _wrong_outputs(toy: _Toy, folder: Path) -> str | None:
     """What is wrong with a pruned checkpoint; None: nothing."""
-    results = prune(
-        PruneConfig(
-            model=str(folder / "model"),
-            store=str(folder / "resident"),
-            out=folder / "out",
-            sparsities=(0.5,),
-            patterns=("2:4",),
-        )
-    )
-    for result in results:
+    targets = {"sparsities": (0.5,), "patterns": ("2:4",)}
+    for result in prune(pruning(folder, folder / "out", store=str(folder / "resident"), **targets)):
         _, report = toy.auto_class.from_pretrained(result.folder, output_loading_info=True)
         if odd := {*report["missing_keys"], *report["unexpected_keys"]}:
             return f"wrong: from_pretrained misses or does not expect {min(odd)}"
@@ -208,7 +198,7 @@ def _wrong_outputs(toy: _Toy, folder: Path) -> str | None:
             return f"wrong: {result.achieved:.2f} of the pruned weights are zero"
         evaluation = EvalConfig(
             model=str(result.folder),
-            data=DataConfig(name=toy.held_out),
+            data=DataConfig(name=toy.data),
             seq_len=toy.seq_len,
             max_windows=None if toy.seq_len is None else 2,
         )

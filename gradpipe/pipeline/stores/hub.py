@@ -20,7 +20,6 @@ from gradpipe.store.destination import Advance, Destination
 from gradpipe.store.objects import COMMIT_KEY, COPY_KEY, CommitRecord, ObjectReader
 
 CARD = "README.md"
-SCHEME = "hf://"
 _URL = re.compile(r"hf://datasets/([\w.\-]+/[\w.\-]+)((?:/[^/@]+)*)/?")
 _BATCH_BYTES, _BATCH_OBJECTS = 1 << 28, 256  # of one commit
 _AHEAD = 16  # objects read while others are sent
