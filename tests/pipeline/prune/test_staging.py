@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from gradpipe import GradpipeError, InputError, PruneConfig, Shard, collect, prune
-from gradpipe.pipeline import places
 from gradpipe.pipeline.prune import run, staging
 from tests.support.cases import collecting, files_of, pruning, written
 from tests.support.forked import Processes
@@ -126,38 +125,24 @@ def test_shards_that_come_late_leave_nothing(
     assert names(tmp_path) == {"out"}
 
 
+@pytest.mark.parametrize("step", [(staging.SharedStaging, "__enter__"), (run, "check_out")])
 def test_a_shard_that_was_overtaken_begins_nothing(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: tuple[Any, str]
 ) -> None:
-    """The others publish while it still verifies the store: it finds that under the lock."""
+    """The others publish while it still verifies the store: it finds that under the lock.
+
+    Or between its look at OUT's report and its look at OUT: that is no folder of strangers.
+    """
     out = tmp_path / "out"
     prune(config(workplace, out, shard=Shard(0, 2)))
-    real = staging.SharedStaging.__enter__
+    real = getattr(*step)
 
-    def overtaken(shared: Any) -> Any:
-        monkeypatch.setattr(staging.SharedStaging, "__enter__", real)
+    def overtaken(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(*step, real)
         prune(config(workplace, out, shard=Shard(1, 2)))
-        return real(shared)
+        return real(*arguments, **options)
 
-    monkeypatch.setattr(staging.SharedStaging, "__enter__", overtaken)
-    assert prune(config(workplace, out, shard=Shard(0, 2))) == ()
-    assert names(tmp_path) == {"out"}
-
-
-def test_a_shard_that_looks_while_the_others_publish_is_done(
-    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They finish between its look at OUT's report and its look at OUT: no folder of strangers."""
-    out = tmp_path / "out"
-    prune(config(workplace, out, shard=Shard(0, 2)))
-    real = places.check_out
-
-    def overtaken(*args: Any, **options: Any) -> None:
-        monkeypatch.setattr(run, "check_out", real)
-        prune(config(workplace, out, shard=Shard(1, 2)))
-        real(*args, **options)
-
-    monkeypatch.setattr(run, "check_out", overtaken)
+    monkeypatch.setattr(*step, overtaken)
     assert prune(config(workplace, out, shard=Shard(0, 2))) == ()
     assert names(tmp_path) == {"out"}
 
