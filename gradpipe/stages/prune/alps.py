@@ -2,8 +2,8 @@
 
 `alps` looks for the support: ADMM between the cost and the constraint (ALPS: Meng et al., 2024), in
 the eigenbasis of both second moments, where each step is four products of matrices (two under
-`input`). It is over-relaxed (Boyd et al., 2011, section 3.4.3), which takes a third of the steps to
-supports as good (docs/decisions/0016). The weights that it ends with are nearly those of
+`input`). It is over-relaxed (Boyd et al., 2011, section 3.4.3), which takes half of the steps to
+supports as good (docs/decisions/0016, 0020). The weights that it ends with are nearly those of
 least cost on their support: `least_squares` goes the rest of the way.
 
 Shapes: O out, I in.
@@ -24,9 +24,9 @@ from gradpipe.stages.prune.mask import budget_mask
 from gradpipe.stages.prune.solver import LayerProblem
 from gradpipe.stages.prune.target import Budget
 
-_STEPS = 14
-_PENALTIES = tuple(0.2 * 5 ** (step / (_STEPS - 1)) for step in range(_STEPS))  # 0.2 to 1
-_RELAXATION = 1.7
+_STEPS = 18
+_PENALTIES = tuple(0.2 * 4 ** (step / (_STEPS - 1)) for step in range(_STEPS))  # 0.2 to 0.8
+_RELAXATION = 1.3
 _LEAST_GAIN = 1e-3  # of the cost: what a last step of least squares has brought
 
 
