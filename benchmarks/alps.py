@@ -91,10 +91,10 @@ def main(
     torch.set_num_threads(1)
     figures: dict[Target, list[list[float]]] = {target: [] for target in TARGETS}
     for weight, curvature in problems(model, open_store(store), include):
-        for target, rows in figures.items():
-            rows.append(compared(weight, curvature, target.budget))
+        for target, found in figures.items():
+            found.append(compared(weight, curvature, target.budget))
     header = ["target", "ours ÷ published", "sparsegpt ÷ published", "equal places"]
-    rows = [row(target, some) for target, some in figures.items()]
+    rows = [row(target, found) for target, found in figures.items()]
     print("\n".join([heading("ALPS against its publication"), table(header, rows)]))
 
 
