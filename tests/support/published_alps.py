@@ -35,7 +35,7 @@ def published_support(dense: Tensor, metric: Tensor, choose: Choose) -> Tensor:
     goal, identity = dense @ metric, torch.eye(len(metric)).double()
     start = dense * choose(dense.abs())
     rho, begun = FIRST_PENALTY, False
-    inverse = torch.linalg.inv(metric + rho * identity)
+    inverse: Tensor = torch.linalg.inv(metric + rho * identity)
     d, v, seen = start, torch.zeros_like(dense), start != 0
     for step in range(1, MOST_STEPS + 1):
         w = (goal - v + rho * d) @ inverse
