@@ -1,6 +1,6 @@
 """ALPS as published, ours and SparseGPT on layers of a real model: which leaves the least error.
 
-    python benchmarks/alps.py MODEL STORE --include '[.](4|14|24)[.](self_attn.q|mlp.(up|down))_'
+    python benchmarks/alps.py MODEL STORE --include 'layers.(4|14|24).(self_attn.q|mlp.(up|down))_'
 
 Each layer of STORE that matches is pruned from its own second moments of the inputs (`hessian`) by
 three solvers: the published loop (`tests/support/published_alps.py`, float64, a minute for a wide
