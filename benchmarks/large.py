@@ -42,7 +42,7 @@ BLOCKS: Final[Mapping[str, tuple[LlamaSize, int]]] = {  # a block, and how many 
     "70B": (replace(FULL.block, hidden=8192, intermediate=28672), 80),
     "405B": (replace(FULL.block, hidden=16384, intermediate=53248), 126),
 }
-STEPS: Final = {"admm": 14, "lsq": 30}  # the latter at most
+STEPS: Final = {"admm": 18, "lsq": 30}  # the latter at most
 PRODUCTS: Final = 25e12  # operations a second: float32 on an H100, 40 % of its 67 T
 DECOMPOSED: Final = 1e12  # eigenvectors and factors: their first half waits for memory
 
