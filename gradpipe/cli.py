@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
+from gradpipe.help import Root
 from gradpipe.options import Option
 from gradpipe.pipeline.collect.config import CollectConfig, ImportConfig
 from gradpipe.pipeline.evaluate_config import EvalConfig, EvalExtras
@@ -39,6 +40,7 @@ _NO_EXTRAS, _NO_PUSH = EvalExtras(), PushConfig()
 
 app = typer.Typer(
     name="pipe",
+    cls=Root,
     help="One-shot pruning of language models from gradients: collect once, prune many times.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
