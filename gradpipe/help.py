@@ -83,8 +83,8 @@ def topic_of(flag: str) -> str:
     return next((topic for topic, flags in TOPICS.items() if flag in flags), OTHER)
 
 
-class Root(TyperGroup):
-    """`pipe` itself. Flags that typer adds are off, not None, for which it would load pydantic."""
+class Group(TyperGroup):
+    """Commands. Flags that typer adds are off, not None, for which it would load pydantic."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """As typer does, which has added them only now."""

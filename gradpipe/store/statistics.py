@@ -139,8 +139,9 @@ def _add_squared_tokens(sums_I: Any, x_TI: Any) -> None:
 
 
 def _add_moment(sums_NN: Any, values_TN: Any) -> None:
-    """Σ v vᵀ over tokens: rows in up to 16 panels, each from its diagonal on, as only the upper
-    triangle is kept. On a CPU a narrower panel saves no more (docs/benchmarks.md).
+    """Σ v vᵀ over tokens, its rows in up to 16 panels, each from its diagonal on.
+
+    Only the upper triangle is kept. Narrower panels save no more time.
     """
     start = 0
     for panel in sums_NN.tensor_split(min(16, max(1, len(sums_NN) // _PANEL_ROWS))):
