@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from gradpipe.errors import GradpipeError, InputError, Interrupted, StoreError
+from gradpipe.help import Group
 from gradpipe.options import Option
 from gradpipe.pipeline.collect.config import CollectConfig, ImportConfig
 from gradpipe.pipeline.evaluate_config import EvalConfig, EvalExtras
@@ -39,14 +40,19 @@ _NO_EXTRAS, _NO_PUSH = EvalExtras(), PushConfig()
 
 app = typer.Typer(
     name="pipe",
+    cls=Group,
     help="One-shot pruning of language models from gradients: collect once, prune many times.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # it would eat [default: …]
 )
-store_app = typer.Typer(help="Look at, check and import gradient stores.", no_args_is_help=True)
+store_app = typer.Typer(
+    cls=Group, help="Look at, check and import gradient stores.", no_args_is_help=True
+)
 app.add_typer(store_app, name="store")
-mask_app = typer.Typer(help="Masks of a pruned checkpoint, on their own.", no_args_is_help=True)
+mask_app = typer.Typer(
+    cls=Group, help="Masks of a pruned checkpoint, on their own.", no_args_is_help=True
+)
 app.add_typer(mask_app, name="mask")
 
 

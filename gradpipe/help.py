@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 OTHER = "Other"
 TOPICS: Mapping[str, tuple[str, ...]] = {  # options by flag, whatever the command
@@ -81,6 +81,17 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {  # by the words that call a command
 def topic_of(flag: str) -> str:
     """The topic that an option stands under, by its flag less the dashes."""
     return next((topic for topic, flags in TOPICS.items() if flag in flags), OTHER)
+
+
+class Group(TyperGroup):
+    """Commands. Flags that typer adds are off, not None, for which it would load pydantic."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As typer does, which has added them only now."""
+        for parameter in self.get_params(ctx):
+            if parameter.default is None:
+                parameter.default = False
+        return super().parse_args(ctx, args)
 
 
 class Command(TyperCommand):

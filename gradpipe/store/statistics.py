@@ -32,6 +32,7 @@ OUTPUT_GRADIENTS = "output gradients"  # dy (T, O) of the sample's loss, in floa
 WEIGHT_GRADIENTS = "weight gradients"  # G = dyᵀx (O, I), some rows at a time
 OUT, IN = "out", "in"
 ENCODINGS = ("compact", "float32", "float16")
+_PANEL_ROWS = 128  # of a second moment, summed by one product at least
 _REFERENCE_SAMPLES = 128  # gradients in formulas are those of so many, as in GBLM-Pruner's code
 
 
@@ -138,8 +139,15 @@ def _add_squared_tokens(sums_I: Any, x_TI: Any) -> None:
 
 
 def _add_moment(sums_NN: Any, values_TN: Any) -> None:
-    """Σ v vᵀ over tokens."""
-    sums_NN.addmm_(values_TN.T, values_TN)
+    """Σ v vᵀ over tokens, its rows in up to 16 panels, each from its diagonal on.
+
+    Only the upper triangle is kept. Narrower panels save no more time.
+    """
+    start = 0
+    for panel in sums_NN.tensor_split(min(16, max(1, len(sums_NN) // _PANEL_ROWS))):
+        stop = start + len(panel)
+        panel[:, start:].addmm_(values_TN[:, start:stop].T, values_TN[:, start:])
+        start = stop
 
 
 def _mean(norms: Any, num_samples: int) -> Any:

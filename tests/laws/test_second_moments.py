@@ -19,6 +19,7 @@ from gradpipe.stages.prune.mask import unstructured_mask
 from gradpipe.stages.prune.target import Group
 from gradpipe.store.codec import decode_layer, encode_layer, is_sound
 from gradpipe.store.schema import LayerSpec, StoreSpec
+from gradpipe.store.statistics import STATISTICS
 from tests.support.cases import LLAMA, Shelf, pruning
 from tests.support.reference_solvers import reference_cost
 
@@ -35,6 +36,18 @@ def test_a_dead_input_has_zeros_in_its_row() -> None:
     packed = matrix[np.triu_indices(3)]
     got = decode_layer(encode_layer("compact", {"hessian": packed}, 1, 1))["hessian"]
     np.testing.assert_allclose(got, packed, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [1, 127, 256, 300, 2100])
+def test_a_second_moment_is_the_naive_one_above_its_diagonal(width: int) -> None:
+    """Summed by panels, of which wide ones have several, over two samples."""
+    generator = torch.Generator().manual_seed(width)
+    samples = torch.randn(2, 40, width, generator=generator)
+    sums = torch.zeros(width, width)
+    for values in samples:
+        STATISTICS["hessian"].add(sums, values)
+    tokens = samples.flatten(0, 1).double()
+    torch.testing.assert_close(sums.triu().double(), (tokens.T @ tokens).triu(), rtol=0, atol=1e-4)
 
 
 def test_compact_moments_of_shifted_inputs_stay_fit_to_solve_with() -> None:
