@@ -83,7 +83,7 @@ def run(
         os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         if side == "fsdp":
-            Resident._load = load_sharded  # type: ignore[method-assign]  # noqa: SLF001
+            Resident._load = load_sharded  # type: ignore[method-assign,assignment]  # noqa: SLF001
         collect(config)
 
     works: list[Callable[[], None]] = [partial(work, rank) for rank in range(count)]

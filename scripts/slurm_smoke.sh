@@ -17,7 +17,8 @@ host=$(hostname -s)
 shards=4
 export SLURM_CONF=$work/slurm.conf PYTHONPATH=$root OMP_NUM_THREADS=1
 daemons=()
-trap 'kill "${daemons[@]}" 2>/dev/null || true; wait; rm -rf "$work"' EXIT
+trap 'kill "${daemons[@]}" 2>/dev/null || true; sleep 2; kill -9 "${daemons[@]}" 2>/dev/null || true
+  wait; rm -rf "$work"' EXIT # slurmd does not end while a job of a failed run is there
 
 note() { printf '%4d s  %s\n' "$SECONDS" "$*"; }
 fail() { note "FAILED: $*"; tail -n 20 "$work"/*.log "$work"/out-* 2>/dev/null || true; exit 1; }
@@ -123,7 +124,7 @@ until_true 300 bash -c "ls $work/ranks/partial/0-of-1/block-*.json > /dev/null 2
 urgent=$(sbatch --parsable --partition=urgent --exclusive --output="$work/out-urgent" \
   --wrap "sleep 2")
 until_true 300 grep -q "torchrun ended with 1, restart 0" "$work/out-ranks"
-saved=$(grep -c "^pipe: rank .*run the same command again" "$work/out-ranks") || true
+saved=$(grep -o "pipe: rank [01]: stopped" "$work/out-ranks" | sort -u | wc -l)
 [ "$saved" -eq 2 ] || fail "$saved of 2 ranks said that they stopped"
 note "preempted after a block: both ranks stopped in order, torchrun ended with 1, it is requeued"
 until_true 300 bash -c "! squeue -h -j $urgent 2>/dev/null | grep -q ."

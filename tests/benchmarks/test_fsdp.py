@@ -1,6 +1,5 @@
 """FSDP's side of the benchmark is FSDP's, and its sums are the schedules' own."""
 
-
 import pytest
 
 from benchmarks import fsdp
