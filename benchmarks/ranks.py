@@ -30,11 +30,15 @@ from gradpipe.pipeline.prune import run as _pruning  # noqa: F401 (before the fo
 from gradpipe.store.objects import digest
 
 
+def free_port() -> str:
+    """A port that nobody listens at, for ranks to meet."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
 def run(count: int, arguments: list[str]) -> tuple[float, list[float]]:
     """The seconds that a command takes on so many ranks, and the CPU seconds of each."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = str(server.getsockname()[1])
-    start, ranks = time.monotonic(), list[int]()
+    port, start, ranks = free_port(), time.monotonic(), list[int]()
     for rank in range(count):
         pid = os.fork()
         if not pid:

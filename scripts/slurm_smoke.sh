@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A real Slurm on this machine alone, and gradpipe in it: an array that collects, is preempted and
-# requeued, a merge, an array that prunes; then the same without Slurm, to the same bytes.
+# requeued, a merge, an array that prunes; torchrun under srun, preempted and requeued too; then the
+# same without Slurm, to the same bytes.
 #
 #     apt-get install slurm-wlm munge
 #     scripts/slurm_smoke.sh [PYTHON]        as root; ends with 0 if all of it holds
@@ -16,7 +17,8 @@ host=$(hostname -s)
 shards=4
 export SLURM_CONF=$work/slurm.conf PYTHONPATH=$root OMP_NUM_THREADS=1
 daemons=()
-trap 'kill "${daemons[@]}" 2>/dev/null || true; wait; rm -rf "$work"' EXIT
+trap 'kill "${daemons[@]}" 2>/dev/null || true; sleep 2; kill -9 "${daemons[@]}" 2>/dev/null || true
+  wait; rm -rf "$work"' EXIT # slurmd does not end while a job of a failed run is there
 
 note() { printf '%4d s  %s\n' "$SECONDS" "$*"; }
 fail() { note "FAILED: $*"; tail -n 20 "$work"/*.log "$work"/out-* 2>/dev/null || true; exit 1; }
@@ -106,8 +108,36 @@ sbatch --wait --array=0-1 --cpus-per-task=1 --output="$work/out-prune-%a" prune.
 [ -f "$work/pruned/pruning.json" ] || fail "nothing is published"
 note "pruned by an array of 2"
 
+cat > "$work/ranks.sh" <<EOF
+#!/bin/bash
+srun $python -m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2 \\
+    -m gradpipe collect-grads embedded $work/ranks ${options[*]}
+echo "torchrun ended with \$?, restart \${SLURM_RESTART_COUNT:-0}"
+if [ ! -f $work/ranks/commit.json ] && [ "\${SLURM_RESTART_COUNT:-0}" -lt 5 ]; then
+    scontrol requeue "\$SLURM_JOB_ID"
+fi
+EOF
+job=$(sbatch --parsable --ntasks=1 --cpus-per-task=2 --requeue --open-mode=append \
+  --output="$work/out-ranks" ranks.sh)
+note "two ranks under torchrun are submitted"
+until_true 300 bash -c "ls $work/ranks/partial/0-of-1/block-*.json > /dev/null 2>&1"
+urgent=$(sbatch --parsable --partition=urgent --exclusive --output="$work/out-urgent" \
+  --wrap "sleep 2")
+until_true 300 grep -q "torchrun ended with 1, restart 0" "$work/out-ranks"
+saved=$(grep -o "pipe: rank [01]: stopped" "$work/out-ranks" | sort -u | wc -l)
+[ "$saved" -eq 2 ] || fail "$saved of 2 ranks said that they stopped"
+note "preempted after a block: both ranks stopped in order, torchrun ended with 1, it is requeued"
+until_true 300 bash -c "! squeue -h -j $urgent 2>/dev/null | grep -q ."
+scontrol update "JobId=$job" StartTime=now # Slurm would hold it back for two minutes
+until_true 600 bash -c "! squeue -h -j $job 2>/dev/null | grep -q ."
+grep -q "torchrun ended with 0" "$work/out-ranks" || fail "torchrun did not finish"
+note "torchrun went on and ended with 0"
+
+for shard in 0 1; do echo "collect-grads embedded ranks-alone ${options[*]} --shard $shard/2"; done \
+  > "$work/commands"
+echo "store merge ranks-alone" >> "$work/commands"
 for shard in $(seq 0 $((shards - 1))); do echo "collect-grads embedded alone ${options[*]} \
---shard $shard/$shards"; done > "$work/commands"
+--shard $shard/$shards"; done >> "$work/commands"
 echo "store merge alone" >> "$work/commands"
 echo "prune embedded alone pruned-alone --sparsity 0.5" >> "$work/commands"
 "$python" - <<'EOF' > "$work/alone.log" 2>&1 || fail "the runs without Slurm"
@@ -119,5 +149,6 @@ for line in pathlib.Path("commands").read_text().splitlines():
         cli.main()
 EOF
 diff -r "$work/store" "$work/alone" || fail "another store than without Slurm"
+diff -r "$work/ranks" "$work/ranks-alone" || fail "another store of ranks than of shards"
 diff -r "$work/pruned" "$work/pruned-alone" || fail "another checkpoint than without Slurm"
 note "the same runs without Slurm left the same bytes"

@@ -16,21 +16,23 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Yields a function that tells whether a signal has come; a second one quits at once.
 
+    But for a second SIGTERM: Slurm may send it to all processes of a job, and torchrun, which is
+    one of them, hands it on to its ranks.
+
     Off the main thread, where Python delivers no signals, nothing is changed.
     """
-    requested = False
+    come = set[int]()
 
-    def handle(_: int, __: FrameType | None) -> None:
-        nonlocal requested
-        if requested:
+    def handle(number: int, _: FrameType | None) -> None:
+        if come and signal.SIGINT in {number, *come}:
             raise KeyboardInterrupt
-        requested = True
+        come.add(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     with _handled(handle):
-        yield lambda: requested
+        yield lambda: bool(come)
 
 
 @contextmanager

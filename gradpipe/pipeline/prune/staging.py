@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from typing import Self
 
-from gradpipe.errors import GradpipeError, InputError
+from gradpipe.errors import GradpipeError, InputError, Interrupted
 from gradpipe.store.lock import locked
 from gradpipe.store.objects import fsync, write_durably
 from gradpipe.store.shard import Shard
@@ -131,9 +131,19 @@ class Staging:
                     path.rmdir()
             raise
 
-    def joined(self) -> AbstractContextManager[None]:
-        """For a rank that writes into the folder which another has begun."""
-        return self._places.errors()
+    @contextmanager
+    def joined(self) -> Iterator[None]:
+        """For a rank that writes into the folder which another has begun.
+
+        Raises Interrupted if that one has been stopped, and has removed it.
+        """
+        with self._places.errors():
+            try:
+                yield
+            except FileNotFoundError as error:
+                if Path(str(error.filename)).is_relative_to(self.folder):
+                    raise Interrupted("another rank has ended") from error
+                raise
 
     def publish(self) -> None:
         """Rename the folder to its final name."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gradpipe import GradpipeError, InputError, PruneConfig, Shard, collect, prune
+from gradpipe.errors import Interrupted
 from gradpipe.pipeline.prune import run, staging
 from tests.support.cases import collecting, files_of, pruning, written
 from tests.support.forked import Processes
@@ -53,6 +54,16 @@ def test_a_second_prune_of_one_out_is_refused(
     assert pipes.wait(pid) == 0, pipes.output(pid)
     assert len(names(out)) == 98
     assert names(tmp_path) == {"out"}
+
+
+def test_a_rank_whose_staged_files_are_gone_was_interrupted(tmp_path: Path) -> None:
+    """The first rank, when it is stopped, removes what others still write; they made no mistake."""
+    made = staging.Staging(tmp_path / "out", lambda: None)
+    with made.begun():
+        with pytest.raises(Interrupted, match="another rank has ended"), made.joined():
+            (made.folder / "model.safetensors").open("r+b")
+        with pytest.raises(GradpipeError, match="cannot read"), made.joined():
+            (tmp_path / "model" / "model.safetensors").open("rb")
 
 
 def test_a_lone_prune_leaves_unfinished_shards_alone(workplace: Path, tmp_path: Path) -> None:
