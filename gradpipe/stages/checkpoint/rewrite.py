@@ -96,7 +96,10 @@ def _write_at(writer: int, data: memoryview, start: int) -> None:
 
 
 def _send_to_disk(writer: int, start: int, size: int) -> None:
-    """Start what fsync waits for while there is still work to do; Linux alone can."""
-    if sys.platform == "linux":
-        send = ctypes.CDLL(None).sync_file_range
+    """Start what fsync waits for while there is still work to do; Linux alone can.
+
+    Where it fails, as on some network file systems, fsync does all of it.
+    """
+    send = getattr(ctypes.CDLL(None), "sync_file_range", None) if sys.platform == "linux" else None
+    if send is not None:
         send(writer, ctypes.c_int64(start), ctypes.c_int64(size), _START_WRITING)
