@@ -1,7 +1,5 @@
 """The command `pipe`, from its first moment: a signal is answered while libraries still load."""
 
-from __future__ import annotations
-
 import signal
 import sys
 from types import FrameType

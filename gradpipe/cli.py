@@ -7,8 +7,6 @@ incomplete or damaged; 75 interrupted, run again to go on.
 """
 
 # ruff: noqa: PLC0415 (imports stand where they are paid for)
-from __future__ import annotations
-
 import dataclasses
 import errno
 import sys

@@ -4,8 +4,6 @@ Every message is one line: what was given, what was expected, what to do. The li
 the command line alone turns a class into an exit code (`gradpipe.cli`).
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 import textwrap

@@ -4,8 +4,6 @@ typer's own panels would load rich's tables each time and read `[default: …]` 
 these are click's plain sections, with headings in bold where the terminal has it.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any

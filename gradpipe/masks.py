@@ -7,8 +7,6 @@ or, in a loop of your own, `masks = find_masks(model)` before it, and `hold_zero
 after each step of the optimizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -9,8 +9,6 @@ and is refused. So defaults are marked by `unasked`: equal to what they hold, an
 from it by `is_given`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 import shlex

@@ -5,8 +5,6 @@ that is a config becomes an option for each of its fields (`gradpipe.options`), 
 option itself.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import typing

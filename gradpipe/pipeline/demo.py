@@ -1,7 +1,5 @@
 """The main job on the embedded model: collect once, prune with every method, compare."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What this machine has, and what a collection with no options would do with a model on it."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

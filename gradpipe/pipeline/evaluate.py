@@ -1,7 +1,5 @@
 """Evaluation of a checkpoint, dense or pruned: a language model's perplexity, or top-1 accuracy."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any

@@ -1,7 +1,5 @@
 """What evaluation is asked to do: options, each checked alone."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated

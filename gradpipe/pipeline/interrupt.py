@@ -1,7 +1,5 @@
 """SIGINT and SIGTERM: while a run works, a request to save and stop; before it, an end at once."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable, Iterator

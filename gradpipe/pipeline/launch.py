@@ -5,8 +5,6 @@ and LOCAL_WORLD_SIZE in the environment, as torch.distributed reads them); a sha
 job, such as a task of a Slurm array.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self

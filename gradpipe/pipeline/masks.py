@@ -3,8 +3,6 @@
 Applying rewrites files as pruning does: byte for byte but for the zeros, beside OUT, then renamed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version

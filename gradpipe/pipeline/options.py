@@ -1,7 +1,5 @@
 """The options that several commands take, each told once."""
 
-from __future__ import annotations
-
 import os
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Where a store or a pruned checkpoint may be written: never over what is not gradpipe's own."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Progress on a terminal: a bar with rates, time left and peak memory. Nothing elsewhere."""
 
-from __future__ import annotations
-
 import resource
 import sys
 import time

@@ -1,7 +1,5 @@
 """A pruned checkpoint to the Hub, once it is complete here."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

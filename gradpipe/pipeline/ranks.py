@@ -6,8 +6,6 @@ and short answers. So the backend is gloo, with GPUs too. A rank that ends takes
 at once, as their connections close; one that hangs, or whose host is lost, within a time-out.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import time

@@ -1,7 +1,5 @@
 """Recipes: options that go well together, by one name for both stages."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

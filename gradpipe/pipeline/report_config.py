@@ -1,7 +1,5 @@
 """What a report is asked to show: options, checked alone and against each other."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """What a report measures of weights and statistics, a layer at a time, and what it cannot."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ sparsity is 50 % wherever a paper does not vary it. What a paper does not give i
 in `reconstructed`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ Tensor by tensor, so that memory is one tensor's, or two with a base. No store i
 model is built.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

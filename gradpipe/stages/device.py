@@ -1,7 +1,5 @@
 """Where tensors are computed on, and what to say where there is no room for them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -9,8 +9,6 @@ A complete store's root holds a copy of all metadata: a reader takes it from the
 and reads no other `zarr.json`.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import struct

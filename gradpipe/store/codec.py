@@ -19,8 +19,6 @@ coded against that, whose levels are added.
 `docs/store-format.md` decodes it in ten lines; `gradpipe.stages.prune.decode` does so on a device.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

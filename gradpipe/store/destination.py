@@ -6,8 +6,6 @@ read back and held against its digest. The root's `zarr.json` and then `commit.j
 before them nothing looks like a store.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor

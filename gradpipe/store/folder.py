@@ -1,7 +1,5 @@
 """The states of a store's folder: free, begun, complete; and the samples that are fixed in it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

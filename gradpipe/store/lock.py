@@ -1,7 +1,5 @@
 """One writer at a time: a lock file that names its holder, and that a dead one does not keep."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 import socket

@@ -5,8 +5,6 @@ A round trip takes as long as megabytes do. `ReadAhead` hides it behind the work
 checked by size and digest whenever it is read.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 from collections import OrderedDict

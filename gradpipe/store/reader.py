@@ -11,8 +11,6 @@ A store is complete when it has its commit record, and begun when it has the rec
 calibration samples, which every worker, resumption and shard then reads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path

@@ -4,8 +4,6 @@ Both sides of the package meet here. A spec is a frozen dataclass, written as JS
 and read back by `from_json`, which trusts nothing: each field is checked before it is used.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """One part of N: which samples, or which files, are one worker's."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Self
 

@@ -1,7 +1,5 @@
 """Write a store: samples and spec first, then layers, then the commit record."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from gradpipe.errors import GradpipeError

@@ -1,7 +1,5 @@
 """The begin of a collection: fix its samples, or find them fixed; refuse another collection."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from dataclasses import replace
 from enum import Enum

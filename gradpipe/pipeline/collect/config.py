@@ -1,7 +1,5 @@
 """What stage one is asked to do: options, checked alone and against each other."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated

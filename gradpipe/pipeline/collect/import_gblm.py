@@ -1,7 +1,5 @@
 """Turn the reference implementation's gradient files into a store for a given checkpoint."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Shards to one store: sums added in the order of the shards, whoever merges them, and encoded."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress

@@ -5,8 +5,6 @@ that N ranks and N merged shards are the same bytes. Layers of a part are shared
 ranks receive, and then encode, at the same time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import numpy as np

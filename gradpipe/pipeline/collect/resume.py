@@ -11,8 +11,6 @@ saved as a lone worker saves them, so that any number of ranks goes on; snapshot
 of its own samples, as shards have them.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Stage one: stream calibration samples once through a model, and write the gradient store."""
 
-from __future__ import annotations
-
 import os
 from contextlib import ExitStack
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """One worker's part of stage one: its samples through a schedule, its progress safe on disk."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """How much of each layer goes: passes over weights and statistics before anything is written."""
 
-from __future__ import annotations
-
 from rich.console import Console
 from torch import Tensor
 

@@ -3,8 +3,6 @@
 An option that would be ignored is refused, be it given as its default.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """What of a checkpoint no layer covers: it stays dense, and counts in the share of zeros."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Layers are shared out by what they cost, not by file: a checkpoint in one file profits too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self

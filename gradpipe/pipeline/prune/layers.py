@@ -1,7 +1,5 @@
 """Which layers are pruned, each checked against the checkpoint, the store and the options."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product

@@ -1,7 +1,5 @@
 """What a pruning did: weights read back from the written files, counted, and reported."""
 
-from __future__ import annotations
-
 import shutil
 from functools import partial
 from importlib.metadata import version

@@ -1,7 +1,5 @@
 """What a pruning will do, decided before anything is written: a plan, then budgets for it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager

@@ -4,8 +4,6 @@ The model is never built: safetensors files stream through, one weight at a time
 that is not pruned is copied byte for byte. All targets share one load and one score.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence

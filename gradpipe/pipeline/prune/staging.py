@@ -6,8 +6,6 @@
 .OUT.I-of-N.lock    held by a shard while it runs
 """
 
-from __future__ import annotations
-
 import errno
 import shutil
 from collections.abc import Callable, Iterator, Sequence

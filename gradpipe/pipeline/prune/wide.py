@@ -6,8 +6,6 @@ better part of an hour. LAPACK counts the 1 + 6 N + 2 N² values of its workspac
 bits: beyond 32,766 it ends the process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

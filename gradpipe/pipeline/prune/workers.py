@@ -5,8 +5,6 @@ has one thread in each: threads that wait for each other in every product are sl
 the machine is busy, layers never wait for each other, and the bytes are the same for any number.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

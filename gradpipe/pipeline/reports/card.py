@@ -4,8 +4,6 @@ The Hub reads the metadata (https://huggingface.co/docs/hub/model-cards): which 
 from, tags, and as `model-index` what was measured.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """A report as sections of text, pictures and tables, whatever it is written as."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from gradpipe.pipeline.reports.pictures import Picture

@@ -1,7 +1,5 @@
 """What checkpoints on one text gave, and how it is shown."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

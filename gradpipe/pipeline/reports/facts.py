@@ -1,7 +1,5 @@
 """What a report is of: outputs, sweeps, stores, and what was measured of weights and statistics."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """What the pictures of a report show: curves, blocks, layers, masks, scores, ranks."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence

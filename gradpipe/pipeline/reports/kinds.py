@@ -1,7 +1,5 @@
 """Which block a layer is in and what kind it is, by its name: what `pruning.json` has of it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

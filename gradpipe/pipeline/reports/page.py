@@ -4,8 +4,6 @@ What comes from files is escaped by the template engine, and the page's own poli
 request, and every script but the one that it carries.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import re

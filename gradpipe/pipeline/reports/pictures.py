@@ -5,8 +5,6 @@ text stays text, and a screen reader finds title and description. Series have th
 and Ito (2008), which the colour-blind can tell apart, and markers of their own.
 """
 
-from __future__ import annotations
-
 import io
 import re
 import warnings

@@ -3,8 +3,6 @@
 A line is one JSON object, of these fields in this order; `docs/sweeps.md` says what each means.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields

@@ -1,7 +1,5 @@
 """`pruning.json` read back: what a pruned checkpoint says of itself."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass

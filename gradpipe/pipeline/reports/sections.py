@@ -1,7 +1,5 @@
 """The sections of a report, of what outputs, sweeps and stores hold and what was measured."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 

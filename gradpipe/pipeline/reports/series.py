@@ -1,7 +1,5 @@
 """A sweep's points as lines: for each way to prune, the measure against what was varied."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

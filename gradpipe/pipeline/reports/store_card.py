@@ -1,7 +1,5 @@
 """The card of a store on the Hub: what it was measured on, and how to use it."""
 
-from __future__ import annotations
-
 import json
 
 from gradpipe.errors import printable

@@ -1,7 +1,5 @@
 """Results as tables for a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.table import Table

@@ -1,7 +1,5 @@
 """What is to be done with a finished store: the options of `pipe store copy` and its kin."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Copy a store between folders, buckets and the Hub; killed, the same command goes on."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """A store's statistics as a file that other tools read."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

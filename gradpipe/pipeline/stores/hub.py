@@ -4,8 +4,6 @@ A commit there takes seconds, so that objects go in batches. What arrived is kno
 it back: the Hub lists every file by a hash of its content, git's own or SHA-256.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Sequence

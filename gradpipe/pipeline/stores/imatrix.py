@@ -7,8 +7,6 @@ weight two float32 tensors: `NAME.in_sum2`, the sum over tokens of each input's 
 reorders outputs of some layers (Llama's q and k), never the inputs.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Which of a store's layers are meant."""
 
-from __future__ import annotations
-
 import re
 
 from gradpipe.errors import InputError

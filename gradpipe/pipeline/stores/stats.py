@@ -1,7 +1,5 @@
 """A finished store described, layer by layer and block by block."""
 
-from __future__ import annotations
-
 from itertools import groupby
 
 from rich.console import Console

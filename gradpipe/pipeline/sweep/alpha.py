@@ -1,7 +1,5 @@
 """`--alpha auto`: the α of the least perplexity on calibration text that the store has not seen."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One model, loaded once, and what every point does to it: pruned in memory, then measured."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

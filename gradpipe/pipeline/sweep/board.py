@@ -1,7 +1,5 @@
 """What a sweep shows while it works: on a terminal a table that grows, elsewhere a line a point."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Self

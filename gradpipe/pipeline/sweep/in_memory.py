@@ -4,8 +4,6 @@ Each pruning writes every layer that the one before it wrote: there is nothing e
 checkpoint's files are only read.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any

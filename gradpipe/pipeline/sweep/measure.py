@@ -1,7 +1,5 @@
 """What points are measured by: the perplexity or the top-1 of `pipe eval`, on data drawn once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial

@@ -4,8 +4,6 @@ A line counts once its newline is there. What a killed process left without one 
 next that writes; all hold a lock meanwhile, so that nothing whole is ever cut.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from contextlib import AbstractContextManager

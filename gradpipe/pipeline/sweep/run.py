@@ -4,8 +4,6 @@ Nothing is written but a line for each point (`results.jsonl`), and checkpoints 
 for. A point that has its line is not done again.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

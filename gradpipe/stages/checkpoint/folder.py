@@ -5,8 +5,6 @@ where each tensor lies, and reads just those bytes. Weights in pickle files are 
 one runs whatever code is in it.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@
 Source: VILA-Lab/GBLM-Pruner, gradient_computation.py.
 """
 
-from __future__ import annotations
-
 import re
 import warnings
 from dataclasses import replace

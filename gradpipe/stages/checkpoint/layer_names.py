@@ -1,7 +1,5 @@
 """What a layer's name tells, as `pruning.json` has it: its list of blocks, its weights' place."""
 
-from __future__ import annotations
-
 import re
 
 from gradpipe.errors import InputError

@@ -6,8 +6,6 @@ last byte. The metadata, strings as safetensors has them, hold `format`, and as 
 `shapes`, the `digests` (xxh3-128) of their bytes here, and the `report` of the pruned checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import struct

@@ -1,7 +1,5 @@
 """Where a checkpoint is: a local folder, the embedded model, or the Hub; found without torch."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from gradpipe.errors import InputError, did_you_mean, one_line

@@ -1,7 +1,5 @@
 """How large a checkpoint's weights are on disk, and how large zstd makes them."""
 
-from __future__ import annotations
-
 from numcodecs.zstd import Zstd
 
 from gradpipe.stages.checkpoint.folder import Checkpoint

@@ -3,8 +3,6 @@
 Values are compared as bits: −0.0 equals 0.0 to arithmetic, and is not the zero that pruning writes.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

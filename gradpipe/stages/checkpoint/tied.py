@@ -3,8 +3,6 @@
 An embedding and a head that are equal are one matrix to transformers, if `config.json` ties them.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from itertools import combinations

@@ -12,8 +12,6 @@ What a block puts into a mapping that it is given (keys and values for later blo
 answer. Tensors of answers are named `3.0`: the first one that block 3 gives.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 The store names the digest of each layer's weights, taken once; whoever loads weights checks them.
 """
 
-from __future__ import annotations
-
 import ctypes
 import sys
 from collections.abc import Callable, Iterator

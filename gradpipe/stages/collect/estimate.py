@@ -4,8 +4,6 @@ The figures are estimates, on the safe side: weights and accumulators are exact,
 those that autograd and the hooks keep of each linear map, and a few of each block's width.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Sequence

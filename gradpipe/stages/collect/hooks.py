@@ -5,8 +5,6 @@ gradient, folds the two into the sums and lets go of both. Reading `param.grad` 
 need a buffer per weight, mix the samples of a batch, and see reduced gradients under sharding.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager

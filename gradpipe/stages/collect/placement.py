@@ -9,8 +9,6 @@ backward pass has used it, so that all of them would be there at once.
 Source: https://huggingface.co/docs/accelerate/concept_guides/big_model_inference
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Of a language model only the first blocks run, one of each class. The weights of
 are in memory: the same for either schedule, so that both give the same verdict.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

@@ -1,7 +1,5 @@
 """The `resident` schedule: an ordinary forward and backward of the whole model, hooks on."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ a `Part` with its sums. `Resident` takes all layers at once, over more and more 
 takes one block at a time, over all samples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self

@@ -11,8 +11,6 @@ each block only notes how the model calls it (`BlockCalls`); in the head's pass 
 out what it gave before, and the model's own head and loss give the first gradient.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial

@@ -9,8 +9,6 @@ ordinary weight gradient, kept apart by sample. Norms over samples (GBLM-Pruner,
 Shapes: T tokens of one sample (for an expert, those routed to it), I in, O out.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

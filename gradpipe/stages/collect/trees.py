@@ -1,7 +1,5 @@
 """Nested tuples, lists and mappings, which blocks are called with and answer; their leaves."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -6,8 +6,6 @@ Why: a model that was trained on conversations meets its weights' true inputs on
 of its template, which also sets the special tokens: the text is tokenised without adding any.
 """
 
-from __future__ import annotations
-
 from typing import Any, ClassVar
 
 from gradpipe.errors import InputError, one_line

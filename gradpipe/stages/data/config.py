@@ -1,7 +1,5 @@
 """Where samples come from, and which names are presets."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,7 +1,5 @@
 """Documents: the values of tables' columns, each made into text when it is asked for."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence

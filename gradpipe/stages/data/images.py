@@ -5,8 +5,6 @@ column of images and one of class labels. Pixels are made by the checkpoint's ow
 Pillow. Nothing is augmented: an image gives the same pixels every time.
 """
 
-from __future__ import annotations
-
 import io
 import random
 from collections.abc import Callable, Sequence

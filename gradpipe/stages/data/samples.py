@@ -1,7 +1,5 @@
 """Calibration samples once they are drawn: what the model is given, and what a store says of it."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple, Self
 
 import numpy.typing as npt

@@ -11,8 +11,6 @@ tokens of the model's training (2,810,296) and of its held-out text (141,907). O
 the text differs a little, the split doesn't: what the list names is never calibrated on.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import sysconfig

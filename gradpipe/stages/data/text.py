@@ -5,8 +5,6 @@ the same generator, so that a seed means the same samples here as there. Evaluat
 text and cuts it into windows that do not overlap.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Text that is tokens already: windows from a `.npy` file, taken as they are."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 A document that is drawn again is not tokenised again: a text file is one document, and may be long.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from typing import Any

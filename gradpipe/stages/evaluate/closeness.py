@@ -5,8 +5,6 @@ is Σ p ln(p/q) with p the dense model's distribution of the next token and q th
 averaged over tokens; the agreement is the share of tokens for which both rank the same one first.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field

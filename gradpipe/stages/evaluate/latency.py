@@ -4,8 +4,6 @@ Medians of a few runs after one that is not counted, one sequence at a time, gre
 2:4 sparse, and a GPU whose tensor cores know the pattern, also by `to_sparse_semi_structured`.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

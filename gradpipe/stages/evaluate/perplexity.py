@@ -3,8 +3,6 @@
 exp of the mean, over windows that do not overlap, of each window's mean token loss.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

@@ -5,8 +5,6 @@ scratch folder, and the model's own head and loss come last. The figure is the w
 for bit on a CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

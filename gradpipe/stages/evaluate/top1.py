@@ -1,7 +1,5 @@
 """Top-1 accuracy: the share of images whose label has the largest logit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -4,8 +4,6 @@ The schedules move, split and run batches, and know nothing of what is in them. 
 is the mean of its samples' losses: `batch.forward(model).loss`.
 """
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass, replace
 from typing import Any, Self

@@ -5,8 +5,6 @@ over a sample runs, the blocks are the one with most parameters. So the experts 
 not taken for blocks, nor is a vision tower when text is run. The blocks may be of several classes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any

@@ -6,8 +6,6 @@ was in memory before: every buffer is filled in twice, over zeros and over ones,
 the same.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ values in one tensor. What `from_pretrained` does with them at once is done here
 that one block can be loaded alone. Nothing is guessed: a tensor that no rule names is not taken.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from copy import deepcopy

@@ -12,8 +12,6 @@ a norm, fails that, and is no coupling.
 Shapes: N rows; O outputs of all sources that are shifted at once, I inputs of a target.
 """
 
-from __future__ import annotations
-
 import bisect
 import itertools
 import re

@@ -7,8 +7,6 @@ Shapes: T tokens of all samples of a batch, K experts a token, R tokens routed t
 S = T·K, E experts, H hidden, I inputs and O outputs of a matrix.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -16,8 +16,6 @@ something else stays as it is.
 Shapes: E experts, O outputs and I inputs of a matrix, R tokens routed to one expert.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Mapping

@@ -4,8 +4,6 @@ A layer is a linear map in the blocks, or one outside that is asked for, whose m
 the checkpoint. Routers stay dense: a few thousand weights decide where every token goes.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Which modules are linear maps, y = W x: by what they compute, not by what they inherit from."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear

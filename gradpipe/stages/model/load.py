@@ -1,7 +1,5 @@
 """Load a transformers model, its tokenizer and its config; or its skeleton, without weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace

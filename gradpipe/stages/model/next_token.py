@@ -5,8 +5,6 @@ shifted by the caller; a loss may have more terms. All of them would give number
 the gradient of the next token's loss. Two short passes tell.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,6 @@ Some take more than an image, as a text beside it or the size of its parts; some
 something else. One short pass tells, before anything is begun.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -5,8 +5,6 @@ so do tensors of the same names that are in no file. Values are copied into the 
 there: nothing is loaded again, and what one parameter ties stays tied.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from typing import Any
 

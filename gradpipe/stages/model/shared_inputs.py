@@ -5,8 +5,6 @@ values and costs next to nothing, shows it for any architecture. Where such a pa
 (a model whose control flow asks for values), each layer that it did not reach keeps its own.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from contextlib import suppress

@@ -1,7 +1,5 @@
 """A checkpoint's model without its weights, taken apart: what is collected, and what is not."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

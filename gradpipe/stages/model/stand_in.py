@@ -7,8 +7,6 @@ directly. All else runs as the model's authors wrote it, on the CPU and in float
 Shapes: N rows of the batch, each a sequence of its own; O outputs, I inputs of a linear map.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress

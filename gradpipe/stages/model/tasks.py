@@ -1,7 +1,5 @@
 """Tasks: what a checkpoint is for, by its architecture, and which class loads it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from transformers import (

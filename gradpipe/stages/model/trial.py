@@ -5,8 +5,6 @@ of any size. It goes back as well, to see what gradients come to. A model whose 
 for values stops half-way; what has run until then is known.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

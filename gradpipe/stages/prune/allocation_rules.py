@@ -9,8 +9,6 @@ Everything here is about a few numbers for each layer or block, without torch;
 `gradpipe.stages.prune.score_passes` finds them.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Mapping
 from itertools import pairwise

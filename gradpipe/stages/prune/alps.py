@@ -9,8 +9,6 @@ least cost on their support: `least_squares` goes the rest of the way.
 Shapes: O out, I in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self

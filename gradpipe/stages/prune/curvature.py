@@ -8,8 +8,6 @@
 Both come from the dense model. Shapes: O out, I in, N either.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Self
 

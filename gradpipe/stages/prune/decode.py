@@ -4,8 +4,6 @@ The same arithmetic as `gradpipe.store.codec`, to the bit: what crosses the bus 
 weight, not four. Shapes: O out, I in.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Shapes: O out, I in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """The kept weights of least cost for a given mask, by conjugate gradients."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -6,8 +6,6 @@ scores give the same mask on every device.
 Shapes: O out, I in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import TypeAlias

@@ -3,8 +3,6 @@
 Shapes: O out, I in, N either; R, C cells of a picture.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -3,8 +3,6 @@
 Scores of a model do not fit in memory: each pass computes them layer by layer again.
 """
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

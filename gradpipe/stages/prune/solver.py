@@ -4,8 +4,6 @@ A solver is built once for a layer, which is where everything that does not depe
 done, and then asked for one budget after the other. Shapes: O out, I in.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol

@@ -7,8 +7,6 @@ column j costs w² / U_jj², and moves the rest of its row by −w / U_jj · U_j
 Shapes: O out, I in, C columns of a part.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction

@@ -3,8 +3,6 @@
 Numbers and names alone, without torch: options are checked against them before it is loaded.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

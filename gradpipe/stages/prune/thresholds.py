@@ -6,8 +6,6 @@ tells the score itself. A third counts what lies below it, part by part. What is
 with the number of scores, nor, but for a number each, with that of parts.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Generic, TypeVar
