@@ -53,6 +53,11 @@ def one_line(error: BaseException) -> str:
     return textwrap.shorten(said, 400, placeholder=" …") or type(error).__name__
 
 
+def class_and_line(error: BaseException) -> str:
+    """An error's class and the first line of what it says: a model's code writes paragraphs."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """`: did you mean gblm?`, of the known name that is nearest; nothing if none is near."""
     near = difflib.get_close_matches(given[:200], [*known], n=1)

@@ -22,7 +22,6 @@ from gradpipe.stages.data.tokens import is_tokens, token_samples, window_length
 from gradpipe.stages.data.windows import draw_samples
 from gradpipe.stages.model.layers import measured
 from gradpipe.stages.model.load import check_tokens, dtype_name, load_tokenizer
-from gradpipe.stages.model.shared_inputs import image_tokens
 from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.folder import (
@@ -209,7 +208,7 @@ def _draw(config: CollectConfig, skeleton: Skeleton, console: Console) -> Sample
 
 def _draw_images(config: CollectConfig, skeleton: Skeleton, console: Console) -> Samples:
     model, checkpoint = skeleton.model, skeleton.checkpoint
-    num_tokens = image_tokens(model, skeleton.blocks)
+    num_tokens = skeleton.image_tokens
     processor = Processor(checkpoint, model)
     images = load_images(config.data, "calibration", checkpoint, model)
     count = config.num_samples

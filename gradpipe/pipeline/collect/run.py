@@ -34,7 +34,6 @@ from gradpipe.stages.model.load import (
     sequence_length,
     with_expected_tensors,
 )
-from gradpipe.stages.model.shared_inputs import image_tokens, share_inputs
 from gradpipe.stages.model.skeleton import Skeleton, take_apart
 from gradpipe.stages.model.tasks import check_loss_of_labels, find_task
 from gradpipe.store.folder import LOCK_NAME, is_begun, is_complete
@@ -159,7 +158,7 @@ def examine(config: CollectConfig) -> ModelReport:
     device, shard = resolve_device(config.device), config.shard or Shard(0, 1)
     skeleton = _skeleton(config, checkpoint, with_couplings=False)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
-        seq_len = image_tokens(skeleton.model, skeleton.blocks)
+        seq_len = skeleton.image_tokens
     else:
         seq_len = window_length(config.data.name, config.seq_len, checkpoint)
     return ModelReport(
@@ -313,11 +312,11 @@ def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_couplings: 
     found = take_apart(checkpoint, dtype, config.blocks, asked)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
         check_loss_of_labels(found.model)
-        image_tokens(found.model, found.blocks)
+        _ = found.image_tokens  # or it refuses
     check_shared(found)
-    layers = share_inputs(found.model, found.layers)
-    couplings = find_couplings(found.model, found.blocks, layers) if with_couplings else ()
-    return replace(found, layers=layers, couplings=couplings)
+    if not with_couplings:
+        return found
+    return replace(found, couplings=find_couplings(found.model, found.blocks, found.layers))
 
 
 def _workload(config: CollectConfig, shard: Shard, seq_len: int) -> Workload:

@@ -106,6 +106,24 @@ def _none(
     )
 
 
+def share_inputs(layers: tuple[Layer, ...], trial: Trial) -> tuple[Layer, ...]:
+    """The layers, each with the first one of its block that reads the same input.
+
+    q, k and v read one tensor, and so do gate and up: they share one Hessian. Where the trial did
+    not come to a layer, it keeps its own.
+    """
+    specs = {layer.path: layer.spec for layer in layers}
+    first: dict[str, LayerSpec] = {}
+    owners = {x: first.setdefault(y, specs[x]) for x, y in trial.reads.items() if x in specs}
+    shared = []
+    for layer in layers:
+        owner = owners.get(layer.path, layer.spec)
+        is_shared = owner.name != layer.spec.name and owner.block == layer.spec.block
+        name = owner.name if is_shared else None
+        shared.append(replace(layer, spec=replace(layer.spec, input_of=name)))
+    return tuple(shared)
+
+
 def measured(layers: Iterable[Layer], checkpoint: Checkpoint) -> tuple[Layer, ...]:
     """The layers with the digests of their weights, all of which are read."""
 

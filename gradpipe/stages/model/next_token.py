@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, class_and_line
 
 _TOKENS = 8
 
@@ -60,7 +60,7 @@ def _run(model: Any, name: str, ids_1T: Tensor) -> Any:
     except Exception as error:
         raise InputError(
             f"{name}: {type(model).__name__} cannot run on {ids_1T.shape[1]} tokens: "
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+            f"{class_and_line(error)}"
         ) from error
     if getattr(output, "loss", None) is None or getattr(output, "logits", None) is None:
         raise InputError(f"{name}: {type(model).__name__} gives no loss of tokens")

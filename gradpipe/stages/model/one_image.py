@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, class_and_line
 from gradpipe.stages.device import is_out_of_memory
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.next_token import check_loss_is
@@ -28,7 +28,7 @@ def try_one_image(model: Any, name: str, device: torch.device) -> Any:
             raise
         raise InputError(
             f"{name}: {kind} cannot run on an image of {' x '.join(map(str, shape))} alone: "
-            f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            f"{class_and_line(error)}"
         ) from error
 
 

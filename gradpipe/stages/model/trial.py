@@ -1,4 +1,4 @@
-"""A forward pass without values: which parts of a model run on the samples that it will be given.
+"""A forward pass without values: what of a model runs on its samples, and what each part reads.
 
 On the meta device tensors have shapes and no values, so the pass costs next to nothing for a model
 of any size. It goes back as well, to see what gradients come to. A model whose control flow asks
@@ -6,13 +6,15 @@ for values stops half-way; what has run until then is known.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from gradpipe.errors import class_and_line
 
 _TOKENS = 4
 _IMAGE_SIZE = 224  # of models that take any
@@ -22,7 +24,9 @@ _IMAGE_SIZE = 224  # of models that take any
 class Trial:
     """What a pass was seen to run."""
 
-    times: Mapping[str, int]  # path of each module that ran -> how often it did
+    times: Mapping[str, int]  # path of each module that ran, in that order -> how often it did
+    shapes: Mapping[str, tuple[int, ...]]  # of the tensor that a module reads first
+    reads: Mapping[str, str]  # module -> the first one that reads the very same tensor
     reached: frozenset[str]  # parameters that a gradient of the logits comes to
     mixed: frozenset[str]  # modules whose input does not grow along its first axis with samples
     error: str | None  # what stopped it; None: it went through, and back
@@ -50,8 +54,8 @@ def try_forward(model: Any) -> Trial:
 
 def _try(model: Any, one: Mapping[str, Any], two: Mapping[str, Any]) -> Trial:
     """Forward and back on one sample, then forward on two."""
-    alone: dict[nn.Module, list[int]] = {}  # of each module that ran, the lengths of its inputs
-    pair: dict[nn.Module, list[int]] = {}
+    alone: dict[str, list[Any]] = {}  # path of each module that ran -> what it read, held
+    pair: dict[str, list[Any]] = {}
     error = None
     try:
         with _noted(model, alone):
@@ -59,33 +63,42 @@ def _try(model: Any, one: Mapping[str, Any], two: Mapping[str, Any]) -> Trial:
         with _noted(model, pair), torch.no_grad():
             model(**two)
     except Exception as raised:  # noqa: BLE001 (a model's code raises what it likes)
-        error = f"{type(raised).__name__}: {raised}"
-    paths = dict(model.named_modules(remove_duplicate=False))
+        error = class_and_line(raised)
     parameters = model.named_parameters(remove_duplicate=False)
     reached = frozenset(name for name, x in parameters if x.grad is not None)
     model.zero_grad()
+    first = {path: read[0] for path, read in alone.items() if isinstance(read[0], Tensor)}
+    readers: dict[int, str] = {}
     return Trial(
-        times={path: len(alone[module]) for path, module in paths.items() if module in alone},
+        times={path: len(read) for path, read in alone.items()},
+        shapes={path: tuple(tensor.shape) for path, tensor in first.items()},
+        reads={path: readers.setdefault(id(tensor), path) for path, tensor in first.items()},
         reached=reached,
-        mixed=frozenset(x for x, m in paths.items() if m in alone and alone[m] == pair.get(m)),
+        mixed=frozenset(x for x in alone if x in pair and _lengths(alone[x]) == _lengths(pair[x])),
         error=error,
     )
 
 
 @contextmanager
-def _noted(model: nn.Module, lengths: dict[nn.Module, list[int]]) -> Iterator[None]:
-    """Meanwhile, how long the first axis is of what each module reads."""
+def _noted(model: nn.Module, read: dict[str, list[Any]]) -> Iterator[None]:
+    """Meanwhile, what each module reads first, under all of its paths."""
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
 
     def note(called: nn.Module, arguments: tuple[Any, ...]) -> None:
-        is_read = bool(arguments) and isinstance(arguments[0], torch.Tensor)
-        lengths.setdefault(called, []).append(len(arguments[0]) if is_read else 0)
+        for path in paths[called]:
+            read.setdefault(path, []).append(arguments[0] if arguments else None)
 
-    handles = [module.register_forward_pre_hook(note) for module in model.modules()]
-    try:
+    with ExitStack() as hooks:
+        for module in paths:
+            hooks.enter_context(module.register_forward_pre_hook(note))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _lengths(read: Iterable[Any]) -> list[torch.Size]:
+    """How long the first axis is of each."""
+    return [x.shape[:1] if isinstance(x, Tensor) else torch.Size() for x in read]
 
 
 def image_shape(model: Any) -> tuple[int, int, int]:

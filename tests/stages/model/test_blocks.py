@@ -43,6 +43,11 @@ def test_what_runs_comes_first_then_what_is_near_the_embedding_then_what_is_larg
     """So a tower is not taken for the blocks where its code stops a pass that has no values."""
     model = Toy(reads_tokens=reads_tokens)
     trial = Trial(
-        times=dict.fromkeys(ran, 1), reached=frozenset(), mixed=frozenset(), error="stopped"
+        times=dict.fromkeys(ran, 1),
+        shapes={},
+        reads={},
+        reached=frozenset(),
+        mixed=frozenset(),
+        error="stopped",
     )
     assert find_blocks(model, linear_maps(model), trial).path == expected

@@ -23,7 +23,6 @@ from gradpipe.stages.model.conversion import find_sources
 from gradpipe.stages.model.couplings import find_couplings
 from gradpipe.stages.model.experts import RoutedLinear, split_experts
 from gradpipe.stages.model.layers import Layer
-from gradpipe.stages.model.shared_inputs import share_inputs
 from gradpipe.store.schema import CouplingSpec
 from tests.support.cases import collecting, written
 from tests.support.models import FAMILIES, random_ids, save_tiny, tiny_model
@@ -104,7 +103,7 @@ def save(family: str, folder: Path) -> Checkpoint:
 def take_apart(checkpoint: Checkpoint) -> tuple[Any, Blocks, tuple[Layer, ...]]:
     """The skeleton, its blocks, and its layers, which know whose input they read."""
     found = skeletons.take_apart(checkpoint, torch.float32)
-    return found.model, found.blocks, share_inputs(found.model, found.layers)
+    return found.model, found.blocks, found.layers
 
 
 def by_path(
