@@ -7,15 +7,13 @@ need a buffer per weight, mix the samples of a batch, and see reduced gradients 
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from gradpipe.errors import GradpipeError
 from gradpipe.stages.collect.schedule import runs_twice
@@ -52,23 +50,18 @@ class LayerHooks:
         self._sums = sums
         self._num_samples = num_samples
         self._scale = scale
-        self._handles: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         self._inputs: dict[str, ref[Tensor]] = {}  # of each layer that has run in this pass
         self._waiting: dict[str, None] = {}  # layers whose output's gradient has not come yet
 
     def __enter__(self) -> Self:
-        """Attach the hooks."""
         for path, accumulator in self._sums.items():
             hook = partial(self._after_forward, accumulator)
-            self._handles.append(self._model.get_submodule(path).register_forward_hook(hook))
+            module = self._model.get_submodule(path)
+            self._hooks.enter_context(module.register_forward_hook(hook))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Remove the hooks; after a pass that went well every gradient must have come."""
         self.remove()
         if kind is None and self._waiting:
@@ -79,8 +72,7 @@ class LayerHooks:
 
     def remove(self) -> None:
         """Remove the hooks: later passes add nothing."""
-        for handle in self._handles:
-            handle.remove()
+        self._hooks.close()
 
     def _after_forward(
         self, accumulator: LayerAccumulator, module: nn.Module, inputs: tuple[Any, ...], output: Any
@@ -167,14 +159,11 @@ def runs(
         found.append((path, result))
         return result
 
-    handles = [
-        model.get_submodule(path).register_forward_hook(partial(note, path)) for path in paths
-    ]
-    try:
+    with ExitStack() as hooks:
+        for path in paths:
+            module = model.get_submodule(path)
+            hooks.enter_context(module.register_forward_hook(partial(note, path)))
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def never_ran(path: str) -> str:
@@ -215,14 +204,9 @@ def first_overflow(
         if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
             found.append(name)
 
-    handles = [
-        model.get_submodule(path).register_forward_hook(partial(check, name))
-        for path, name in names.items()
-    ]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for path, name in names.items():
+            module = model.get_submodule(path)
+            hooks.enter_context(module.register_forward_hook(partial(check, name)))
+        run()
     return found[0] if found else None

@@ -50,7 +50,7 @@ def _shortened(skeleton: Skeleton) -> Iterator[None]:
 @contextmanager
 def _loading_blocks(skeleton: Skeleton, loader: WeightLoader) -> Iterator[None]:
     """Each block has its weights while it runs, and not longer."""
-    with ExitStack() as handles, ExitStack() as loaded:
+    with ExitStack() as hooks, ExitStack() as loaded:
         for path in skeleton.blocks.paths:
             block = skeleton.model.get_submodule(path)
 
@@ -60,9 +60,6 @@ def _loading_blocks(skeleton: Skeleton, loader: WeightLoader) -> Iterator[None]:
             def free(*_: object) -> None:
                 loaded.close()
 
-            for handle in (
-                block.register_forward_pre_hook(load),
-                block.register_forward_hook(free),
-            ):
-                handles.callback(handle.remove)
+            hooks.enter_context(block.register_forward_pre_hook(load))
+            hooks.enter_context(block.register_forward_hook(free))
         yield
