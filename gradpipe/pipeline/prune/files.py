@@ -23,7 +23,6 @@ from gradpipe.stages.device import memory_errors
 from gradpipe.stages.prune.layer import SolvedLayer
 from gradpipe.stages.prune.methods import Score
 from gradpipe.stages.prune.score import LayerStatistics, score_layer
-from gradpipe.stages.prune.target import Target
 from gradpipe.store.codec import Encoded
 from gradpipe.store.objects import digest
 
@@ -47,14 +46,6 @@ class Written:
         """What another process wrote."""
         return cls(**json.loads(data))
 
-    def add_layer(
-        self, name: str, targets: Iterable[Target], digests: Iterable[str], notes: Iterable[str]
-    ) -> None:
-        """Add one layer: its bytes for each target, and what is to be said of it."""
-        for target, found in zip(targets, digests, strict=True):
-            self.digests.setdefault(target.label, {})[name] = found
-        self.notes.extend(notes)
-
     @classmethod
     def sum(cls, parts: Iterable[Written]) -> Self:
         """What was written of all parts."""
@@ -64,7 +55,7 @@ class Written:
         return written
 
     def add(self, more: Written) -> None:
-        """Add what was written of another file."""
+        """Add what was written of another layer or file."""
         for label, digests in more.digests.items():
             self.digests.setdefault(label, {}).update(digests)
         self.mismatched.extend(more.mismatched)
@@ -89,17 +80,16 @@ def write_file(
     outputs = [plan.folder(staging, target) / file for target in plan.targets]
     for output in outputs:
         output.parent.mkdir(parents=True, exist_ok=True)
-
     places = [plan.places[name] for name in plan.in_file(file)]
-
     source = plan.checkpoint.folder / file
     with rewriting(source, outputs, places) as rewritten, side_by_side(plan.workers) as pool:
         results = pool.map(partial(prune_layer, allocated, take=rewritten.replace), names)
         if copies_rest:
             rewritten.copy_rest()
         for name, (digests, notes, matches) in zip(names, results, strict=True):
-            written.mismatched.extend([] if matches else [name])
-            written.add_layer(name, plan.targets, digests, notes)
+            of_targets = zip(plan.targets, digests, strict=True)
+            own = {target.label: {name: found} for target, found in of_targets}
+            written.add(Written(own, [] if matches else [name], [*notes]))
             advance(1)
     return written
 
@@ -112,59 +102,44 @@ def prune_layer(
     Returns what `take` does, messages for the user, and whether the layer is the one that was
     measured. Raises InputError if it is not, and that was not allowed.
     """
-    item = _load(allocated.plan, name, allocated.plan.chosen_for(name).statistics)
-    if not item.matches:
-        _refuse_mismatch(allocated.plan, name)
-    return (*_solve(allocated, item, take), item.matches)
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """One layer read from disk, ready for the device."""
-
-    name: str
-    weight: Tensor
-    encoded: dict[str, Encoded]
-    matches: bool  # the weight is the one that was measured
-
-
-def _load(plan: PrunePlan, name: str, statistics: tuple[str, ...]) -> _Loaded:
-    layer, place = plan.layers[name], plan.places[name]
-    data = plan.checkpoint.read_place(place)
-    return _Loaded(
-        name=name,
-        weight=as_tensor(data, place),
-        encoded=plan.store.read(layer, statistics),
-        matches=layer.digest in ("", digest(data)),
-    )
-
-
-def _solve(
-    allocated: AllocatedPlan, item: _Loaded, take: Callable[[TensorInfo, Iterable[Tensor]], Taken]
-) -> tuple[Taken, tuple[str, ...]]:
-    """Solve a layer for every target; what is taken of it and its notes outlive what that took."""
-    plan, chosen = allocated.plan, allocated.plan.chosen_for(item.name)
-    with _device_errors(item.name):
-        layer = SolvedLayer.of(
-            item.name,
-            item.weight.to(plan.device),
-            LayerStatistics.decode(item.encoded, chosen.statistics, plan.device),
-            chosen,
-            allocated.of_layer(item.name),
-            transposed=plan.layers[item.name].transposed,
+    plan = allocated.plan
+    chosen, budgets = plan.chosen_for(name), allocated.of_layer(name)
+    weight, encoded, matches = _read(plan, name, chosen.statistics)
+    if not (matches or plan.allow_mismatch):
+        raise InputError(
+            f"layer {name}: its weights in {plan.checkpoint.name} are not those that "
+            f"the store {plan.store.url} was collected from: collect again, or --allow-mismatch"
         )
-        tensors = map(layer.to, allocated.of_layer(item.name))
-        return take(plan.places[item.name], tensors), layer.notes
+    with _device_errors(name):
+        layer = SolvedLayer.of(
+            name,
+            weight.to(plan.device),
+            LayerStatistics.decode(encoded, chosen.statistics, plan.device),
+            chosen,
+            budgets,
+            transposed=plan.layers[name].transposed,
+        )
+        return take(plan.places[name], map(layer.to, budgets)), layer.notes, matches
 
 
 def score_of(plan: PrunePlan, name: str, score: Score) -> Tensor:
     """One layer's scores, (O, I); GradpipeError if one is not a number."""
-    item = _load(plan, name, score.statistics)
-    weight = item.weight.to(plan.device)
-    weight_OI = weight.T if plan.layers[name].transposed else weight
+    weight, encoded, _ = _read(plan, name, score.statistics)
     with _device_errors(name):
-        statistics = LayerStatistics.decode(item.encoded, score.statistics, plan.device)
+        weight = weight.to(plan.device)
+        weight_OI = weight.T if plan.layers[name].transposed else weight
+        statistics = LayerStatistics.decode(encoded, score.statistics, plan.device)
         return score_layer(name, weight_OI, statistics, score)
+
+
+def _read(
+    plan: PrunePlan, name: str, statistics: tuple[str, ...]
+) -> tuple[Tensor, dict[str, Encoded], bool]:
+    """A layer's weight and statistics, and whether the weight is the one that was measured."""
+    layer, place = plan.layers[name], plan.places[name]
+    data = plan.checkpoint.read_place(place)
+    matches = layer.digest in ("", digest(data))
+    return as_tensor(data, place), plan.store.read(layer, statistics), matches
 
 
 @contextmanager
@@ -178,11 +153,3 @@ def _device_errors(layer: str) -> Iterator[None]:
             f"layer {layer}: its second moments cannot be decomposed: {one_line(error)}; use a "
             "method without them"
         ) from error
-
-
-def _refuse_mismatch(plan: PrunePlan, name: str) -> None:
-    if not plan.allow_mismatch:
-        raise InputError(
-            f"layer {name}: its weights in {plan.checkpoint.name} are not those that "
-            f"the store {plan.store.url} was collected from: collect again, or --allow-mismatch"
-        )
