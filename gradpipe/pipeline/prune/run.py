@@ -194,7 +194,8 @@ def _prune_shard(
     shared = repr([order.identity for order in orders]).encode()
     if not _is_done(config, plan):
         verify(plan, Ranks(), console)
-    with SharedStaging(config.out, shard, shared, lambda: _is_done(config, plan)) as staging:
+    staging = SharedStaging(config.out, shard, shared, lambda: _is_done(config, plan))
+    with staging.begun():
         if staging.is_published:
             return ()
         files, duty = plan.checkpoint.files, Duty.of(plan, Ranks())

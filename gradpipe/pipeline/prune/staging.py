@@ -9,9 +9,8 @@
 import errno
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Self
 
 from gradpipe.errors import GradpipeError, InputError, Interrupted
 from gradpipe.store.lock import locked
@@ -19,57 +18,52 @@ from gradpipe.store.objects import fsync, write_durably
 from gradpipe.store.shard import Shard
 
 
-class Places:
-    """The names beside OUT."""
+class _Beside:
+    """What lies beside OUT: the folder that is to be it, and its locks."""
 
     def __init__(self, out: Path) -> None:
-        self.out = out.resolve()
+        self._out = out.resolve()
         self.folder = self._beside("partial")
-        self.records = self._beside("shards")
-        self.identity = self.records / "identity"
-        self.old = self._beside("old")
-        self.lock_path = self._beside("lock")
+        self._records = self._beside("shards")
+        self._identity_path = self._records / "identity"
+        self._old = self._beside("old")
 
-    def lock(self, *, wait: bool) -> AbstractContextManager[None]:
-        """The lock of OUT as a whole."""
-        return locked(self.lock_path, of=self.out, wait=wait)
-
-    def shard_lock(self, shard: Shard) -> AbstractContextManager[None]:
-        """The lock of one shard; InputError that names the holder if it is taken."""
-        return locked(self._beside(f"{shard.name}.lock"), of=self.out, wait=False)
+    def _lock(self, name: str = "lock", *, wait: bool) -> AbstractContextManager[None]:
+        """The lock of OUT as a whole, or of one shard; InputError names who has it."""
+        return locked(self._beside(name), of=self._out, wait=wait)
 
     def _beside(self, name: str) -> Path:
-        return self.out.parent / f".{self.out.name}.{name}"
+        return self._out.parent / f".{self._out.name}.{name}"
 
-    def refuse_shards(self) -> None:
+    def _refuse_shards(self) -> None:
         """Raises InputError if shards have begun to fill the folder, and are not done."""
-        if self.folder.exists() and self.identity.exists():
+        if self.folder.exists() and self._identity_path.exists():
             raise InputError(
                 f"{self.folder} is of another prune command, in shards: finish that one, or remove "
-                f"it and {self.records}"
+                f"it and {self._records}"
             )
 
     @contextmanager
-    def errors(self) -> Iterator[None]:
+    def _errors(self) -> Iterator[None]:
         """Say what could not be read or written, and what to do."""
         try:
             yield
         except OSError as error:
-            name, reason = str(error.filename or self.out), error.strerror or error
-            if name.startswith((str(self.out), str(self._beside("")))):
+            name, reason = str(error.filename or self._out), error.strerror or error
+            if name.startswith((str(self._out), str(self._beside("")))):
                 is_full = error.errno in {errno.ENOSPC, errno.EDQUOT}
                 remedy = "make room or give another folder" if is_full else "give another folder"
                 raise GradpipeError(
-                    f"cannot write {self.out} ({name}: {reason}): {remedy}, then run the same "
+                    f"cannot write {self._out} ({name}: {reason}): {remedy}, then run the same "
                     "command again"
                 ) from error
             raise GradpipeError(
                 f"cannot read {name}: {reason}: restore it, then run the same command again"
             ) from error
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Start with an empty folder."""
-        for path in (self.records, self.folder):
+        for path in (self._records, self.folder):
             _remove(path)
         self.folder.mkdir(parents=True)
 
@@ -77,35 +71,34 @@ class Places:
         """Rename the folder to OUT, in place of what was there."""
         for path in [self.folder, *(p for p in self.folder.rglob("*") if p.is_dir())]:
             fsync(path)
-        _remove(self.old)
-        if self.out.exists():
-            self.out.rename(self.old)
-        self.folder.rename(self.out)
-        fsync(self.out.parent)
-        self.tidy()
+        _remove(self._old)
+        if self._out.exists():
+            self._out.rename(self._old)
+        self.folder.rename(self._out)
+        fsync(self._out.parent)
+        self._tidy()
 
-    def tidy(self) -> None:
+    def _tidy(self) -> None:
         """Remove what a published OUT has no more use for."""
-        _remove(self.old)
-        _remove(self.records)
+        _remove(self._old)
+        _remove(self._records)
 
 
-class Staging:
+class Staging(_Beside):
     """The folder that one process fills."""
 
     def __init__(self, out: Path, check: Callable[[], None]) -> None:
         """`check` raises if OUT may not be written; it is called once nobody else can."""
-        self._places = Places(out)
+        super().__init__(out)
         self._check = check
-        self.folder = self._places.folder
 
     def check(self) -> None:
         """Fail before the work as `begun` would; a killed process's lock is not left for that."""
         try:
             self._check()
         except InputError:
-            if self._places.lock_path.exists():
-                with self._places.lock(wait=False):
+            if self._beside("lock").exists():
+                with self._lock(wait=False):
                     pass
             raise
 
@@ -114,11 +107,11 @@ class Staging:
         """The folder is there, and empty; on any error it is removed."""
         parents = [path for path in self.folder.parents if not path.exists()]
         try:
-            with self._places.errors(), self._places.lock(wait=False):
+            with self._errors(), self._lock(wait=False):
                 self._check()
-                self._places.refuse_shards()
+                self._refuse_shards()
                 try:
-                    self._places.begin()
+                    self._begin()
                     yield
                 except BaseException:
                     _remove(self.folder)
@@ -135,7 +128,7 @@ class Staging:
 
         Raises Interrupted if that one has been stopped, and has removed it.
         """
-        with self._places.errors():
+        with self._errors():
             try:
                 yield
             except FileNotFoundError as error:
@@ -143,12 +136,8 @@ class Staging:
                     raise Interrupted("another rank has ended") from error
                 raise
 
-    def publish(self) -> None:
-        """Rename the folder to its final name."""
-        self._places.publish()
 
-
-class SharedStaging:
+class SharedStaging(_Beside):
     """A folder that several shards fill; a file counts once its record is written."""
 
     def __init__(
@@ -158,43 +147,35 @@ class SharedStaging:
 
         `is_done` raises if OUT may not be written.
         """
-        self._places = Places(out)
+        super().__init__(out)
         self._shard = shard
         self._identity = identity
         self._is_done = is_done
-        self._locks = ExitStack()
-        self.folder = self._places.folder
         self.is_published = False
 
-    def __enter__(self) -> Self:
-        """Take this shard's lock, and begin unless others have, or have finished.
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """Hold this shard's lock, and begin unless others have, or have finished.
 
         Raises InputError if another process is at this shard, or the folder is another command's.
         """
-        with ExitStack() as held:
-            held.enter_context(self._places.errors())
-            held.enter_context(self._places.shard_lock(self._shard))
-            with self._places.lock(wait=True):
+        with self._errors(), self._lock(f"{self._shard.name}.lock", wait=False):
+            with self._lock(wait=True):
                 self.is_published = self._is_done()
                 if not self.is_published:
-                    self._begin()
+                    self._begin_or_join()
                 elif not self.folder.exists():
-                    self._places.tidy()  # the one that published was killed over it
-            self._locks = held.pop_all()
-        return self
+                    self._tidy()  # the one that published was killed over it
+            yield
 
-    def __exit__(self, *error: object) -> bool | None:
-        """Let go of the shard."""
-        return self._locks.__exit__(*error)  # type: ignore[arg-type]
-
-    def _begin(self) -> None:
-        identity = self._places.identity
+    def _begin_or_join(self) -> None:
+        identity = self._identity_path
         if not (self.folder.exists() and identity.exists()):
-            self._places.begin()
-            self._places.records.mkdir()
+            self._begin()
+            self._records.mkdir()
             write_durably(identity, self._identity)
         elif identity.read_bytes() != self._identity:
-            self._places.refuse_shards()
+            self._refuse_shards()
 
     def is_written(self, file: str) -> bool:
         """True if this file is done for every target."""
@@ -206,22 +187,18 @@ class SharedStaging:
 
     def forget(self) -> None:
         """Count no file as done: what was written is not what was meant."""
-        for path in self._places.records.glob("*.json"):
+        for path in self._records.glob("*.json"):
             path.unlink()
 
     @contextmanager
     def last_of(self, files: Sequence[str]) -> Iterator[list[bytes] | None]:
         """Every file's record, to the one shard that finds them all; else None."""
-        with self._places.lock(wait=True):
+        with self._lock(wait=True):
             whole = all(self.is_written(file) for file in files)
             yield [self._record(file).read_bytes() for file in files] if whole else None
 
-    def publish(self) -> None:
-        """Rename the folder to its final name."""
-        self._places.publish()
-
     def _record(self, file: str) -> Path:
-        return self._places.records / f"{file}.json"
+        return self._records / f"{file}.json"
 
 
 def _remove(folder: Path) -> None:

@@ -136,7 +136,7 @@ def test_shards_that_come_late_leave_nothing(
     assert names(tmp_path) == {"out"}
 
 
-@pytest.mark.parametrize("step", [(staging.SharedStaging, "__enter__"), (run, "check_out")])
+@pytest.mark.parametrize("step", [(staging.SharedStaging, "begun"), (run, "check_out")])
 def test_a_shard_that_was_overtaken_begins_nothing(
     workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: tuple[Any, str]
 ) -> None:
