@@ -17,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from gradpipe.errors import printable
+
 QUIET = Console(quiet=True)
 T = TypeVar("T")
 
@@ -58,6 +60,11 @@ def counted(items: Iterable[T], console: Console, title: str, total: int, unit: 
         for item in items:
             yield item
             advance(1)
+
+
+def tell(console: Console, line: str) -> None:
+    """One line, however long, as it is: names in it are no markup."""
+    console.print(printable(line), soft_wrap=True, markup=False, emoji=False, highlight=False)
 
 
 def peak_memory() -> int:

@@ -16,7 +16,7 @@ from gradpipe.pipeline.collect.resume import Place, share_of
 from gradpipe.pipeline.collect.worker import Job, begun_schedule, run_part
 from gradpipe.pipeline.launch import Launch
 from gradpipe.pipeline.places import check_scratch, check_store
-from gradpipe.pipeline.progress import QUIET
+from gradpipe.pipeline.progress import QUIET, tell
 from gradpipe.pipeline.ranks import Ranks, common_facts, joined
 from gradpipe.pipeline.reports.results import ModelReport
 from gradpipe.stages.checkpoint.folder import Checkpoint
@@ -199,7 +199,7 @@ def _run_ranks(
     ranks.agree(common_facts(config, checkpoint))
     device, skeleton = ranks.together(lambda: _prepared(config, checkpoint, launch))
     for line in dense_lines(skeleton.left_out):
-        console.print(line, highlight=False, markup=False)
+        tell(console, line)
     placement = ranks.together(lambda: _placed(config, skeleton, launch))
     ranks.first(lambda: _try_out(config, skeleton, device))
     with ExitStack() as held, torch_threads(usable_threads()):

@@ -19,7 +19,7 @@ from gradpipe.pipeline.collect.resume import (
     share_of,
 )
 from gradpipe.pipeline.interrupt import stop_requests
-from gradpipe.pipeline.progress import progress_bar
+from gradpipe.pipeline.progress import progress_bar, tell
 from gradpipe.pipeline.ranks import Ranks
 from gradpipe.stages.collect.estimate import Estimate
 from gradpipe.stages.collect.placement import Placement
@@ -69,7 +69,7 @@ def run_part(job: Job, console: Console) -> None:
 
     Raises Interrupted on a signal, all saved; GradpipeError if memory runs out.
     """
-    console.print(f"schedule {job.plan.schedule}: {job.plan.reason}", highlight=False)
+    tell(console, f"schedule {job.plan.schedule}: {job.plan.reason}")
     with stop_requests() as stop_requested, memory_errors(f"run again {_smaller(job)}"):
         schedule = _schedule(job)
         progress: Progress = ByBlocks(job.place)
@@ -113,11 +113,10 @@ def _tell_zeros(of_ranks: Sequence[dict[str, bool]], console: Console) -> None:
     """Name a layer on whose weights no rank's loss depends, though tokens reached it."""
     names = dict.fromkeys(name for moves in of_ranks for name in moves)
     if zeros := [x for x in names if not any(moves.get(x, False) for moves in of_ranks)]:
-        console.print(
+        tell(
+            console,
             f"gradients of {len(zeros)} layers are all zero, as {zeros[0]}'s are: on these samples "
             "the loss does not depend on their weights",
-            highlight=False,
-            markup=False,
         )
 
 

@@ -18,7 +18,7 @@ from gradpipe.errors import GradpipeError, InputError, Interrupted
 from gradpipe.options import refuse_given
 from gradpipe.pipeline.launch import Launch
 from gradpipe.pipeline.places import REPORT, check_out, check_scratch
-from gradpipe.pipeline.progress import QUIET, counted, progress_bar
+from gradpipe.pipeline.progress import QUIET, counted, progress_bar, tell
 from gradpipe.pipeline.prune.allocate import allocate
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.prune.duty import Duty
@@ -74,7 +74,7 @@ def _prune(config: PruneConfig, ranks: Ranks, console: Console) -> tuple[PruneRe
     """What each rank does, in step with the others."""
     plan = ranks.together(lambda: _planned(config))
     if plan.warning is not None:
-        console.print(plan.warning, highlight=False)
+        tell(console, plan.warning)
     if ranks.count > 1:
         ranks.agree(_facts(config, plan))
     elif config.shard is not None:
@@ -170,19 +170,19 @@ def _say(allocated: AllocatedPlan, results: Sequence[PruneResult], console: Cons
     """What the user should know of a run that went well."""
     plan = allocated.plan
     for note in dict.fromkeys(note for result in results for note in result.report.notes):
-        console.print(note, highlight=False)
+        tell(console, note)
     if plan.unseen:
-        console.print(
+        tell(
+            console,
             f"{len(plan.unseen)} layers that no calibration token reached are pruned by magnitude; "
             "pruning.json lists them: collect with more samples to score them",
-            highlight=False,
         )
     for target in plan.targets:
         if plan.allocation.keeps_pattern(target) and not plan.allocation.rule.is_uniform:
-            console.print(
+            tell(
+                console,
                 f"{target.pattern} in every block, whatever the allocation: --mixed-patterns "
                 "lets it choose",
-                highlight=False,
             )
 
 

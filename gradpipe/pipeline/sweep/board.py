@@ -9,7 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gradpipe.errors import printable
-from gradpipe.pipeline.progress import peak_memory
+from gradpipe.pipeline.progress import peak_memory, tell
 from gradpipe.pipeline.reports.points import SAMPLES, PointResult, sweep_table
 
 
@@ -69,7 +69,7 @@ class Board:
         if not self._console.is_terminal:
             task = next(x for x in self._progress.tasks if x.id == self._points)
             line = f"{task.completed:.0f}/{task.total:.0f}  {named(result)}: {_found(result)}"
-            self._console.print(printable(line), soft_wrap=True)
+            tell(self._console, line)
 
     def _render(self) -> RenderableType:
         return Group(sweep_table(tuple(self._results), self._x), self._progress.get_renderable())

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.progress import QUIET
+from gradpipe.pipeline.progress import QUIET, tell
 from gradpipe.pipeline.prune.plan import PrunePlan
 from gradpipe.pipeline.prune.run import open_store, prune, verify
 from gradpipe.pipeline.ranks import Ranks
@@ -69,11 +69,10 @@ def sweep(config: SweepConfig, console: Console = QUIET) -> tuple[PointResult, .
     local = (plan.store.local_folder for plan in plans)
     results.check((plans[0].checkpoint.folder, *(folder for folder in local if folder)))
     results.read()  # before what takes time
-    said = (
-        [f"left out, as it has no say there: {', '.join(grid.left_out)}"] if grid.left_out else []
-    )
-    for line in dict.fromkeys([*said, *(plan.warning for plan in plans if plan.warning)]):
-        console.print(line, soft_wrap=True, highlight=False)
+    if grid.left_out:
+        tell(console, f"left out, as it has no say there: {', '.join(grid.left_out)}")
+    for warning in dict.fromkeys(plan.warning for plan in plans if plan.warning):
+        tell(console, warning)
     for plan in {plan.store.url: plan for plan in plans}.values():
         verify(plan, Ranks(), console)
     bench = Bench(config, plans, console)
