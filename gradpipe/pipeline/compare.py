@@ -167,21 +167,21 @@ class _Bench:
             return None
         window = self._text.windows[0]
         prompt_T = torch.from_numpy(window[: max(1, len(window) - NEW_TOKENS)])
-        plain = measure_speed(model, prompt_T)
+        prefill, decode = measure_speed(model, prompt_T)
         layers = compress_2_4(model) if compresses else 0
-        packed = measure_speed(model, prompt_T) if layers else None
+        compressed = measure_speed(model, prompt_T) if layers else (None, None)
         file_bytes, zstd_bytes = file_sizes(checkpoint)
         device = self._device
         is_gpu = device.type == "cuda"
         return Latency(
             device=torch.cuda.get_device_name(device) if is_gpu else device.type,
             threads=torch.get_num_threads(),
-            prompt_tokens=plain.prompt_tokens,
-            prefill_seconds=plain.prefill_seconds,
-            decode_seconds=plain.decode_seconds,
+            prompt_tokens=len(prompt_T),
+            prefill_seconds=prefill,
+            decode_seconds=decode,
             compressed_layers=layers,
-            compressed_prefill_seconds=None if packed is None else packed.prefill_seconds,
-            compressed_decode_seconds=None if packed is None else packed.decode_seconds,
+            compressed_prefill_seconds=compressed[0],
+            compressed_decode_seconds=compressed[1],
             file_bytes=file_bytes,
             zstd_bytes=zstd_bytes,
         )

@@ -253,13 +253,13 @@ def _scores(
             continue
         kept_OI = sources.weight(sources.outputs[output], spec) != 0
         score_OI = sources.score(spec, score)
-        found = histogram(score_OI, kept_OI)
+        edges, kept, pruned = histogram(score_OI, kept_OI)
         yield ScoreFact(
             title=f"{output}, {score.expression.text}",
-            edges=found.edges,
-            kept=found.kept,
-            pruned=found.pruned,
-            num_zero=found.num_zero,
+            edges=edges,
+            kept=kept,
+            pruned=pruned,
+            num_zero=int((score_OI <= 0).sum()),
             cuts=_cuts(report, spec, score_OI),
         )
 

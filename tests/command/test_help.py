@@ -13,7 +13,7 @@ import typer
 from gradpipe.errors import did_you_mean
 from gradpipe.help import EXAMPLES, OTHER, TOPICS, topic_of
 from gradpipe.pipeline.reports.kinds import block_of, is_alike, kind_of, summary
-from gradpipe.pipeline.reports.results import LayerResult
+from gradpipe.pipeline.reports.results import LayerResult, Zeros
 from tests.support.commands import COMMANDS
 from tests.support.workplace import COLLECT, EVAL, PIPE, PRUNE, Pipe, Refused
 
@@ -153,12 +153,12 @@ def test_blocks_come_in_the_order_of_their_numbers() -> None:
     """Of names alone; what is outside the blocks stands for itself."""
     layers = [_layer(f"h.{i}.mlp.fc", i) for i in (10, 2)] + [_layer("lm_head", 5)]
     lines = summary(layers, by_kind=False)
-    assert [(x.name, x.num_layers, x.found.zeros) for x in lines] == [
+    assert [(name, len(of), Zeros.sum(of).zeros) for name, of in lines.items()] == [
         ("h.2", 1, 2),
         ("h.10", 1, 10),
         ("lm_head", 1, 5),
     ]
-    assert [x.name for x in summary(layers, by_kind=True)] == ["mlp.fc", "lm_head"]
+    assert list(summary(layers, by_kind=True)) == ["mlp.fc", "lm_head"]
     assert (block_of("a.3.x.5.w1"), kind_of("a.3.x.5.w1")) == ("a.3", "x.*.w1")
     assert is_alike(layers)
     assert not is_alike([*layers, _layer("h.3.mlp.fc", 3, requested=0.6)])

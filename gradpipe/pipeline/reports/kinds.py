@@ -2,10 +2,8 @@
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Self
 
-from gradpipe.pipeline.reports.results import LayerResult, Zeros
+from gradpipe.pipeline.reports.results import LayerResult
 
 _IN_BLOCK = re.compile(r"(?P<block>.+?\.\d+)\.(?P<kind>.+)")
 
@@ -22,28 +20,13 @@ def kind_of(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", found["kind"]) if found else name
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """Layers that are shown as one."""
-
-    name: str
-    num_layers: int
-    found: Zeros
-
-    @classmethod
-    def of(cls, name: str, layers: Sequence[LayerResult]) -> Self:
-        """All weights of these layers together."""
-        return cls(name, len(layers), Zeros.sum(layers))
-
-
-def summary(layers: Sequence[LayerResult], *, by_kind: bool) -> list[Line]:
-    """A line for each kind of layer, or for each block, in the checkpoint's order."""
+def summary(layers: Sequence[LayerResult], *, by_kind: bool) -> dict[str, list[LayerResult]]:
+    """The layers of each kind, or of each block, in the checkpoint's order."""
     group_of: Callable[[str], str] = kind_of if by_kind else block_of
     groups: dict[str, list[LayerResult]] = {}
     for layer in layers:
         groups.setdefault(group_of(layer.name), []).append(layer)
-    names = groups if by_kind else sorted(groups, key=by_number)
-    return [Line.of(name, groups[name]) for name in names]
+    return groups if by_kind else {name: groups[name] for name in sorted(groups, key=by_number)}
 
 
 def is_alike(layers: Iterable[LayerResult]) -> bool:

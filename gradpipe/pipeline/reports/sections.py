@@ -148,7 +148,7 @@ def _shares(report: Recorded) -> dict[str, float]:
 def _block_means(report: Recorded) -> dict[str, float]:
     """Of all weights of a block that were to be pruned."""
     blocks = summary([*report.layers.values()], by_kind=False)
-    return {block.name: block.found.sparsity for block in blocks}
+    return {name: Zeros.sum(layers).sparsity for name, layers in blocks.items()}
 
 
 def _errors(found: Found) -> Section:

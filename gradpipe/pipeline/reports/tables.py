@@ -35,8 +35,8 @@ def prune_table(out: str, results: Sequence[PruneResult]) -> Table:
     table.add_column("layers", justify="right")
     for result in results:
         table.add_column(as_text(result.label), justify="right")
-    for row in zip(*lines, strict=True):
-        table.add_row(as_text(row[0].name), f"{row[0].num_layers}", *_shares(x.found for x in row))
+    for name, layers in lines[0].items():
+        table.add_row(as_text(name), f"{len(layers)}", *_shares(Zeros.sum(x[name]) for x in lines))
     table.add_section()
     table.add_row("asked for", "", *(f"{x.requested:.4f}" for x in reports))
     table.add_row("total", f"{len(results[0].layers)}", *(f"{x.achieved:.4f}" for x in reports))

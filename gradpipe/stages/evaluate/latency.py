@@ -6,7 +6,6 @@ Medians of a few runs after one that is not counted, one sequence at a time, gre
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -19,26 +18,13 @@ _FIRST_CAPABILITY = (8, 0)  # Ampere
 _MULTIPLE = 64  # of both widths: the sparse kernels' tiles
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
-    """Seconds, medians."""
-
-    prompt_tokens: int
-    prefill_seconds: float  # of the whole prompt
-    decode_seconds: float  # of each new token
-
-
 @torch.no_grad()
-def measure_speed(model: Any, prompt_T: Tensor) -> Speed:
-    """Time `model` on a prompt of token ids."""
+def measure_speed(model: Any, prompt_T: Tensor) -> tuple[float, float]:
+    """Time `model` on token ids: median seconds of the whole prompt, and of each new token."""
     ids_1T = prompt_T[None].to(model.device)
     model(input_ids=ids_1T, use_cache=True)  # what is done once, is done
     rounds = [_round(model, ids_1T) for _ in range(_REPEATS)]
-    return Speed(
-        prompt_tokens=len(prompt_T),
-        prefill_seconds=median(prefill for prefill, _ in rounds),
-        decode_seconds=median(decode for _, decode in rounds),
-    )
+    return median(prefill for prefill, _ in rounds), median(decode for _, decode in rounds)
 
 
 def _round(model: Any, ids_1T: Tensor) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 Shapes: O out, I in, N either; R, C cells of a picture.
 """
 
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,24 +30,17 @@ def shrunk(mask_OI: Tensor, most: int) -> Tensor:
     return torch.from_numpy(sums)
 
 
-@dataclass(frozen=True, slots=True)
-class Histogram:
-    """Counts of weights by log₁₀ of their score."""
+def histogram(score_OI: Tensor, kept_OI: Tensor) -> tuple[npt.NDArray[Any], ...]:
+    """Edges of bins of log₁₀ of scores, and how many of what was kept and was pruned are in each.
 
-    edges: npt.NDArray[np.float32]
-    kept: npt.NDArray[np.int64]
-    pruned: npt.NDArray[np.int64]
-    num_zero: int  # scores of 0, which have no logarithm
-
-
-def histogram(score_OI: Tensor, kept_OI: Tensor) -> Histogram:
-    """Scores of what was kept and of what was pruned, in the same bins."""
+    Scores of 0 are in none.
+    """
     scores, kept = score_OI.double().flatten().cpu().numpy(), kept_OI.flatten().cpu().numpy()
     positive = scores > 0
     logs = np.log10(scores[positive])
     edges = np.histogram_bin_edges(logs, _BINS) if len(logs) else np.array([0.0, 1.0])
     parts = [np.histogram(logs[kept[positive] == x], edges)[0] for x in (True, False)]
-    return Histogram(edges.astype(np.float32), parts[0], parts[1], int((~positive).sum()))
+    return edges.astype(np.float32), *parts
 
 
 def cuts(score_OI: Tensor, pruned_share: float, group: Group) -> tuple[float, float, float]:
