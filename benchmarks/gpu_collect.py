@@ -21,8 +21,8 @@ from benchmarks.measures import Measure, forget_peak, peak_measure, seconds_of
 from benchmarks.random_llama import STATISTICS, write_checkpoint
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.resident import resident_batch
-from gradpipe.stages.collect.schedule import zeroed
 from gradpipe.stages.collect.streamed import Streamed
+from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.load import load_model, resolve_dtype
 from gradpipe.stages.model.skeleton import Skeleton, take_apart
@@ -53,7 +53,7 @@ def _whole_model(
     yield Measure(name="bare forward + backward", value=bare, unit="s a sample")
     for statistics, goal in ((STATISTICS, RESIDENT_GOAL), (_with_moments(), MOMENTS_GOAL)):
         forget_peak(device)
-        sums = zeroed(skeleton.layers, statistics, device)
+        sums = {x.path: LayerAccumulator(x.spec, statistics, device) for x in skeleton.layers}
 
         def hooked(sums: Any = sums) -> None:
             for one in ids.split(1):

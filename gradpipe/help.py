@@ -104,14 +104,15 @@ class Command(TyperCommand):
                 sections[_section(parameter)].append(record)
         for title in ("Arguments", *TOPICS, OTHER):
             if sections[title]:
-                with formatter.section(_bold(title)):
+                with formatter.section(typer.style(title, bold=True)):
                     formatter.write_dl(sections[title])
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Examples, each on its line however long."""
-        examples = EXAMPLES.get(_words(ctx), ())
-        if examples:
-            with formatter.section(_bold("Example" if len(examples) == 1 else "Examples")):
+        words = ctx.command_path.removeprefix(ctx.find_root().command_path).strip()
+        if examples := EXAMPLES.get(words, ()):
+            title = "Example" if len(examples) == 1 else "Examples"
+            with formatter.section(typer.style(title, bold=True)):
                 for example in examples:
                     formatter.write(f"  $ {example}\n")
 
@@ -120,14 +121,3 @@ def _section(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return "Arguments"
     return topic_of(parameter.opts[0].removeprefix("--"))
-
-
-def _words(ctx: Any) -> str:
-    """What calls a command, `store info`: its name and those above it, less the program's."""
-    if ctx.parent is None:
-        return ""
-    return f"{_words(ctx.parent)} {ctx.info_name}".strip()
-
-
-def _bold(title: str) -> str:
-    return typer.style(title, bold=True)

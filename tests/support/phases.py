@@ -41,7 +41,7 @@ PHASES: Mapping[str, tuple[Any, str]] = {
     "tidying": (gradpipe.store.writer, "tidy"),
     "pruning": (gradpipe.pipeline.prune.run, "write_file"),
     "reporting": (gradpipe.pipeline.prune.run, "finish"),
-    "publishing": (gradpipe.pipeline.prune.staging.Places, "publish"),
+    "publishing": (gradpipe.pipeline.prune.staging.Beside, "publish"),
 }
 
 

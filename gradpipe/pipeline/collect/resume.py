@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 from gradpipe.errors import Interrupted, StoreError
 from gradpipe.pipeline.collect.reduce import added
@@ -93,19 +92,6 @@ def parts_in(snapshots: Snapshots) -> dict[str, Part]:
     return {name: part for name, part in found.items() if part is not None}
 
 
-class Progress(Protocol):
-    """One way of saving."""
-
-    def restore(self) -> frozenset[Part]:
-        """What is saved and sound; all else is deleted."""
-
-    def save(self, part: Part, sums: Sequence[LayerAccumulator]) -> None:
-        """Save a part that a schedule gives out; Interrupted if it is to stop there."""
-
-    def finish(self) -> None:
-        """Alone, finish the store from all parts."""
-
-
 class BySamples:
     """Saves the sums of all layers, over more and more samples."""
 
@@ -123,7 +109,7 @@ class BySamples:
         self._stop_requested = stop_requested
 
     def restore(self) -> frozenset[Part]:
-        """Fill the schedule's sums from the newest sound snapshot."""
+        """Fill the schedule's sums from the newest sound snapshot; all else is deleted."""
         snapshots = self._place.snapshots
         for name, part in reversed(parts_in(snapshots).items()):
             if part.is_cumulative and self._read(name):

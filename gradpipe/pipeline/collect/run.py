@@ -27,7 +27,7 @@ from gradpipe.stages.collect.schedule import check_shared
 from gradpipe.stages.data.tokens import window_length
 from gradpipe.stages.device import resolve_device, torch_threads, usable_threads
 from gradpipe.stages.model.couplings import find_couplings
-from gradpipe.stages.model.layers import Selection, dense_lines
+from gradpipe.stages.model.layers import dense_lines
 from gradpipe.stages.model.load import (
     dtype_name,
     resolve_dtype,
@@ -216,9 +216,7 @@ def _run_ranks(
             plan=_plan(config, shard, ranks, skeleton, spec.samples.seq_len, device),
             device=device,
             placement=placement,
-            batch_size=config.batch_size,
-            scratch=config.scratch,
-            checkpoint_every=config.checkpoint_every,
+            config=config,
         )
         run_part(job, console)
 
@@ -308,8 +306,7 @@ def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_couplings: 
     """The model taken apart; InputError if it cannot be, or is not for what is asked."""
     _check_windows(config, checkpoint)
     dtype = resolve_dtype(config.dtype, checkpoint)
-    asked = Selection(include=config.include, exclude=config.exclude)
-    found = take_apart(checkpoint, dtype, config.blocks, asked)
+    found = take_apart(checkpoint, dtype, config.blocks, config.include, config.exclude)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
         check_loss_of_labels(found.model)
         _ = found.image_tokens  # or it refuses

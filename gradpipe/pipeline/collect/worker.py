@@ -9,12 +9,12 @@ import torch
 from rich.console import Console
 
 from gradpipe.errors import Interrupted
+from gradpipe.pipeline.collect.config import CollectConfig
 from gradpipe.pipeline.collect.resume import (
     SCRATCH,
     ByBlocks,
     BySamples,
     Place,
-    Progress,
     parts_in,
     share_of,
 )
@@ -43,19 +43,17 @@ class Job:
     plan: Estimate
     device: torch.device
     placement: Placement | None  # of a resident model that is not whole on the device
-    batch_size: int
-    scratch: Path | None
-    checkpoint_every: int | None
+    config: CollectConfig
 
     @property
     def scratch_folder(self) -> Path:
         """A folder that belongs to this collection and shard alone."""
         place = self.place
-        if self.scratch is None:
+        if self.config.scratch is None:
             return place.scratch
         share = share_of(place.shard, place.ranks)
-        mine = (place.store.resolve(), place.spec, share, self.batch_size)
-        return self.scratch / f"gradpipe-{digest(repr(mine).encode())}"
+        mine = (place.store.resolve(), place.spec, share, self.config.batch_size)
+        return self.config.scratch / f"gradpipe-{digest(repr(mine).encode())}"
 
     def samples(self) -> Batch:
         """All samples of the part."""
@@ -72,9 +70,9 @@ def run_part(job: Job, console: Console) -> None:
     tell(console, f"schedule {job.plan.schedule}: {job.plan.reason}")
     with stop_requests() as stop_requested, memory_errors(f"run again {_smaller(job)}"):
         schedule = _schedule(job)
-        progress: Progress = ByBlocks(job.place)
+        progress: ByBlocks | BySamples = ByBlocks(job.place)
         if schedule.is_cumulative:
-            progress = BySamples(job.place, schedule, job.checkpoint_every, stop_requested)
+            progress = BySamples(job.place, schedule, job.config.checkpoint_every, stop_requested)
         moves = _run(job, schedule, progress, console, stop_requested)
         shutil.rmtree(job.scratch_folder, ignore_errors=True)
         progress.finish()  # first: it saves what this rank has if another is lost meanwhile
@@ -84,7 +82,7 @@ def run_part(job: Job, console: Console) -> None:
 def _run(
     job: Job,
     schedule: Schedule,
-    progress: Progress,
+    progress: ByBlocks | BySamples,
     console: Console,
     stop_requested: Callable[[], bool],
 ) -> dict[str, bool]:
@@ -121,7 +119,7 @@ def _tell_zeros(of_ranks: Sequence[dict[str, bool]], console: Console) -> None:
 
 
 def _schedule(job: Job) -> Schedule:
-    how = (job.skeleton, job.place.spec.statistics, job.samples(), job.batch_size)
+    how = (job.skeleton, job.place.spec.statistics, job.samples(), job.config.batch_size)
     if job.plan.schedule == "resident":
         return Resident(*how, job.placement or Placement({"": job.device}))
     return Streamed(*how, job.device, job.scratch_folder)

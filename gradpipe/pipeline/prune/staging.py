@@ -18,7 +18,7 @@ from gradpipe.store.objects import fsync, write_durably
 from gradpipe.store.shard import Shard
 
 
-class _Beside:
+class Beside:
     """What lies beside OUT: the folder that is to be it, and its locks."""
 
     def __init__(self, out: Path) -> None:
@@ -61,7 +61,7 @@ class _Beside:
                 f"cannot read {name}: {reason}: restore it, then run the same command again"
             ) from error
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Start with an empty folder."""
         for path in (self._records, self.folder):
             _remove(path)
@@ -84,7 +84,7 @@ class _Beside:
         _remove(self._records)
 
 
-class Staging(_Beside):
+class Staging(Beside):
     """The folder that one process fills."""
 
     def __init__(self, out: Path, check: Callable[[], None]) -> None:
@@ -111,7 +111,7 @@ class Staging(_Beside):
                 self._check()
                 self._refuse_shards()
                 try:
-                    self._begin()
+                    self.begin()
                     yield
                 except BaseException:
                     _remove(self.folder)
@@ -137,7 +137,7 @@ class Staging(_Beside):
                 raise
 
 
-class SharedStaging(_Beside):
+class SharedStaging(Beside):
     """A folder that several shards fill; a file counts once its record is written."""
 
     def __init__(
@@ -171,7 +171,7 @@ class SharedStaging(_Beside):
     def _begin_or_join(self) -> None:
         identity = self._identity_path
         if not (self.folder.exists() and identity.exists()):
-            self._begin()
+            self.begin()
             self._records.mkdir()
             write_durably(identity, self._identity)
         elif identity.read_bytes() != self._identity:

@@ -5,15 +5,12 @@ a `Part` with its sums. `Resident` takes all layers at once, over more and more 
 takes one block at a time, over all samples.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-import torch
-
 from gradpipe.errors import InputError
 from gradpipe.stages.collect.sums import LayerAccumulator
-from gradpipe.stages.model.layers import Layer
 from gradpipe.stages.model.skeleton import Skeleton
 
 _SAMPLES, _BLOCK, _OUTSIDE = "samples", "block", "outside"
@@ -75,13 +72,6 @@ class Schedule(Protocol):
 
         `advance` hears of each micro-batch, and may raise to stop.
         """
-
-
-def zeroed(
-    layers: Iterable[Layer], statistics: tuple[str, ...], device: torch.device
-) -> dict[str, LayerAccumulator]:
-    """An accumulator for each layer, under the path of its module."""
-    return {x.path: LayerAccumulator(x.spec, statistics, device) for x in layers}
 
 
 def check_shared(skeleton: Skeleton) -> None:

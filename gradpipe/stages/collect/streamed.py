@@ -24,7 +24,7 @@ from gradpipe.stages.collect.activations import Activations, TensorFile, remaini
 from gradpipe.stages.collect.block_calls import BlockCalls
 from gradpipe.stages.collect.block_weights import WeightLoader
 from gradpipe.stages.collect.hooks import LayerHooks, check_loss, first_overflow, loss_scale, runs
-from gradpipe.stages.collect.schedule import Part, zeroed
+from gradpipe.stages.collect.schedule import Part
 from gradpipe.stages.collect.sums import LayerAccumulator
 from gradpipe.stages.model.batch import Batch
 from gradpipe.stages.model.skeleton import Skeleton
@@ -152,9 +152,12 @@ class Streamed(BlockByBlock):
             yield _OUTSIDE, list(outside.values())
 
     def _zeroed(self, part: Part, wanted: set[Part]) -> dict[str, LayerAccumulator]:
-        """Accumulators of the layers of a part, none if it is not wanted."""
-        layers = [x for x in self._layers if Part.of_block(x.spec.block) == part and part in wanted]
-        return zeroed(layers, self._statistics, self._device)
+        """Accumulators of a part's layers, by their modules' paths; none if it is not wanted."""
+        return {
+            x.path: LayerAccumulator(x.spec, self._statistics, self._device)
+            for x in self._layers
+            if part in wanted and Part.of_block(x.spec.block) == part
+        }
 
     # What blocks are called with.
 

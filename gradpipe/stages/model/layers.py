@@ -6,7 +6,7 @@ the checkpoint. Routers stay dense: a few thousand weights decide where every to
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,24 +44,18 @@ class LeftOut:
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """What the user asks for beside the linear maps of the blocks: regexes."""
-
-    include: tuple[str, ...] = ()  # linear layers outside the blocks to collect too
-    exclude: tuple[str, ...] = ()  # linear layers to leave dense
-
-
 def find_layers(
     model: nn.Module,
     linears: dict[str, nn.Module],
     blocks: Blocks,
     sources: Sources,
     trial: Trial,
-    asked: Selection,
+    include: Sequence[str],
+    exclude: Sequence[str],
 ) -> tuple[tuple[Layer, ...], tuple[LeftOut, ...]]:
     """Every linear map in the blocks, and those outside that are asked for; what is left out.
 
+    Regexes `include` linear maps outside the blocks, and `exclude` some that are left dense.
     Raises InputError for a regex without a match, for weights that are no floats, and for a model
     in which nothing is a layer.
     """
@@ -70,13 +64,13 @@ def find_layers(
     reasons = _reasons(model, linears, keys, sources, trial)
     outside = [x for x in linears if not x.startswith(prefix)]
     wanted = [x for x in linears if x.startswith(prefix)]
-    for pattern in asked.include:
+    for pattern in include:
         included = _matches("include", pattern, outside, keys, sources)
         if all(name in reasons for name in included):
             first = included[0]
             raise InputError(f"--include {pattern}: {first} is no layer: {reasons[first]}")
         wanted += included
-    for pattern in asked.exclude:
+    for pattern in exclude:
         for name in _matches("exclude", pattern, wanted, keys, sources):
             reasons[name] = f"left out by --exclude {pattern}"
     layers = []

@@ -1,5 +1,6 @@
 """A checkpoint's model without its weights, taken apart: what is collected, and what is not."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,11 @@ from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.model.blocks import Blocks, find_blocks
 from gradpipe.stages.model.conversion import Sources
 from gradpipe.stages.model.experts import split_experts
-from gradpipe.stages.model.layers import Layer, LeftOut, Selection, find_layers, share_inputs
+from gradpipe.stages.model.layers import Layer, LeftOut, find_layers, share_inputs
 from gradpipe.stages.model.linear import linear_maps
 from gradpipe.stages.model.load import build_skeleton
 from gradpipe.stages.model.trial import Trial, try_forward
 from gradpipe.store.schema import CouplingSpec
-
-_BLOCKS_ALONE = Selection()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +63,12 @@ def take_apart(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     blocks: str | None = None,
-    asked: Selection = _BLOCKS_ALONE,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Skeleton:
     """The skeleton of a checkpoint, its blocks at the path `blocks`, or found.
 
+    Regexes `include` and `exclude` linear maps, as in `find_layers`.
     Reads no weights; the layers have no digests yet (`measured`). Raises InputError for a model
     that cannot be built from this checkpoint, or has no such blocks or layers.
     """
@@ -75,7 +76,7 @@ def take_apart(
     split_experts(model, sources)
     linears, trial = linear_maps(model), try_forward(model)
     found = find_blocks(model, linears, trial, blocks)
-    layers, left_out = find_layers(model, linears, found, sources, trial, asked)
+    layers, left_out = find_layers(model, linears, found, sources, trial, include, exclude)
     return Skeleton(
         sources=sources,
         model=model,

@@ -10,7 +10,6 @@ Shapes: N rows of the batch, each a sequence of its own; O outputs, I inputs of 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -26,12 +25,7 @@ from gradpipe.stages.model.trial import image_shape
 _LARGE = 2**22  # values of a parameter; larger ones get one row's memory
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """What a block was called with."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]  # what a block was called with
 
 
 class StandIn:
@@ -76,7 +70,7 @@ class StandIn:
         """Run one module as it was called: path -> input of each linear map that it reached."""
         self.inputs = {}
         with _running():
-            self.model.get_submodule(path)(*call.args, **call.kwargs)
+            self.model.get_submodule(path)(*call[0], **call[1])
         return self.inputs
 
     def _batch(self) -> dict[str, Any]:
@@ -148,7 +142,7 @@ def _once(path: str, forward: Callable[..., Any], found: dict[str, Call]) -> Cal
 
     def first(*args: Any, **kwargs: Any) -> Any:
         if not outputs:
-            found[path] = Call(args=args, kwargs=kwargs)
+            found[path] = (args, kwargs)
             outputs.append(forward(*args, **kwargs))
         return outputs[0]
 

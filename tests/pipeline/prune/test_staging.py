@@ -196,13 +196,13 @@ def test_a_checkpoint_file_that_vanishes_is_named(
 ) -> None:
     """It was to be read: making room would not help."""
     model = save_tiny("llama", tmp_path / "model", max_shard_size="40KB")
-    real = staging.Places.begin
+    real = staging.Beside.begin
 
     def vanishing(places: Any) -> None:
         real(places)
         next(model.glob("*.safetensors")).unlink()
 
-    monkeypatch.setattr(staging.Places, "begin", vanishing)
+    monkeypatch.setattr(staging.Beside, "begin", vanishing)
     with pytest.raises(GradpipeError, match=r"model-0000.*safetensors: No such file.*restore it"):
         prune(config(workplace, tmp_path / "out", model=str(model)))
     assert names(tmp_path) == {"model"}

@@ -8,12 +8,9 @@ import torch
 
 from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.model.layers import Selection
 from gradpipe.stages.model.skeleton import Skeleton, take_apart
 from tests.support.architectures import save_architecture
 from tests.support.models import save_tiny
-
-EVERY = Selection()
 
 
 def skeleton(
@@ -21,12 +18,12 @@ def skeleton(
     tmp_path: Path,
     kind: str | None = None,
     blocks: str | None = None,
-    asked: Selection = EVERY,
+    include: tuple[str, ...] = (),
     **changes: Any,
 ) -> Skeleton:
     """The type's tiny model, taken apart."""
     folder = save_architecture(model_type, tmp_path / "model", kind=kind, **changes)
-    return take_apart(Checkpoint.open(str(folder)), torch.float32, blocks, asked)
+    return take_apart(Checkpoint.open(str(folder)), torch.float32, blocks, include)
 
 
 def names(found: Skeleton, block: int = 0) -> set[str]:
@@ -139,18 +136,17 @@ def test_what_is_left_out_and_what_is_a_layer_are_all(tmp_path: Path) -> None:
 def test_layers_are_left_out_as_asked(tmp_path: Path) -> None:
     """By a regex on their names, that must match; and it is told."""
     checkpoint = Checkpoint.open(str(save_tiny("llama", tmp_path / "model")))
-    asked = Selection(exclude=("down_proj$",))
-    found = take_apart(checkpoint, torch.float32, None, asked)
+    found = take_apart(checkpoint, torch.float32, exclude=("down_proj$",))
     assert "mlp.down_proj" not in names(found)
     reason = reasons(found)["model.layers.0.mlp.down_proj.weight"]
     assert reason == "left out by --exclude down_proj$"
     with pytest.raises(
         InputError, match=r"--exclude w2: matches no linear layer that is collected"
     ):
-        take_apart(checkpoint, torch.float32, None, Selection(exclude=("w2",)))
+        take_apart(checkpoint, torch.float32, exclude=("w2",))
 
 
 def test_what_a_sample_does_not_run_through_cannot_be_included(tmp_path: Path) -> None:
     """Such as a vision tower's layers, of a model that is given text."""
     with pytest.raises(InputError, match=r"vision_tower.*is no layer: not called by a pass"):
-        skeleton("gemma3", tmp_path, asked=Selection(include=("vision_tower",)))
+        skeleton("gemma3", tmp_path, include=("vision_tower",))
