@@ -79,21 +79,19 @@ class CommitRecord:
 
 
 class ObjectWriter:
-    """Writes objects under one local folder, and makes them durable when it commits."""
+    """Writes objects under a local folder, which it creates, and makes them durable: `commit`."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder` is created when the first object is written."""
         self.folder = folder
         self.record = CommitRecord()
 
     def write(self, key: str, data: bytes) -> None:
         """Write `data` under `key`, whole or not at all; durable only once committed."""
         path = self.folder / key
-        try:
+        with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, data)
-        except OSError as error:
-            raise _write_error(path, error) from error
+            with replacing(path, durable=False) as file:
+                file.write(data)
         self.record.objects[key] = (len(data), digest(data))
 
     def commit(self, key: str = COMMIT_KEY) -> None:
@@ -101,18 +99,17 @@ class ObjectWriter:
         files = [self.folder / name for name in self.record.objects]
         folders = {x for file in files for x in file.parents if x.is_relative_to(self.folder)}
         record = self.folder / key
-        try:
+        with _writing(record):
             with ThreadPoolExecutor(_FSYNC_THREADS) as pool:  # file systems batch these
                 list(pool.map(fsync, [*files, *folders, self.folder.absolute().parent]))
             record.parent.mkdir(parents=True, exist_ok=True)
             write_durably(record, self.record.to_bytes())
-        except OSError as error:
-            raise _write_error(record, error) from error
 
 
 def write_durably(path: Path, data: bytes) -> None:
     """Publish `data` as `path`, whole or not at all, whatever happens to the machine."""
-    _replace(path, data, durable=True)
+    with replacing(path) as file:
+        file.write(data)
     fsync(path.parent)
 
 
@@ -125,12 +122,13 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace(path: Path, data: bytes, *, durable: bool = False) -> None:
-    """Write a sibling file, then rename it."""
+@contextmanager
+def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
+    """A sibling file to write, which becomes `path` once it is whole, or is gone."""
     temporary = path.with_name(_TEMPORARY.format(path.name))
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
@@ -140,11 +138,16 @@ def _replace(path: Path, data: bytes, *, durable: bool = False) -> None:
         raise
 
 
-def _write_error(path: Path, error: OSError) -> GradpipeError:
-    return GradpipeError(
-        f"cannot write {path}: {error.strerror or error}: make room or give another folder, "
-        "then run the same command again"
-    )
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Say what could not be written, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise GradpipeError(
+            f"cannot write {path}: {error.strerror or error}: make room or give another folder, "
+            "then run the same command again"
+        ) from error
 
 
 def remove_strays(folder: Path, among: Iterable[str], keep: Iterable[str]) -> None:
@@ -362,14 +365,13 @@ class ObjectReader:
 
     def _read_range(self, path: str, end: int) -> bytes:
         try:
-            data: bytes = self._files.cat_file(path, start=0, end=end)
+            return bytes(self._files.cat_file(path, start=0, end=end))
         except FileNotFoundError:
             raise
         except Exception:  # no range of an empty file is one, to HTTP
             if self._files.size(path) == 0:
                 return b""
             raise
-        return data
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[BinaryIO]:

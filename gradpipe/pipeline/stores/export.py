@@ -2,17 +2,16 @@
 
 import json
 import math
-import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gradpipe.errors import GradpipeError, InputError
 from gradpipe.pipeline.places import check_local, holds, is_writable
 from gradpipe.pipeline.stores.config import IMATRIX, ExportConfig
 from gradpipe.pipeline.stores.layers import chosen_layers
-from gradpipe.store.objects import fsync
+from gradpipe.store.objects import replacing
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS, Sums, in_order
@@ -29,14 +28,22 @@ def export(config: ExportConfig) -> Path:
     _check_out(config.out, store)
     layers = chosen_layers(store, config.layer)
     if config.format == IMATRIX:
-        from gradpipe.pipeline.stores.imatrix import (  # noqa: PLC0415 (of an extra)
-            Imatrix,
-        )
+        from gradpipe.pipeline.stores.imatrix import Imatrix  # noqa: PLC0415 (of an extra)
 
-        _written(config.out, Imatrix.of(store, layers).write)
+        matrix = Imatrix.of(store, layers)
     else:
         statistics = _statistics(config, store)
-        _written(config.out, lambda path: _write_safetensors(path, store, layers, statistics))
+    try:
+        with replacing(config.out) as file:
+            if config.format == IMATRIX:
+                matrix.write(Path(file.name))
+            else:
+                _write_safetensors(file, store, layers, statistics)
+    except OSError as error:
+        raise GradpipeError(
+            f"cannot write {config.out}: {error.strerror or error}: make room or give another "
+            "folder"
+        ) from error
     return config.out
 
 
@@ -50,21 +57,6 @@ def _check_out(out: Path, store: GradientStore) -> None:
         raise InputError(f"OUT {out} is in the store: give another name")
 
 
-def _written(out: Path, write: Callable[[Path], None]) -> None:
-    """Write a file beside `out`, then rename it."""
-    temporary = out.with_name(f".{out.name}.tmp")
-    try:
-        write(temporary)
-        fsync(temporary)
-        temporary.replace(out)
-    except OSError as error:
-        raise GradpipeError(
-            f"cannot write {out}: {error.strerror or error}: make room or give another folder"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _statistics(config: ExportConfig, store: GradientStore) -> tuple[str, ...]:
     if missing := [x for x in config.statistics if x not in store.spec.statistics]:
         raise InputError(
@@ -75,7 +67,7 @@ def _statistics(config: ExportConfig, store: GradientStore) -> tuple[str, ...]:
 
 
 def _write_safetensors(
-    path: Path, store: GradientStore, layers: tuple[LayerSpec, ...], statistics: tuple[str, ...]
+    file: BinaryIO, store: GradientStore, layers: tuple[LayerSpec, ...], statistics: tuple[str, ...]
 ) -> None:
     """Norms in float32, named `LAYER.STATISTIC`; second moments as whole matrices.
 
@@ -88,12 +80,8 @@ def _write_safetensors(
         for name in layer.own(statistics)
     }
     header = _header(shapes, _metadata(store, layers, statistics))
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)) + header)
-        for norms in _norms(store, layers, statistics):
-            file.write(norms.astype("<f4").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(struct.pack("<Q", len(header)) + header)
+    file.writelines(norms.astype("<f4").tobytes() for norms in _norms(store, layers, statistics))
 
 
 def _norms(

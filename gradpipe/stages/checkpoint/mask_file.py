@@ -7,7 +7,6 @@ last byte. The metadata, strings as safetensors has them, hold `format`, and as 
 """
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from gradpipe.errors import InputError, one_line
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.store.objects import digest
+from gradpipe.store.objects import digest, replacing
 
 FORMAT = "gradpipe masks 1"
 
@@ -82,21 +81,14 @@ def write_masks(path: Path, checkpoint: Checkpoint, keys: Iterable[str], report:
     """
     shapes = {key: checkpoint.tensors[key].shape for key in keys}
     digests = dict.fromkeys(shapes, "0" * 32)
-    part = path.with_name(f".{path.name}.partial")
-    try:
-        with part.open("wb") as file:
-            file.write(_header(shapes, digests, report))
-            for key in shapes:
-                bits = np.packbits((checkpoint.read(key) != 0).flatten().numpy())
-                digests[key] = digest(bits.data)
-                file.write(bits.data)
-            file.seek(0)
-            file.write(_header(shapes, digests, report))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(_header(shapes, digests, report))
+        for key in shapes:
+            bits = np.packbits((checkpoint.read(key) != 0).flatten().numpy())
+            digests[key] = digest(bits.data)
+            file.write(bits.data)
+        file.seek(0)
+        file.write(_header(shapes, digests, report))
 
 
 def masked(tensor: Tensor, mask: Tensor) -> Tensor:
