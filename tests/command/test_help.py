@@ -14,7 +14,7 @@ from gradpipe.errors import did_you_mean
 from gradpipe.help import EXAMPLES, OTHER, TOPICS, topic_of
 from gradpipe.pipeline.reports.kinds import block_of, is_alike, kind_of, summary
 from gradpipe.pipeline.reports.results import LayerResult, Zeros
-from tests.support.commands import COMMANDS
+from tests.support.commands import COMMANDS, ROOT
 from tests.support.workplace import COLLECT, EVAL, PIPE, PRUNE, Pipe, Refused
 
 
@@ -24,7 +24,7 @@ def test_help_of_a_command_ends_with_examples_that_it_understands(name: str) -> 
     command = COMMANDS[name]
     context = command.make_context(name, [], resilient_parsing=True)
     context.info_name = name.rsplit(maxsplit=1)[-1]
-    context.parent = _parents(command, name.split()[:-1])
+    context.parent = _parents(name.split()[:-1])
     shown = re.sub(r"\x1b\[\d+m", "", command.get_help(context))
     assert EXAMPLES[name]
     assert shown.endswith("".join(f"\n  $ {example}" for example in EXAMPLES[name]))
@@ -39,11 +39,11 @@ def test_help_of_a_command_ends_with_examples_that_it_understands(name: str) -> 
             assert f"{topic_of(flag.removeprefix('--'))}:\n" in shown
 
 
-def _parents(command: Any, words: list[str]) -> Any:
+def _parents(words: list[str]) -> Any:
     """The contexts above a command's, as click makes them: the program's first."""
-    context = typer.Context(command, info_name="pipe")
+    context = typer.Context(ROOT, info_name="pipe")
     for word in words:
-        context = typer.Context(command, info_name=word, parent=context)
+        context = typer.Context(ROOT.commands[word], info_name=word, parent=context)
     return context
 
 

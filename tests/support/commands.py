@@ -19,5 +19,6 @@ def _below(group: Any, words: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 # every command that does something, by the words that call it: `eval`, `store info`
-COMMANDS = _below(typer.main.get_command(cli.app))
+ROOT: Any = typer.main.get_command(cli.app)
+COMMANDS = _below(ROOT)
 FLAGS = {flag for command in COMMANDS.values() for x in command.params for flag in x.opts}
