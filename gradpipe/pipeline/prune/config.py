@@ -216,16 +216,14 @@ class PruneConfig:
             refuse_given(self, ("group",), "an n:m pattern compares within its m inputs")
         if (own := METHODS[self.method].compares) is not None:
             refuse_given(self, ("group",), f"{self.method} compares within {own}")
-        if self._is_global and (is_given(self, "allocation") or not self._has_score):
+        if self._is_global and (is_given(self, "allocation") or self.own_score is None):
             raise InputError(
                 "--group global: scores alone decide how much of a layer goes: "
                 "leave --allocation out, and choose a method with a score"
             )
 
     def _check_method(self) -> None:
-        if self._has_score:
-            self._score()
-        else:
+        if self.own_score is None:
             refuse_given(self, ("update",), f"{self.method} updates weights by itself")
             if self.score is not None:
                 raise InputError(
@@ -268,7 +266,7 @@ class PruneConfig:
 
     def _check_norms(self) -> None:
         """`--alpha` and `--grad-norm` are parts of a formula."""
-        scores = [self._score() if self._has_score else None, self._allocation_score()]
+        scores = (self.own_score, self.score_of_allocation)
         names = {name for score in scores if score is not None for name in score.expression.names}
         what = self.score or self.method
         if "a" not in names:
@@ -285,18 +283,19 @@ class PruneConfig:
         """True if each target is one n:m for all blocks: no share is to be allocated."""
         return bool(self.patterns) and not self.sparsities and not self.mixed_patterns
 
-    @property
-    def _has_score(self) -> bool:
-        return METHODS[self.method].formula is not None
-
     def _curvatures(self) -> tuple[str, ...]:
         """What the method, or else its update, can minimise."""
         return METHODS[self.method].curvatures or UPDATES[self.update].curvatures
 
-    def _score(self) -> Score:
+    @property
+    def own_score(self) -> Score | None:
+        """The formula's, or the method's; None for a solver."""
+        if METHODS[self.method].formula is None:
+            return None
         return find_score(self.score or self.method, self.grad_norm, self.alpha)
 
-    def _allocation_score(self) -> Score | None:
+    @property
+    def score_of_allocation(self) -> Score | None:
         """What the allocation looks at, if that is not the method's own score."""
         rule = find_rule(self.allocation)
         name = self.allocation_score or (rule.score if rule is not None else None)

@@ -26,7 +26,7 @@ from gradpipe.stages.prune.allocation import (
     AllocationRule,
     find_rule,
 )
-from gradpipe.stages.prune.methods import METHODS, UPDATES, ChosenMethod, Score, find_score
+from gradpipe.stages.prune.methods import METHODS, UPDATES, ChosenMethod, Score
 from gradpipe.stages.prune.target import Budget, Group, Target, parse_targets
 from gradpipe.store.objects import digest
 from gradpipe.store.reader import GradientStore
@@ -153,12 +153,9 @@ def _targets(config: PruneConfig, file: AllocationFile | None) -> tuple[Target, 
 
 
 def _chosen(config: PruneConfig) -> ChosenMethod:
-    method, score = METHODS[config.method], None
-    if method.formula is not None:
-        score = find_score(config.score or config.method, config.grad_norm, config.alpha)
     return ChosenMethod(
-        method=method,
-        score=score,
+        method=METHODS[config.method],
+        score=config.own_score,
         update=UPDATES[config.update],
         curvature=config.curvature,
         group=_group(config),
@@ -191,15 +188,13 @@ def _allocation_score(
     """What the rule looks at: what the user says, what the rule says, or the method's own."""
     if not allocation.rule.num_passes:
         return None
-    name = config.allocation_score or allocation.rule.score
-    if name is not None:
-        return find_score(name, config.grad_norm, config.alpha)
-    if chosen.score is None:
+    score = config.score_of_allocation or chosen.score
+    if score is None:
         raise InputError(
             f"--allocation {allocation.name} looks at the method's score, and {config.method} has "
             "none: give --allocation-score"
         )
-    return chosen.score
+    return score
 
 
 def _read_allocation(config: PruneConfig) -> AllocationFile | None:
