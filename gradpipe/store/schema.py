@@ -58,6 +58,8 @@ def _parse(hint: Any, value: object, where: str) -> Any:
         return tuple(_parse(arguments[0], item, where) for item in value)
     if origin is types.UnionType:
         return None if value is None else _parse(arguments[0], value, where)
+    if origin is Mapping and isinstance(value, dict):
+        return value
     if isinstance(hint, type) and issubclass(hint, JsonSpec):
         return hint.from_json(value)
     if origin is None and type(value) is hint:

@@ -5,7 +5,7 @@ A line is one JSON object, of these fields in this order; `docs/sweeps.md` says 
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,7 +19,6 @@ from gradpipe.store.schema import JsonSpec
 RESULTS = "results.jsonl"  # in a sweep's folder
 FORMAT = 1  # of a line
 SAMPLES = "--num-samples"  # among a line's options: how many the store is of
-_OBJECTS = ("options", "zeros", "layers", "seconds", "versions")  # of a line
 NAMED = ("grad_norm", "alpha", "group", "allocation", "update", "samples")  # after the method
 
 
@@ -68,7 +67,7 @@ class Metric(JsonSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PointResult:
+class PointResult(JsonSpec):
     """One point: the dense model, or a pruning of it."""
 
     key: str  # digest of what was asked: point, model, store, how it is measured
@@ -85,32 +84,18 @@ class PointResult:
 
     def to_json(self) -> dict[str, Any]:
         """The line, as plain JSON values."""
-        document: dict[str, Any] = {"format": FORMAT} | {
-            x.name: getattr(self, x.name) for x in fields(self)
-        }
-        document["point"] = None if self.point is None else asdict(self.point)
-        specs = {"model": self.model, "store": self.store, "metric": self.metric}
-        return document | {name: spec.to_json() for name, spec in specs.items()}
+        return {"format": FORMAT} | asdict(self) | {"metric": self.metric.to_json()}
 
     @classmethod
     def from_json(cls, document: object) -> Self:
         """The result in a line; InputError for anything else."""
         values = dict(document) if isinstance(document, dict) else {}
-        is_sound = values.pop("format", None) == FORMAT and isinstance(values.get("key"), str)
-        mistake = InputError(f"not a point of a sweep in format {FORMAT}")
-        if not is_sound or not all(isinstance(values.get(name), dict) for name in _OBJECTS):
-            raise mistake
         try:
-            point = values.pop("point")
-            return cls(
-                point=None if point is None else PointSpec.from_json(point),
-                metric=Metric.from_json(values.pop("metric")),
-                model=Named.from_json(values.pop("model")),
-                store=Named.from_json(values.pop("store")),
-                **values,
-            )
-        except (StoreError, TypeError, KeyError) as error:
-            raise mistake from error
+            if values.pop("format", None) == FORMAT:
+                return super(PointResult, cls).from_json(values)
+        except StoreError as error:
+            raise InputError(f"not a point of a sweep in format {FORMAT}: {error}") from error
+        raise InputError(f"not a point of a sweep in format {FORMAT}")
 
     @property
     def target(self) -> str:
