@@ -76,12 +76,7 @@ def store_state(folder: Path, *, overwrite: bool) -> State:
 
 
 def begin(
-    config: CollectConfig,
-    shard: Shard,
-    ranks: Ranks,
-    skeleton: Skeleton,
-    held: ExitStack,
-    console: Console,
+    config: CollectConfig, ranks: Ranks, skeleton: Skeleton, held: ExitStack, console: Console
 ) -> tuple[StoreSpec, Calibration] | None:
     """Fix the samples, or find them fixed; None if the same command has finished before.
 
@@ -89,7 +84,7 @@ def begin(
     the samples reads all weights once, for their digests; everyone checks those of the weights that
     it loads. Of several ranks the first does this, and the others find it done.
     """
-    share, found = share_of(shard, ranks), None
+    share, found = share_of(config.job, ranks), None
 
     def fix() -> bool:
         nonlocal found

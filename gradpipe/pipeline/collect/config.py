@@ -21,6 +21,7 @@ from gradpipe.pipeline.options import (
 )
 from gradpipe.pipeline.recipes import RECIPES
 from gradpipe.stages.data.config import TOKENS, DataConfig
+from gradpipe.store.shard import Shard
 from gradpipe.store.statistics import DEFAULT_STATISTICS, ENCODINGS, STATISTICS
 
 SCHEDULES = ("auto", "resident", "streamed")
@@ -111,6 +112,11 @@ class CollectConfig:
                 f"--shard {self.shard.index}/{self.shard.count}: more shards than the "
                 f"{self.num_samples} samples: give at most one a sample"
             )
+
+    @property
+    def job(self) -> Shard:
+        """Which of several jobs this is; the only one, unless it is said."""
+        return self.shard or Shard(0, 1)
 
     def _resolve_statistics(self) -> None:
         """Those of the recipe, unless some are given by name."""

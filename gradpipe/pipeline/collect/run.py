@@ -40,7 +40,6 @@ from gradpipe.store.folder import LOCK_NAME, is_begun, is_complete
 from gradpipe.store.lock import locked
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
-from gradpipe.store.shard import Shard
 
 
 def collect(config: CollectConfig, console: Console = QUIET) -> GradientStore:
@@ -76,7 +75,7 @@ def collect(config: CollectConfig, console: Console = QUIET) -> GradientStore:
     """
     if config.shard is not None:
         raise InputError("--shard: use collect_shard, which may leave the store unfinished")
-    _run(config, Shard(0, 1), console)
+    _run(config, console)
     return GradientStore.open(config.store)
 
 
@@ -118,7 +117,7 @@ def collect_shard(config: CollectConfig, console: Console = QUIET) -> GradientSt
     """
     if config.shard is None:
         raise InputError("--shard: expected I/N, the job's number among N")
-    _run(config, config.shard, console)
+    _run(config, console)
     if config.finalize and not is_complete(config.store):
         with locked(config.store / LOCK_NAME, of=config.store, wait=True):
             if not is_complete(config.store) and is_last(config.store):
@@ -155,7 +154,7 @@ def examine(config: CollectConfig) -> ModelReport:
     Raises InputError for a model that cannot be collected, as far as its config tells.
     """
     checkpoint = with_expected_tensors(Checkpoint.outline(config.model))
-    device, shard = resolve_device(config.device), config.shard or Shard(0, 1)
+    device = resolve_device(config.device)
     skeleton = _skeleton(config, checkpoint, with_couplings=False)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
         seq_len = skeleton.image_tokens
@@ -171,11 +170,11 @@ def examine(config: CollectConfig) -> ModelReport:
         num_layers=len(skeleton.layers),
         num_layer_weights=sum(x.spec.num_weights for x in skeleton.layers),
         dense=tuple(dense_lines(skeleton.left_out)),
-        estimate=_plan(config, shard, Ranks(), skeleton, seq_len, device),
+        estimate=_plan(config, Ranks(), skeleton, seq_len, device),
     )
 
 
-def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
+def _run(config: CollectConfig, console: Console) -> None:
     """Collect one shard's part, with all ranks, and finish the store if it is all there is."""
     launch = Launch.of(os.environ)
     if launch.is_restart:  # what the first start overwrote is gone; this one goes on
@@ -184,36 +183,35 @@ def _run(config: CollectConfig, shard: Shard, console: Console) -> None:
         if not ranks.is_first:
             console = QUIET
         try:
-            _run_ranks(config, shard, ranks, launch, console)
+            _run_ranks(config, ranks, launch, console)
         except Interrupted as error:
             again = ", without --overwrite," if config.overwrite else ""
             raise Interrupted(f"{error}: run the same command again{again} to go on") from error
 
 
-def _run_ranks(
-    config: CollectConfig, shard: Shard, ranks: Ranks, launch: Launch, console: Console
-) -> None:
+def _run_ranks(config: CollectConfig, ranks: Ranks, launch: Launch, console: Console) -> None:
     """What each rank does, in step with the others."""
-    ranks.first(lambda: _check_places(config, shard, ranks))
+    ranks.first(lambda: _check_places(config, ranks))
     checkpoint = ranks.together(lambda: Checkpoint.open(config.model))
     ranks.agree(common_facts(config, checkpoint))
     device, skeleton = ranks.together(lambda: _prepared(config, checkpoint, launch))
     for line in dense_lines(skeleton.left_out):
         tell(console, line)
     placement = ranks.together(lambda: _placed(config, skeleton, launch))
-    ranks.first(lambda: _try_out(config, skeleton, device))
+    if ranks.first(lambda: config.overwrite or not is_begun(config.store)):
+        ranks.first(lambda: probe(skeleton, device))  # before the first of the work
     with ExitStack() as held, torch_threads(usable_threads()):
-        begun = begin(config, shard, ranks, skeleton, held, console)
+        begun = begin(config, ranks, skeleton, held, console)
         if begun is None:
             return
         spec, calibration = begun
         place = Place(
-            store=config.store, spec=spec, calibration=calibration, shard=shard, ranks=ranks
+            store=config.store, spec=spec, calibration=calibration, shard=config.job, ranks=ranks
         )
         job = Job(
             place=place,
             skeleton=with_digests_of(skeleton, spec),
-            plan=_plan(config, shard, ranks, skeleton, spec.samples.seq_len, device),
+            plan=_plan(config, ranks, skeleton, spec.samples.seq_len, device),
             device=device,
             placement=placement,
             config=config,
@@ -221,9 +219,10 @@ def _run_ranks(
         run_part(job, console)
 
 
-def _check_places(config: CollectConfig, shard: Shard, ranks: Ranks) -> None:
+def _check_places(config: CollectConfig, ranks: Ranks) -> None:
     """Raises InputError if the store may not be written, or not by so many ranks."""
     check_store(config.store, (Path(config.model), Path(config.data.name)))
+    shard = config.job
     if ranks.count > 1 and shard.count > 1:
         raise InputError(
             f"--shard {shard.index}/{shard.count}: the {ranks.count} ranks share the samples out: "
@@ -258,28 +257,23 @@ def _placed(config: CollectConfig, skeleton: Skeleton, launch: Launch) -> Placem
     return place(skeleton, config.device_map, config.statistics)
 
 
-def _try_out(config: CollectConfig, skeleton: Skeleton, device: torch.device) -> None:
-    """A few tokens through real weights, before the first of the work."""
-    if config.overwrite or not is_begun(config.store):
-        probe(skeleton, device)
-
-
 def _plan(
-    config: CollectConfig,
-    shard: Shard,
-    ranks: Ranks,
-    skeleton: Skeleton,
-    seq_len: int,
-    device: torch.device,
+    config: CollectConfig, ranks: Ranks, skeleton: Skeleton, seq_len: int, device: torch.device
 ) -> Estimate:
     """As `estimate`; `auto` goes on as was begun, as another schedule would start anew.
 
     All ranks run the same schedule: resident where that fits on each.
     """
-    work = _workload(config, share_of(shard, ranks), seq_len)
+    work = Workload(
+        num_samples=len(share_of(config.job, ranks).part_of(config.num_samples)),
+        seq_len=seq_len,
+        batch_size=config.batch_size,
+        statistics=config.statistics,
+        encoding=config.encoding,
+    )
     begun = None
     if config.schedule == "auto":
-        found = set(ranks.gathered(begun_schedule(config.store, shard, ranks)))
+        found = set(ranks.gathered(begun_schedule(config.store, config.job, ranks)))
         begun = next((x for x in ("resident", "streamed") if x in found), None)
     has_own_gpu = device.type == "cuda" and config.device in {"auto", "cuda"}
     sharing = 1 if ranks.count == 1 or has_own_gpu else Launch.of(os.environ).local_count
@@ -314,13 +308,3 @@ def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_couplings: 
     if not with_couplings:
         return found
     return replace(found, couplings=find_couplings(found.model, found.blocks, found.layers))
-
-
-def _workload(config: CollectConfig, shard: Shard, seq_len: int) -> Workload:
-    return Workload(
-        num_samples=len(shard.part_of(config.num_samples)),
-        seq_len=seq_len,
-        batch_size=config.batch_size,
-        statistics=config.statistics,
-        encoding=config.encoding,
-    )
