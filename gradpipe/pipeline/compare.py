@@ -21,11 +21,15 @@ from gradpipe.pipeline.progress import QUIET
 from gradpipe.pipeline.reports.card import add_results, check_card
 from gradpipe.pipeline.reports.evaluations import Comparison, Evaluation, Latency, Score
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.checkpoint.size import file_sizes
 from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.device import memory_errors, resolve_device
 from gradpipe.stages.evaluate.closeness import closeness
-from gradpipe.stages.evaluate.latency import NEW_TOKENS, compress_2_4, measure_speed
+from gradpipe.stages.evaluate.latency import (
+    NEW_TOKENS,
+    compress_2_4,
+    file_sizes,
+    measure_speed,
+)
 from gradpipe.stages.evaluate.perplexity import perplexity
 from gradpipe.stages.evaluate.streamed import streamed_perplexity
 from gradpipe.stages.evaluate.tasks import Tasks, TaskScore

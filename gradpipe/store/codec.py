@@ -164,6 +164,15 @@ def triangle_rows(width: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(starts)]
 
 
+def square(packed: Sums) -> Sums:
+    """The symmetric matrix (N, N) of a packed upper triangle."""
+    width = triangle_width(len(packed))
+    matrix_NN = np.zeros((width, width), dtype=packed.dtype)
+    for i, row in enumerate(triangle_rows(width)):
+        matrix_NN[i, i:] = matrix_NN[i:, i] = packed[row]
+    return matrix_NN
+
+
 def _encode_correlation(packed: Sums) -> Parts:
     """M_ij / √(M_ii·M_jj) in steps of 1/32767, and the diagonal; 0 where a diagonal entry is 0.
 

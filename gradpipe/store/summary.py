@@ -158,15 +158,6 @@ def diagonal(length: int) -> npt.NDArray[np.int64]:
     return np.array([row.start for row in triangle_rows(triangle_width(length))])
 
 
-def square(packed: Sums) -> Sums:
-    """The symmetric matrix (N, N) of a packed upper triangle."""
-    width = triangle_width(len(packed))
-    matrix_NN = np.zeros((width, width), dtype=packed.dtype)
-    for i, row in enumerate(triangle_rows(width)):
-        matrix_NN[i, i:] = matrix_NN[i:, i] = packed[row]
-    return matrix_NN
-
-
 def effective_rank(packed: Sums) -> float:
     """(Σλ)² / Σλ² of the matrix of a packed upper triangle; 0 of one that is all 0."""
     trace = float(packed[diagonal(len(packed))].sum(dtype=np.float64))

@@ -76,7 +76,8 @@ def _prune(config: PruneConfig, ranks: Ranks, console: Console) -> tuple[PruneRe
     if plan.warning is not None:
         tell(console, plan.warning)
     if ranks.count > 1:
-        ranks.agree(_facts(config, plan))
+        own = {"the store's digest": plan.store.digest, "--allocation": plan.allocation.name}
+        ranks.agree(common_facts(config, plan.checkpoint) | own)
     elif config.shard is not None:
         return _prune_shard(config, plan, config.shard, console)
     staging = Staging(config.out, lambda: _check_out(config, plan))
@@ -117,14 +118,6 @@ def _planned(config: PruneConfig) -> PrunePlan:
     device = launch.device(config.device, torch.cuda.device_count())
     checkpoint = Checkpoint.open(config.model)
     return PrunePlan.of(replace(config, device=device), checkpoint, open_store(config))
-
-
-def _facts(config: PruneConfig, plan: PrunePlan) -> dict[str, object]:
-    """What ranks must have in common."""
-    return common_facts(config, plan.checkpoint) | {
-        "the store's digest": plan.store.digest,
-        "--allocation": plan.allocation.name,
-    }
 
 
 def _allocated(plan: PrunePlan, ranks: Ranks, console: Console) -> AllocatedPlan:

@@ -11,11 +11,11 @@ from gradpipe.errors import GradpipeError, InputError
 from gradpipe.pipeline.places import check_local, holds, is_writable
 from gradpipe.pipeline.stores.config import IMATRIX, ExportConfig
 from gradpipe.pipeline.stores.layers import chosen_layers
+from gradpipe.store.codec import square
 from gradpipe.store.objects import replacing
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS, Sums, in_order
-from gradpipe.store.summary import square
 
 
 def export(config: ExportConfig) -> Path:

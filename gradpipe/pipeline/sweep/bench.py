@@ -131,7 +131,7 @@ class Bench:
         with board.step(f"{label}: measuring", self._measure.steps) as advance:
             value = self._measure.value(advance)
         zeros = Zeros.sum(layers)
-        blocks, file = self._pruned.shares(task.plan, layers)
+        blocks, file = self._pruned.uncovered.shares(task.plan, layers)
         return PointResult(
             key=task.key,
             study=self._study,

@@ -4,7 +4,7 @@ Each pruning writes every layer that the one before it wrote: there is nothing e
 checkpoint's files are only read.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from gradpipe.pipeline.prune.coverage import Uncovered
 from gradpipe.pipeline.prune.files import prune_layer
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
 from gradpipe.pipeline.prune.workers import side_by_side
-from gradpipe.pipeline.reports.results import LayerResult, Zeros
+from gradpipe.pipeline.reports.results import LayerResult
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.tensors import TensorInfo, as_tensor, count_zeros, tensor_bytes
 from gradpipe.stages.model.refill import Refill
@@ -27,7 +27,7 @@ class PrunedModel:
         """`plan` is any of those to come: all prune the same layers."""
         self.model = model
         self._refill = Refill(model, plan.checkpoint)
-        self._uncovered = Uncovered.of(plan)
+        self.uncovered = Uncovered.of(plan)
         self._names: dict[str, list[str]] = {}  # of a tensor's layers
         for name in (x for file in plan.checkpoint.files for x in plan.in_file(file)):
             self._names.setdefault(plan.layers[name].weight_key, []).append(name)
@@ -44,10 +44,6 @@ class PrunedModel:
                 found |= {result.name: result for result in results}
                 advance(len(results))
         return [found[name] for name in allocated.plan.in_order()]
-
-    def shares(self, plan: PrunePlan, layers: Sequence[LayerResult]) -> tuple[Zeros, Zeros]:
-        """Zeros of all weights of the blocks, and of the whole checkpoint."""
-        return self._uncovered.shares(plan, layers)
 
     def _fill(self, allocated: AllocatedPlan, keys: tuple[str, ...]) -> list[LayerResult]:
         """Prune the layers of tensors that make one parameter, and write it."""

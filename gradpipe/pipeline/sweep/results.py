@@ -6,7 +6,6 @@ next that writes; all hold a lock meanwhile, so that nothing whole is ever cut.
 
 import json
 import os
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 from gradpipe.errors import GradpipeError, InputError
@@ -51,7 +50,8 @@ class ResultsFile:
         line = json.dumps(result.to_json(), allow_nan=False, ensure_ascii=False)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with self._lock(), self.path.open("a+b") as file:
+            lock = locked(self._folder / _LOCK, of=self._folder, wait=True)
+            with lock, self.path.open("a+b") as file:
                 _cut_torn_line(file.fileno())
                 if result.key not in self.read():
                     file.write(line.encode() + b"\n")
@@ -62,9 +62,6 @@ class ResultsFile:
                 f"cannot write {self.path}: {error.strerror}: make room or mend it, then run the "
                 "same command again"
             ) from error
-
-    def _lock(self) -> AbstractContextManager[None]:
-        return locked(self._folder / _LOCK, of=self._folder, wait=True)
 
 
 def _cut_torn_line(descriptor: int) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradpipe.errors import GradpipeError
-from gradpipe.store.codec import triangle_rows
+from gradpipe.store.codec import square
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import (
     INPUTS,
@@ -127,9 +127,9 @@ class LayerAccumulator:
     def restore(self, stats: LayerStats) -> None:
         """Go on from sums that `result` gave before."""
         for name, sums in self.sums.items():
-            values = torch.from_numpy(stats.arrays[name])
+            values = stats.arrays[name]
             is_packed = STATISTICS[name].is_symmetric
-            sums.copy_(_unpacked(values, len(sums)) if is_packed else values)
+            sums.copy_(torch.from_numpy(square(values) if is_packed else values))
         self.num_samples, self.num_tokens = stats.num_samples, stats.num_tokens
 
     def result(self) -> LayerStats:
@@ -157,14 +157,6 @@ def _on_host(statistic: Statistic, sums: Tensor) -> Sums:
 def _packed(matrix_NN: Tensor) -> Tensor:
     """The upper triangle, row by row."""
     return torch.cat([row[i:] for i, row in enumerate(matrix_NN)])
-
-
-def _unpacked(packed: Tensor, width: int) -> Tensor:
-    """A matrix with this upper triangle: the lower one is never read."""
-    matrix_NN = torch.zeros(width, width)
-    for i, row in enumerate(triangle_rows(width)):
-        matrix_NN[i, i:] = packed[row]
-    return matrix_NN
 
 
 def _product(x_TI: Tensor, dy_TO: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How long a model takes on this machine: reading a prompt (prefill), and each new token (decode).
+"""How long a model takes here, to read a prompt (prefill) and for each new token; and its size.
 
 Medians of a few runs after one that is not counted, one sequence at a time, greedy. With weights
 2:4 sparse, and a GPU whose tensor cores know the pattern, also by `to_sparse_semi_structured`.
@@ -10,12 +10,17 @@ from statistics import median
 from typing import Any
 
 import torch
+from numcodecs.zstd import Zstd
 from torch import Tensor, nn
+
+from gradpipe.stages.checkpoint.folder import Checkpoint
 
 _REPEATS = 3
 NEW_TOKENS = 16  # decoded after the prompt
 _FIRST_CAPABILITY = (8, 0)  # Ampere
 _MULTIPLE = 64  # of both widths: the sparse kernels' tiles
+_CHUNK_BYTES = 16 << 20
+_ZSTD_LEVEL = 3  # the tool's own default
 
 
 @torch.no_grad()
@@ -74,3 +79,14 @@ def _is_2_4(weight_OI: Tensor) -> bool:
     if not fits or weight_OI.dtype not in {torch.float16, torch.bfloat16}:
         return False
     return bool(((weight_OI != 0).reshape(-1, 4).sum(1) <= 2).all())
+
+
+def file_sizes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Bytes of the safetensors files: as they are, and compressed in chunks of 16 MiB."""
+    plain, packed, codec = 0, 0, Zstd(level=_ZSTD_LEVEL)
+    for name in checkpoint.files:
+        with (checkpoint.folder / name).open("rb") as file:
+            while data := file.read(_CHUNK_BYTES):
+                plain += len(data)
+                packed += len(codec.encode(data))
+    return plain, packed
