@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from gradpipe import GradientStore, InputError
 from gradpipe.pipeline.stores.config import StatsConfig
 from gradpipe.pipeline.stores.stats import stats
-from gradpipe.store.summary import OUTLIER_TIMES, QUANTILES, Spread, effective_rank, square
+from gradpipe.store.codec import square
+from gradpipe.store.summary import OUTLIER_TIMES, QUANTILES, Spread, effective_rank
 from tests.support.workplace import run_pipe
 
 STORE = Path(__file__).parents[1] / "data" / "store-v2"
