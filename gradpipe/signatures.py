@@ -97,7 +97,6 @@ def command(group: typer.Typer, name: str | None = None) -> Callable[[Callable[.
     """Make a function of configs and options a command of `group`."""
 
     def register(function: Callable[..., None]) -> None:
-        """Give the group a function with a parameter for each option."""
         parameters = tuple(_parameters(function))
 
         def run(**given: Any) -> None:
@@ -113,7 +112,6 @@ def command(group: typer.Typer, name: str | None = None) -> Callable[[Callable[.
 
 
 def _parameters(function: Callable[..., None]) -> Iterator[Parameter]:
-    """A command's options, in order."""
     hints = typing.get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
         if dataclasses.is_dataclass(hints[name]):

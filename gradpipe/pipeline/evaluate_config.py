@@ -27,7 +27,6 @@ class EvalConfig:
     dtype: Dtype = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
         check_options(self)
 
 
@@ -56,7 +55,6 @@ class EvalExtras:
     card: Annotated[bool, Option(help="Add what was measured to the model card.")] = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
         check_options(self)
         if self.schedule == "streamed":
             why = "of a whole model in memory, and --schedule streamed keeps one block of it"

@@ -23,7 +23,6 @@ class PushConfig:
     private: Annotated[bool, Option(help="Create it for yourself alone.")] = False
 
     def __post_init__(self) -> None:
-        """Refuse what is no repository's name."""
         if self.private and self.push_to_hub is None:
             raise InputError("--private: of a repository that --push-to-hub creates: leave it out")
         name = self.push_to_hub

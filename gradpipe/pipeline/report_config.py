@@ -44,7 +44,6 @@ class ReportConfig:
     overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
         check_options(self)
         for given in self.out:
             if "://" not in given and not Path(given).is_dir():

@@ -62,7 +62,6 @@ class _Sources:
         return weight.T if layer.transposed else weight
 
     def score(self, layer: LayerSpec, score: Score) -> Tensor:
-        """A layer's scores of the dense model, (O, I)."""
         assert self.dense is not None
         assert self.store is not None
         encoded = self.store.read(layer, score.statistics)
@@ -71,11 +70,9 @@ class _Sources:
 
     @property
     def specs(self) -> dict[str, LayerSpec]:
-        """The store's layers, by name."""
         return {} if self.store is None else {x.name: x for x in self.store.spec.layers}
 
     def lacking(self, names: Iterable[str]) -> list[str]:
-        """Statistics that the store has not."""
         return [x for x in names if self.store is None or x not in self.store.spec.statistics]
 
 
@@ -113,7 +110,6 @@ def _embedded(outputs: Mapping[str, Recorded], stores: Mapping[str, GradientStor
 
 
 def _missing(sources: _Sources, outputs: Mapping[str, Recorded], num_stores: int) -> Iterator[str]:
-    """What is not in the report, and what it would take."""
     if sources.store is None:
         yield "Scores, outliers, errors and ranks: give the store beside the outputs."
         return

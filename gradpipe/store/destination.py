@@ -105,7 +105,6 @@ class FolderDestination(Destination):
     """A local folder, written as durably as a collection's."""
 
     def __init__(self, url: str) -> None:
-        """As `Destination`."""
         super().__init__(url)
         self.folder = Path(self._root)
         self._objects = ObjectWriter(self.folder)

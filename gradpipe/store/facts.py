@@ -38,7 +38,6 @@ def as_html(title: str, facts: Mapping[str, object]) -> str:
 
 
 def _sample(samples: SampleSpec) -> str:
-    """What one sample is."""
     if samples.image_shape is None:
         return f"{samples.seq_len} tokens"
     _, height, width = samples.image_shape

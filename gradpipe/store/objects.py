@@ -375,7 +375,6 @@ class ObjectReader:
 
     @contextmanager
     def _opened(self, key: str) -> Iterator[BinaryIO]:
-        """The file behind `key`."""
         if self.local_folder is not None:
             self._check_file(self.local_folder, key)
         path = f"{self._root}/{key}"

@@ -36,7 +36,6 @@ class GradientStore:
     """A complete gradient store, read-only, local or remote; every byte is verified when read."""
 
     def __init__(self, objects: ObjectReader) -> None:
-        """Use `GradientStore.open`."""
         self.objects = objects  # what it is made of
         attributes, self._nodes = Nodes.of_root(objects)
         self.spec = StoreSpec.from_json(attributes)
@@ -69,7 +68,6 @@ class GradientStore:
         return self.objects.local_folder
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it."""
         return as_html(f"gradient store {self.url}", facts_of(self))
 
     @contextmanager

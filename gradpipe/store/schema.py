@@ -172,7 +172,6 @@ class SampleSpec(JsonSpec):
     image_shape: tuple[int, ...] | None = None  # (channels, height, width); None for text
 
     def __post_init__(self) -> None:
-        """Refuse counts that cannot be."""
         counts_are_odd = not (0 < self.num_samples < 2**31 and 0 <= self.seq_len < 2**31)
         if counts_are_odd or (self.seq_len == 0) != (self.digest == ""):
             raise StoreError(
@@ -305,7 +304,6 @@ class StatisticSpec(JsonSpec):
     base: str | None = None  # log: the statistic whose levels are added
 
     def __post_init__(self) -> None:
-        """Refuse counts that would divide by zero."""
         counts = (self.num_samples - 1, self.num_tokens, self.num_escapes)
         if not all(0 <= count < 2**62 for count in counts) or not 0.0 < self.scale < 2.0**128:
             raise StoreError(f"statistic with impossible counts or scale: {self.to_json()!s:.200}")

@@ -45,7 +45,6 @@ class Snapshots:
     """One shard's folder of snapshots."""
 
     def __init__(self, store: Path, shard: Shard) -> None:
-        """Nothing is read or written yet."""
         self.store = store
         self.prefix = f"{PARTIAL}/{shard.name}"
         self.folder = store / self.prefix
@@ -117,7 +116,6 @@ class Snapshot:
     """A committed snapshot; each layer's sums are read, and verified, when they are asked for."""
 
     def __init__(self, store: Path, prefix: str) -> None:
-        """Use `Snapshots.read`."""
         self._nodes = Nodes(ObjectReader(str(store), record_key=f"{prefix}.json"))
         self._prefix = prefix
         self.spec = SnapshotSpec.from_json(self._nodes.attributes(prefix))

@@ -15,7 +15,6 @@ class StoreWriter:
     """Writes a store into a local folder: samples and spec, then layers, then the commit record."""
 
     def __init__(self, folder: Path, spec: StoreSpec) -> None:
-        """Nothing is written yet."""
         self.folder = folder
         self.spec = spec
         self._objects = ObjectWriter(folder)

@@ -88,7 +88,6 @@ class CollectConfig:
     overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant, and what would be ignored."""
         check_options(self)
         self._resolve_statistics()
         if self.schedule == "resident":
@@ -164,7 +163,6 @@ class ImportConfig:
     overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
         if self.l1 is None and self.l2 is None:
             raise InputError("nothing to import: give --l1 FILE, --l2 FILE or both")
         check_options(self)

@@ -145,7 +145,6 @@ class BySamples:
             raise Interrupted(f"stopped after {part.index} of {total} samples")
 
     def _write(self, part: Part, sums: Sequence[LayerAccumulator]) -> None:
-        """Write a snapshot, then delete the one before."""
         snapshots, samples = self._place.snapshots, self._place.samples[: part.index]
         snapshots.write(part.name, samples, ((x.spec, x.result()) for x in sums))
         snapshots.keep_only(part.name)
@@ -178,7 +177,6 @@ class ByBlocks:
     """Saves one block's sums after the other's, each once."""
 
     def __init__(self, place: Place) -> None:
-        """Nothing is read or written yet."""
         self._place = place
         self._writer = StoreWriter(place.store, place.spec)
 
@@ -238,7 +236,6 @@ class _SnapshotTimer:
     last: float = field(default_factory=time.monotonic)
 
     def is_due(self, done: int) -> bool:
-        """True if it is time, now that so many samples are done."""
         if self.every is not None:
             return done - self.done >= self.every
         return time.monotonic() - self.last >= self.pause

@@ -154,7 +154,6 @@ class PruneConfig:
     overwrite: Overwrite = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant, and what would be ignored."""
         check_options(self)
         self._resolve()
         self._check_targets()

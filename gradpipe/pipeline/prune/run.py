@@ -140,7 +140,6 @@ def _write(allocated: AllocatedPlan, duty: Duty, folder: Path, console: Console)
 
 
 def _check_out(config: PruneConfig, plan: PrunePlan) -> None:
-    """Raises InputError if the output may not be written."""
     read = (plan.checkpoint.folder, plan.store.local_folder, config.cache)
     sources = tuple(folder for folder in read if folder is not None)
     check_out(config.out, overwrite=config.overwrite, sources=sources)

@@ -154,7 +154,6 @@ class PruneResult:
         return self.report.layers
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it."""
         report = self.report
         facts = {
             "method": report.order.method,
@@ -191,7 +190,6 @@ class Metrics:
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it."""
         return as_html(f"perplexity {self.perplexity:.4f}", asdict(self))
 
 
@@ -217,7 +215,6 @@ class Accuracy:
         )
 
     def _repr_html_(self) -> str:
-        """What a notebook shows of it."""
         return as_html(f"top-1 {100 * self.top1:.2f} %", asdict(self))
 
 

@@ -36,7 +36,6 @@ class CopyConfig:
     ] = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
         check_options(self)
 
 
@@ -60,7 +59,6 @@ class ExportConfig:
     layer: Layer = None
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
         check_options(self)
         if self.format == IMATRIX:
             refuse_given(self, ("statistics",), "an importance matrix is of act_l2")
@@ -74,5 +72,4 @@ class StatsConfig:
     layer: Layer = None
 
     def __post_init__(self) -> None:
-        """Refuse what is no regular expression."""
         check_options(self)

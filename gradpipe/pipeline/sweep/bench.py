@@ -125,7 +125,6 @@ class Bench:
     def _result(
         self, task: Task, layers: Sequence[LayerResult], seconds: float, board: Board
     ) -> PointResult:
-        """Measure the model as it is, and say what there is to say."""
         start = perf_counter()
         label = "dense" if task.point is None else task.plan.targets[0].label
         with board.step(f"{label}: measuring", self._measure.steps) as advance:

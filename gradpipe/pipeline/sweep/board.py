@@ -35,13 +35,11 @@ class Board:
         )
 
     def __enter__(self) -> Self:
-        """Show it, if there is a terminal."""
         if self._console.is_terminal and not self._console.quiet:
             self._live.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """What comes after shows the results."""
         self._live.stop()
 
     @contextmanager

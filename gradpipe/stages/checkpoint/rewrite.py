@@ -50,7 +50,6 @@ class Rewriting:
     def __init__(
         self, source: Path, reader: int, writers: Sequence[int], places: Iterable[TensorInfo]
     ) -> None:
-        """Use `rewriting`."""
         self._source = source
         self._reader = reader
         self._writers = writers

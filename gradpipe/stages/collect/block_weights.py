@@ -29,7 +29,6 @@ class WeightLoader:
     """Fills parts of a skeleton from its checkpoint, and empties them."""
 
     def __init__(self, skeleton: Skeleton, device: torch.device) -> None:
-        """Nothing is read yet."""
         self._model = skeleton.model
         self._checkpoint = skeleton.checkpoint
         self._sources = skeleton.sources

@@ -109,7 +109,6 @@ class _Sizes:
 
     @classmethod
     def of(cls, skeleton: Skeleton, work: Workload) -> Self:
-        """The sizes of a model that is collected."""
         model, blocks, layers = skeleton.model, skeleton.blocks, skeleton.layers
         inside = [num_parameters(model.get_submodule(path)) for path in blocks.paths]
         sums = [(x.spec.block, sum_bytes(x.spec, work.statistics)) for x in layers]

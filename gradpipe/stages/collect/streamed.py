@@ -42,7 +42,6 @@ class BlockByBlock:
     def __init__(
         self, skeleton: Skeleton, batches: Sequence[Batch], device: torch.device, scratch: Path
     ) -> None:
-        """`scratch` may hold what an earlier, killed run left."""
         self._model = skeleton.model
         self._blocks = skeleton.blocks
         self._batches = batches
@@ -100,7 +99,6 @@ class Streamed(BlockByBlock):
         device: torch.device,
         scratch: Path,
     ) -> None:
-        """`scratch` may hold what an earlier, killed run left."""
         super().__init__(skeleton, samples.split(batch_size), device, scratch)
         self._layers = skeleton.layers
         self._statistics = statistics

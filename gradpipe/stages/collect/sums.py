@@ -37,7 +37,6 @@ class LayerAccumulator:
     """The sums of one layer."""
 
     def __init__(self, spec: LayerSpec, statistics: tuple[str, ...], device: torch.device) -> None:
-        """Zeroed float32 sums on `device`."""
         self.spec = spec
         own = sorted((STATISTICS[name] for name in spec.own(statistics)), key=lambda x: x.uses_up)
         self._of = {of: [x for x in own if x.of == of] for of in _VALUES}
@@ -109,7 +108,6 @@ class LayerAccumulator:
         self._add(WEIGHT_GRADIENTS, g_OI, rows)
 
     def _add(self, of: str, values: Tensor, rows: slice | None = None) -> None:
-        """Add values of one kind to all that is summed of them."""
         for statistic in self._of[of]:
             sums = self.sums[statistic.name]
             statistic.add(sums[rows] if rows and statistic.has_rows else sums, values)
@@ -150,7 +148,6 @@ class LayerAccumulator:
 
 
 def _on_host(statistic: Statistic, sums: Tensor) -> Sums:
-    """The sums as they are stored."""
     return np.asarray((_packed(sums) if statistic.is_symmetric else sums).cpu().numpy())
 
 

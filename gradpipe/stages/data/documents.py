@@ -91,7 +91,6 @@ class Documents(Sequence[str]):
         return self._stops[-1] if self._stops else 0
 
     def __getitem__(self, index: Any) -> Any:
-        """One document, by its number from 0 on."""
         place = bisect_right(self._stops, index)
         column = self._columns[place]
         row = index - (self._stops[place] - len(column.values))

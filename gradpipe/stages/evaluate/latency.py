@@ -33,7 +33,6 @@ def measure_speed(model: Any, prompt_T: Tensor) -> tuple[float, float]:
 
 
 def _round(model: Any, ids_1T: Tensor) -> tuple[float, float]:
-    """Seconds of the prompt, and of a new token."""
     output, prefill = _timed(model.device, lambda: model(input_ids=ids_1T, use_cache=True))
 
     def decode() -> None:

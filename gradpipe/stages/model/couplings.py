@@ -97,7 +97,6 @@ def _groups(block: str, layers: Iterable[Layer]) -> list[list[Layer]]:
 def _trace(
     stand_in: StandIn, path: str, call: Call, groups: Iterable[Sequence[Layer]]
 ) -> _Couplings:
-    """The couplings inside one block."""
     found: _Couplings = {}
     for group in groups:
         stops = list(itertools.accumulate(layer.spec.shape[0] for layer in group))

@@ -78,7 +78,6 @@ class RoutedLinear(nn.Module):
     """
 
     def __init__(self, stack: Stack, expert: int, rows: slice, place: InCheckpoint) -> None:
-        """Some rows of one expert's matrix, in the checkpoint at `place`."""
         super().__init__()
         self.stack = stack  # not its owner, which PyTorch would take for a child
         self._expert = expert

@@ -99,6 +99,5 @@ def noun(checkpoint: Checkpoint) -> str:
 
 
 def _classes(mapping: str) -> set[str]:
-    """The classes in one of transformers' lists."""
     names = getattr(modeling_auto, mapping).values()
     return {name for entry in names for name in ((entry,) if isinstance(entry, str) else entry)}

@@ -32,7 +32,6 @@ class Alps:
     """The solver: ADMM's support, then least squares on it; what costs nothing goes first."""
 
     def __init__(self, problem: LayerProblem) -> None:
-        """Decompose the layer's curvature."""
         self._weight_OI, self._group = problem.weight, problem.group
         self._curvature = problem.curvature
         self._basis = Eigenbasis.of(problem.curvature)

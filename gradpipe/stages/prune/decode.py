@@ -117,7 +117,6 @@ class _Levels:
 
     @classmethod
     def of(cls, item: Encoded, device: torch.device, *, is_base: bool = False) -> Self:
-        """As it is stored."""
         packed = torch.from_numpy(item.parts["codes"]).to(device)
         offsets = torch.from_numpy(item.parts["offsets"]).to(device).int()
         rows, cols, escapes = split_offsets(offsets, len(packed), item.spec.num_escapes)

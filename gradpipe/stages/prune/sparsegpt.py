@@ -30,7 +30,6 @@ class SparseGpt:
     """The solver: weights that cost nothing go first, and stay as they are if they are kept."""
 
     def __init__(self, problem: LayerProblem) -> None:
-        """Factor the layer's inverse Hessian."""
         self._weight_OI, self._free = problem.weight, problem.curvature.free
         self._factor_II = problem.curvature.inverse_factor()
         self._costly_OI = self._weight_OI.masked_fill(self._free, 0.0)
@@ -117,7 +116,6 @@ class _Part:
 
     @classmethod
     def of(cls, columns: slice, weight_IO: Tensor, kept_IO: Tensor, factor_II: Tensor) -> Self:
-        """Nothing decided yet."""
         weight_CO = weight_IO[columns]
         return cls(
             start=columns.start,

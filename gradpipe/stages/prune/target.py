@@ -35,7 +35,6 @@ class Pattern:
         return cls(n, m)
 
     def __str__(self) -> str:
-        """As it was parsed."""
         return f"{self.n}:{self.m}"
 
     @property

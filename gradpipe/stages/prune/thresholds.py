@@ -74,7 +74,6 @@ def _all_bits(scores: Iterable[tuple[Key, Tensor]]) -> Iterator[Tensor]:
 
 
 def _score(bits: int) -> float:
-    """The score of such an integer."""
     signed = bits - (1 << 31)
     value: float = struct.unpack("<f", struct.pack("<i", signed ^ ((signed >> 31) & _FLIP)))[0]
     return value
