@@ -24,12 +24,7 @@ from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.device import memory_errors, resolve_device
 from gradpipe.stages.evaluate.closeness import closeness
-from gradpipe.stages.evaluate.latency import (
-    NEW_TOKENS,
-    compress_2_4,
-    file_sizes,
-    measure_speed,
-)
+from gradpipe.stages.evaluate.latency import NEW_TOKENS, compress_2_4, file_sizes, measure_speed
 from gradpipe.stages.evaluate.perplexity import perplexity
 from gradpipe.stages.evaluate.streamed import streamed_perplexity
 from gradpipe.stages.evaluate.tasks import Tasks, TaskScore

@@ -10,14 +10,7 @@ from rich.console import Console
 
 from gradpipe.errors import Interrupted
 from gradpipe.pipeline.collect.config import CollectConfig
-from gradpipe.pipeline.collect.resume import (
-    SCRATCH,
-    ByBlocks,
-    BySamples,
-    Place,
-    parts_in,
-    share_of,
-)
+from gradpipe.pipeline.collect.resume import SCRATCH, ByBlocks, BySamples, Place, parts_in, share_of
 from gradpipe.pipeline.interrupt import stop_requests
 from gradpipe.pipeline.progress import progress_bar, tell
 from gradpipe.pipeline.ranks import Ranks
