@@ -28,7 +28,7 @@ from gradpipe.pipeline.reports.results import (
 )
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.layer_names import find_layer, list_of
-from gradpipe.stages.checkpoint.mask_file import MaskFile, masked, write_masks
+from gradpipe.stages.checkpoint.mask_file import MaskFile, write_masks
 from gradpipe.stages.checkpoint.rewrite import rewriting
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo, as_tensor, count_zeros
 from gradpipe.store.objects import digest
@@ -189,8 +189,8 @@ class _Applied:
             places = [info for info in infos if info.file == name]
             with rewriting(self.checkpoint.folder / name, [folder / name], places) as rewritten:
                 for place in places:
-                    tensor = masked(self.checkpoint.read(place.key), self.file.read(place.key))
-                    [digests[place.key]] = rewritten.replace(place, [tensor])
+                    tensor, mask = self.checkpoint.read(place.key), self.file.read(place.key)
+                    [digests[place.key]] = rewritten.replace(place, [tensor.masked_fill(~mask, 0)])
                     advance(1)
                 rewritten.copy_rest()
         return digests

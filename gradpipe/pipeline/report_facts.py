@@ -125,9 +125,6 @@ def _missing(sources: _Sources, outputs: Mapping[str, Recorded], num_stores: int
         yield "Errors are estimates, by the inputs' norms: collect hessian too."
 
 
-# ---- all layers ----
-
-
 def _outliers(sources: _Sources, console: Console) -> dict[str, float]:
     """OWL's outlier ratio, of each layer and of each block."""
     specs = sources.specs
@@ -178,9 +175,6 @@ def _ranks(sources: _Sources, console: Console) -> dict[str, dict[str, float]]:
                 of_keeper[keeper] = effective_rank(store.read_norms(layer, statistic))
         found[statistic] = {layer.name: of_keeper[layer.keeper(statistic)] for layer in layers}
     return found
-
-
-# ---- some layers ----
 
 
 def _layers(

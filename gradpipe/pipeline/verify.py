@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rich.console import Console
-from torch import Tensor
 
 from gradpipe.errors import GradpipeError, InputError
 from gradpipe.pipeline.progress import QUIET, progress_bar
@@ -182,7 +181,8 @@ class _Checks:
         dense = None if base is None else as_tensor(base, place)
         if (zeros := count_zeros(weight)) != layer.zeros:
             yield f"{layer.name} has {zeros} zeros of {layer.size}, recorded are {layer.zeros}"
-        if layer.pattern is not None and not _keeps(weight, layer.pattern):
+        pattern = None if layer.pattern is None else Pattern.parse(layer.pattern)
+        if pattern is not None and not soundness.has_pattern(weight, pattern.n, pattern.m):
             yield f"{layer.name} is not {layer.pattern} sparse, as it is recorded to be"
         if negative := soundness.count_negative_zeros(weight, dense):
             yield f"{layer.name} holds −0.0 in {negative} places"
@@ -202,11 +202,6 @@ class _Checks:
             update is None or update.make is not None
         )
         return solves and layer not in self._recorded.unseen
-
-
-def _keeps(weight: Tensor, name: str) -> bool:
-    pattern = Pattern.parse(name)
-    return soundness.has_pattern(weight, pattern.n, pattern.m)
 
 
 def _shown(kind: tuple[tuple[int, ...], str] | None) -> str:

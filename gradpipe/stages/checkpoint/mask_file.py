@@ -91,11 +91,6 @@ def write_masks(path: Path, checkpoint: Checkpoint, keys: Iterable[str], report:
         file.write(_header(shapes, digests, report))
 
 
-def masked(tensor: Tensor, mask: Tensor) -> Tensor:
-    """The tensor with 0.0 where the mask is False."""
-    return tensor.masked_fill(~mask, 0)
-
-
 def _header(
     shapes: Mapping[str, tuple[int, ...]], digests: Mapping[str, str], report: Any
 ) -> bytes:

@@ -10,7 +10,7 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite."""
+    """Whether no value is NaN or infinite; of a tensor without values too."""
     return bool(torch.isfinite(tensor).all())
 
 

@@ -6,10 +6,10 @@ Why: a model that was trained on conversations meets its weights' true inputs on
 of its template, which also sets the special tokens: the text is tokenised without adding any.
 """
 
-from typing import Any, ClassVar
+from typing import Any
 
 from gradpipe.errors import InputError, one_line
-from gradpipe.stages.data.documents import OddValueError, check_characters
+from gradpipe.stages.data.documents import OddValueError, Reader, check_characters
 
 CHAT_COLUMNS = ("messages", "conversations")  # looked for in this order
 
@@ -26,11 +26,11 @@ _OWN_KEYS = ("role", "content", "from", "value")
 Message = dict[str, Any]
 
 
-class ChatTemplate:
+class ChatTemplate(Reader):
     """Makes text of a conversation."""
 
-    is_chat: ClassVar = True
-    expected: ClassVar = "messages, each with role and content, or from and value"
+    is_chat = True
+    expected = "messages, each with role and content, or from and value"
 
     def __init__(self, tokenizer: Any, dataset: str) -> None:
         """InputError if the tokenizer has no template."""

@@ -5,7 +5,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 from gradpipe.errors import InputError
 
@@ -14,33 +14,22 @@ class OddValueError(Exception):
     """What is wrong with a row's value: "holds …"."""
 
 
-class Reader(Protocol):
-    """Makes text of the values of a column."""
+class Reader:
+    """Makes text of the values of a column: takes them as they are."""
 
-    is_chat: ClassVar[bool]  # its texts have their special tokens already
-    expected: ClassVar[str]  # what the values should be
+    is_chat = False  # its texts have their special tokens already
+    expected = "text"  # what the values should be
 
     def check(self, value: object) -> object:
         """Raises OddValueError that says what is wrong with a value, as far as is cheap to see."""
-
-    def read(self, value: object) -> str:
-        """The text of a value; OddValueError says what is wrong with it."""
-
-
-class PlainText:
-    """Takes text as it is."""
-
-    is_chat: ClassVar = False
-    expected: ClassVar = "text"
-
-    def check(self, value: object) -> str:
-        """The text itself; OddValueError if it is none."""
         if not isinstance(value, str):
             raise OddValueError(f"holds {type(value).__name__}")
         check_characters(value)
         return value
 
-    read = check
+    def read(self, value: object) -> str:
+        """The text of a value; OddValueError says what is wrong with it."""
+        return str(self.check(value))
 
 
 def check_characters(text: str) -> None:

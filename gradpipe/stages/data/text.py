@@ -20,7 +20,7 @@ from gradpipe.errors import InputError, did_you_mean, one_line
 from gradpipe.options import is_given, refuse_given
 from gradpipe.stages.data.chat import CHAT_COLUMNS, ChatTemplate
 from gradpipe.stages.data.config import _SPLITS, FILE_KINDS, PRESETS, DataConfig, Use, split_name
-from gradpipe.stages.data.documents import Column, Documents, PlainText, Reader
+from gradpipe.stages.data.documents import Column, Documents, Reader
 from gradpipe.stages.data.stdlib import DOCUMENT_SEPARATOR, stdlib_documents
 
 _C4 = ("allenai/c4", "607bd4c8450a42878aa9ddc051a65a055450ef87")
@@ -179,7 +179,7 @@ def _read_file(path: Path, data: DataConfig, tokenizer: Any) -> Column:
     try:
         if kind == "text":
             text = path.read_text(encoding="utf-8-sig")
-            return Column(name=str(path), column="", values=[text], reader=PlainText())
+            return Column(name=str(path), column="", values=[text], reader=Reader())
         name, values = (_json_values if kind == "json" else _parquet_values)(path, data)
     except InputError:
         raise
@@ -193,7 +193,7 @@ def _read_file(path: Path, data: DataConfig, tokenizer: Any) -> Column:
 def _column(name: str, column: str, values: Sequence[Any], tokenizer: Any) -> Column:
     """A table's column, which holds conversations by its name or by its first value."""
     is_chat = column in CHAT_COLUMNS or (len(values) > 0 and isinstance(values[0], list))
-    reader: Reader = ChatTemplate(tokenizer, name) if is_chat else PlainText()
+    reader = ChatTemplate(tokenizer, name) if is_chat else Reader()
     return Column(name=name, column=column, values=values, reader=reader)
 
 

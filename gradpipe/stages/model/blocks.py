@@ -90,12 +90,12 @@ def _steps_with_embedding(model: Any, path: str) -> int:
 def _running(path: str, count: int, trial: Trial) -> Blocks:
     """Those of a list that run, as far as is known: text passes by the blocks that read images."""
     paths = tuple(f"{path}.{index}" for index in range(count))
-    running = tuple(x for x in paths if trial.runs(x))
+    running = tuple(x for x in paths if x in trial.times)
     return Blocks(path=path, paths=running if running and trial.error is None else paths)
 
 
 def _runs(path: str, count: int, trial: Trial) -> bool:
-    return any(trial.runs(f"{path}.{index}") for index in range(count))
+    return any(f"{path}.{index}" in trial.times for index in range(count))
 
 
 def num_parameters(module: nn.Module) -> int:

@@ -31,10 +31,6 @@ class Trial:
     mixed: frozenset[str]  # modules whose input does not grow along its first axis with samples
     error: str | None  # what stopped it; None: it went through, and back
 
-    def runs(self, path: str) -> bool:
-        """Whether the module was called."""
-        return path in self.times
-
 
 def try_forward(model: Any) -> Trial:
     """Run the skeleton on no values; of several ways to call it, the one that got furthest."""
