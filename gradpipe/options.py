@@ -190,11 +190,6 @@ def is_given(config: Any, name: str) -> bool:
     )
 
 
-def default_of(config: Any, name: str) -> Any:
-    """What a field is where it is not given."""
-    return fields_of(config)[name].default
-
-
 def spelled(config: Any, name: str) -> str:
     """A field as the command line has it: `--seed 1`, `--finalize`."""
     return " ".join(_spelled(fields_of(config)[name].flag, getattr(config, name)))

@@ -100,6 +100,17 @@ class Destination(ABC):
                 f"cannot copy to {self.url} ({one_line(error)}): check the URL and the credentials"
             ) from error
 
+    @contextmanager
+    def _told(self, what: str = "objects") -> Iterator[None]:
+        """What it raises once it has been reached."""
+        try:
+            yield
+        except Exception as error:
+            raise GradpipeError(
+                f"cannot copy {what} to {self.url} ({one_line(error)}): run the same command "
+                "again, which goes on from there"
+            ) from error
+
 
 class FolderDestination(Destination):
     """A local folder, written as durably as a collection's."""
@@ -177,17 +188,6 @@ class BucketDestination(Destination):
     def _digest(self, key: str) -> str:
         with self._told(key):
             return digest(self._files.cat_file(self._path(key), start=0))  # in one request
-
-    @contextmanager
-    def _told(self, key: str) -> Iterator[None]:
-        """What any file system raises once it has been reached."""
-        try:
-            yield
-        except Exception as error:
-            raise GradpipeError(
-                f"cannot copy {key} to {self.url} ({one_line(error)}): run the same command again, "
-                "which goes on from there"
-            ) from error
 
 
 def _fill(

@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from dataclasses import replace
-from enum import Enum
 from importlib.metadata import version
 from pathlib import Path
 
@@ -51,30 +50,6 @@ from gradpipe.store.writer import StoreWriter
 _MAX_TOKENS = 2**31  # of all samples: they are kept in memory, and in the store
 
 
-class State(Enum):
-    """What a store's folder holds."""
-
-    COMPLETE = "a finished store"
-    BEGUN = "an unfinished store, whose samples are fixed and whose weights are measured"
-    FREE = "no store, or one that is to be overwritten"
-
-
-def store_state(folder: Path, *, overwrite: bool) -> State:
-    """The state of a folder; StoreError if shards lie there without the samples they are of."""
-    if overwrite:
-        return State.FREE
-    if is_complete(folder):
-        return State.COMPLETE
-    if is_begun(folder):
-        return State.BEGUN
-    if begun_shards(folder):
-        raise StoreError(
-            f"store {folder} holds shards, but the record of its samples has vanished: "
-            "restore partial/calibration.json, or start anew with --overwrite"
-        )
-    return State.FREE
-
-
 def begin(
     config: CollectConfig, ranks: Ranks, skeleton: Skeleton, held: ExitStack, console: Console
 ) -> tuple[StoreSpec, Calibration] | None:
@@ -101,27 +76,36 @@ def begin(
 def _begin(
     config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack, console: Console
 ) -> tuple[StoreSpec, Calibration] | None:
-    folder, drawn = config.store, None
-    match store_state(folder, overwrite=config.overwrite):
-        case State.COMPLETE:
-            _check_finished(config, skeleton, GradientStore.open(folder))
-            return None
-        case State.FREE:
-            drawn = _draw(config, skeleton, console)
+    folder = config.store
+    if not config.overwrite and is_complete(folder):
+        _check_finished(config, skeleton, GradientStore.open(folder))
+        return None
+    drawn = None if _is_to_go_on(config) else _draw(config, skeleton, console)
     with locked(folder / LOCK_NAME, of=folder, wait=True):
-        match store_state(folder, overwrite=config.overwrite):
-            case State.COMPLETE:
-                return None  # another process was faster
-            case State.FREE:
-                if drawn is None:
-                    raise StoreError(f"store {folder} was removed meanwhile: run the command again")
-                clear(folder)
-                found = skeleton.layers
-                read = counted(found, console, "reading weights", len(found), "layers")
-                layers = measured(read, skeleton.checkpoint)
-                spec = _spec(config, replace(skeleton, layers=layers), drawn[0])
-                StoreWriter(folder, spec).begin(drawn[1])
+        if not config.overwrite and is_complete(folder):
+            return None  # another process was faster
+        if not _is_to_go_on(config):
+            if drawn is None:
+                raise StoreError(f"store {folder} was removed meanwhile: run the command again")
+            clear(folder)
+            found = skeleton.layers
+            read = counted(found, console, "reading weights", len(found), "layers")
+            layers = measured(read, skeleton.checkpoint)
+            spec = _spec(config, replace(skeleton, layers=layers), drawn[0])
+            StoreWriter(folder, spec).begin(drawn[1])
         return _take(config, shard, skeleton, held)
+
+
+def _is_to_go_on(config: CollectConfig) -> bool:
+    """Whether samples are fixed; StoreError if shards lie there without the samples they are of."""
+    if config.overwrite or is_begun(config.store):
+        return not config.overwrite
+    if begun_shards(config.store):
+        raise StoreError(
+            f"store {config.store} holds shards, but the record of its samples has vanished: "
+            "restore partial/calibration.json, or start anew with --overwrite"
+        )
+    return False
 
 
 def _join(config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack) -> None:

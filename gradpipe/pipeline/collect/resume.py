@@ -46,9 +46,14 @@ class Place:
     ranks: Ranks
 
     @property
+    def share(self) -> Shard:
+        """The part of the samples that is this worker's."""
+        return share_of(self.shard, self.ranks)
+
+    @property
     def samples(self) -> range:
         """Ids of the samples that are this worker's."""
-        return share_of(self.shard, self.ranks).part_of(self.spec.samples.num_samples)
+        return self.share.part_of(self.spec.samples.num_samples)
 
     @property
     def is_alone(self) -> bool:
@@ -63,13 +68,13 @@ class Place:
     @property
     def snapshots(self) -> Snapshots:
         """Sums over its own samples that the worker has saved."""
-        return Snapshots(self.store, share_of(self.shard, self.ranks))
+        return Snapshots(self.store, self.share)
 
     @property
     def scratch(self) -> Path:
         """The folder in the store for this worker's activations."""
         folder = self.blocks.folder / SCRATCH
-        return folder if self.ranks.count == 1 else folder / share_of(self.shard, self.ranks).name
+        return folder if self.ranks.count == 1 else folder / self.share.name
 
     @contextmanager
     def finished_store(self) -> Iterator[StoreWriter]:

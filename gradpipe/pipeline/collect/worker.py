@@ -20,7 +20,7 @@ from gradpipe.stages.collect.resident import Resident
 from gradpipe.stages.collect.schedule import Schedule
 from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.stages.device import memory_errors
-from gradpipe.stages.model.batch import Batch, calibration_batch
+from gradpipe.stages.model.batch import calibration_batch
 from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.store.objects import digest
 from gradpipe.store.shard import Shard
@@ -44,15 +44,8 @@ class Job:
         place = self.place
         if self.config.scratch is None:
             return place.scratch
-        share = share_of(place.shard, place.ranks)
-        mine = (place.store.resolve(), place.spec, share, self.config.batch_size)
+        mine = (place.store.resolve(), place.spec, place.share, self.config.batch_size)
         return self.config.scratch / f"gradpipe-{digest(repr(mine).encode())}"
-
-    def samples(self) -> Batch:
-        """All samples of the part."""
-        return calibration_batch(
-            self.place.calibration, self.place.spec.samples, self.place.samples
-        )
 
 
 def run_part(job: Job, console: Console) -> None:
@@ -112,7 +105,9 @@ def _tell_zeros(of_ranks: Sequence[dict[str, bool]], console: Console) -> None:
 
 
 def _schedule(job: Job) -> Schedule:
-    how = (job.skeleton, job.place.spec.statistics, job.samples(), job.config.batch_size)
+    place = job.place
+    samples = calibration_batch(place.calibration, place.spec.samples, place.samples)
+    how = (job.skeleton, place.spec.statistics, samples, job.config.batch_size)
     if job.plan.schedule == "resident":
         return Resident(*how, job.placement or Placement({"": job.device}))
     return Streamed(*how, job.device, job.scratch_folder)

@@ -11,7 +11,7 @@ from gradpipe.errors import InputError, did_you_mean
 from gradpipe.options import (
     Option,
     check_options,
-    default_of,
+    fields_of,
     is_given,
     number,
     refuse_given,
@@ -170,7 +170,7 @@ class PruneConfig:
         update or one threshold for all layers, its allocation beside the last or where patterns
         leave it no choice, its curvature where nothing uses one.
         """
-        chosen = {x: default_of(self, x) for x in ("method", "curvature", "allocation")}
+        chosen = {x: fields_of(self)[x].default for x in ("method", "curvature", "allocation")}
         if self.recipe is not None:
             recipe = RECIPES[self.recipe]
             if not (self._is_global or is_given(self, "score") or is_given(self, "update")):

@@ -61,7 +61,8 @@ def _markdown_of(section: Section, folder: Path | None) -> list[str]:
 
 
 def _markdown_table(table: DataTable) -> str:
-    numbers = [any(isinstance(row[i], float | int) for row in table.rows) for i in _places(table)]
+    columns = range(len(table.columns))
+    numbers = [any(isinstance(row[i], float | int) for row in table.rows) for i in columns]
     lines = [
         "| " + " | ".join(map(_plain, table.columns)) + " |",
         "|" + "|".join("---:" if is_number else "---" for is_number in numbers) + "|",
@@ -73,10 +74,6 @@ def _markdown_table(table: DataTable) -> str:
     if len(table.rows) > _SHOWN_ROWS:
         lines.append(f"\n{len(table.rows) - _SHOWN_ROWS} more rows are in the HTML report.")
     return "\n".join(lines)
-
-
-def _places(table: DataTable) -> range:
-    return range(len(table.columns))
 
 
 def _plain(text: str) -> str:

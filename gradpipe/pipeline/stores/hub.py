@@ -7,13 +7,12 @@ it back: the Hub lists every file by a hash of its content, git's own or SHA-256
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from gradpipe.errors import GradpipeError, InputError, one_line, without_credentials
+from gradpipe.errors import GradpipeError, InputError, without_credentials
 from gradpipe.store.destination import Advance, Destination
 from gradpipe.store.objects import COMMIT_KEY, COPY_KEY, CommitRecord, ObjectReader
 
@@ -121,17 +120,6 @@ class HubDestination(Destination):
 
     def _in_repo(self, key: str) -> str:
         return f"{self._prefix}/{key}".lstrip("/")
-
-    @contextmanager
-    def _told(self) -> Iterator[None]:
-        """What the Hub's client raises once the repository is there."""
-        try:
-            yield
-        except Exception as error:
-            raise GradpipeError(
-                f"cannot copy to {self.url} ({one_line(error)}): run the same command again, which "
-                "goes on from there"
-            ) from error
 
 
 def _hashes_of(data: bytes) -> tuple[str, str]:
