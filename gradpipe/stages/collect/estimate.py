@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,117 +69,51 @@ def estimate(
 
     The memory is shared by so many `processes`, each with a model of its own.
     """
-    sizes = _Sizes.of(skeleton, work)
-    resident, free = _resident_bytes(sizes), free_bytes(device) // processes
+    model, blocks, layers = skeleton.model, skeleton.blocks, skeleton.layers
+    itemsize = model.dtype.itemsize  # bytes of a weight, and of a value between layers
+    tokens, all_tokens = work.batch_size * work.seq_len, work.num_samples * work.seq_len
+    parameters = num_parameters(model)
+    inside = [num_parameters(model.get_submodule(path)) for path in blocks.paths]
+    sums = [(x.spec.block, sum_bytes(x.spec, work.statistics)) for x in layers]
+    widths = [(x.spec.block, sum(x.spec.shape)) for x in layers]
+    hidden, outputs = _widths(model, layers)
+
+    # What autograd and the hooks keep of a block; the logits, their gradient, both in float32.
+    graph = tokens * itemsize * (_largest(widths, blocks.count) + _BLOCK_WIDTHS * hidden)
+    head = tokens * outputs * (2 * itemsize + 2 * 4)
+    all_sums = sum(size for _, size in sums)
+    resident = parameters * itemsize + all_sums + graph * blocks.count + head
+
+    # A block with its sums, or what is outside the blocks; what passes: in, out, a gradient.
+    block = max(inside) * itemsize + _largest(sums, blocks.count) + graph
+    outside = (parameters - sum(inside)) * itemsize + head
+    streamed = max(block, outside) + 3 * tokens * hidden * itemsize
+
+    free = free_bytes(device) // processes
     schedule, reason = _choose(asked, resident, free)
     is_streamed = schedule == "streamed"
-    all_tokens = work.num_samples * work.seq_len
-    layers = [layer.spec for layer in skeleton.layers]
+    backward = 6 if is_streamed else 4  # streamed, the graph is computed again
+    per_weight = 2 + (backward if needs_backward(work.statistics) else 0)
+    kept = (blocks.count + 3) * all_tokens * hidden * itemsize  # inputs, and two gradients
     return Estimate(
         schedule=schedule,
         reason=reason,
-        num_parameters=sizes.parameters,
+        num_parameters=parameters,
         resident_bytes=resident,
-        streamed_bytes=_streamed_bytes(sizes),
+        streamed_bytes=streamed,
         free_bytes=free,
-        host_bytes=_HOST_COPIES * max(4 * layer.num_weights for layer in layers),
-        scratch_bytes=_scratch_bytes(sizes, all_tokens) if is_streamed else 0,
-        store_bytes=sum(_stored_bytes(layer, work) for layer in layers),
-        read_bytes=_read_bytes(sizes, is_streamed=is_streamed),
-        flops=_flops(sizes, work, all_tokens, is_streamed=is_streamed),
+        host_bytes=_HOST_COPIES * max(4 * layer.spec.num_weights for layer in layers),
+        scratch_bytes=kept if is_streamed else 0,
+        store_bytes=sum(_stored_bytes(layer.spec, work) for layer in layers),
+        read_bytes=(3 if is_streamed else 2) * parameters * itemsize,  # once for the digests
+        flops=float(per_weight) * parameters * all_tokens,
         threads=usable_threads(),
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sizes:
-    """What the rows are computed from: numbers of values, unless the name says bytes."""
-
-    parameters: int
-    parameters_inside: int  # the blocks
-    block_parameters: int  # of the largest block, as what follows is
-    block_widths: int  # inputs and outputs of its linear maps, for one token
-    block_sums_bytes: int
-    sums_bytes: int
-    depth: int
-    hidden: int
-    outputs: int  # logits of a token
-    tokens: int  # of a micro-batch
-    itemsize: int  # bytes of a weight, and of a value between layers
-
-    @classmethod
-    def of(cls, skeleton: Skeleton, work: Workload) -> Self:
-        model, blocks, layers = skeleton.model, skeleton.blocks, skeleton.layers
-        inside = [num_parameters(model.get_submodule(path)) for path in blocks.paths]
-        sums = [(x.spec.block, sum_bytes(x.spec, work.statistics)) for x in layers]
-        widths = [(x.spec.block, sum(x.spec.shape)) for x in layers]
-        hidden, outputs = _widths(model, layers)
-        return cls(
-            parameters=num_parameters(model),
-            parameters_inside=sum(inside),
-            block_parameters=max(inside),
-            block_widths=_largest(widths, blocks.count),
-            block_sums_bytes=_largest(sums, blocks.count),
-            sums_bytes=sum(size for _, size in sums),
-            depth=blocks.count,
-            hidden=hidden,
-            outputs=outputs,
-            tokens=work.batch_size * work.seq_len,
-            itemsize=model.dtype.itemsize,
-        )
-
-    @property
-    def block_graph_bytes(self) -> int:
-        """What autograd and the hooks keep of one block."""
-        return self.tokens * self.itemsize * (self.block_widths + _BLOCK_WIDTHS * self.hidden)
-
-    @property
-    def head_bytes(self) -> int:
-        """The logits and their gradient, and both in float32, for the loss."""
-        return self.tokens * self.outputs * (2 * self.itemsize + 2 * 4)
-
-    @property
-    def passing_bytes(self) -> int:
-        """A micro-batch between blocks: what comes in, what goes out, a gradient."""
-        return 3 * self.tokens * self.hidden * self.itemsize
 
 
 def _largest(values: Sequence[tuple[int | None, int]], depth: int) -> int:
     """The largest sum over one block."""
     return max(sum(value for block, value in values if block == i) for i in range(depth))
-
-
-def _resident_bytes(sizes: _Sizes) -> int:
-    """All weights, all sums, the whole graph."""
-    graph = sizes.block_graph_bytes * sizes.depth + sizes.head_bytes
-    return sizes.parameters * sizes.itemsize + sizes.sums_bytes + graph
-
-
-def _streamed_bytes(sizes: _Sizes) -> int:
-    """One block with its sums and its graph, or what is outside the blocks with the logits."""
-    block = sizes.block_parameters * sizes.itemsize + sizes.block_sums_bytes
-    outside = (sizes.parameters - sizes.parameters_inside) * sizes.itemsize
-    largest = max(block + sizes.block_graph_bytes, outside + sizes.head_bytes)
-    return largest + sizes.passing_bytes
-
-
-def _scratch_bytes(sizes: _Sizes, all_tokens: int) -> int:
-    """The inputs of each block and of the head, and two gradients at a time."""
-    return (sizes.depth + 3) * all_tokens * sizes.hidden * sizes.itemsize
-
-
-def _read_bytes(sizes: _Sizes, *, is_streamed: bool) -> int:
-    """Weights are read for the digests, and to run: streamed, forward and backward."""
-    return (3 if is_streamed else 2) * sizes.parameters * sizes.itemsize
-
-
-def _flops(sizes: _Sizes, work: Workload, all_tokens: int, *, is_streamed: bool) -> float:
-    """Of each weight and token two operations forward, and four backward.
-
-    Streamed, two more, to compute the graph again.
-    """
-    backward = (6 if is_streamed else 4) if needs_backward(work.statistics) else 0
-    return float(2 + backward) * sizes.parameters * all_tokens
 
 
 def free_bytes(device: torch.device) -> int:
