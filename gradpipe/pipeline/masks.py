@@ -207,7 +207,11 @@ class _Applied:
             data = out.read_bytes(info.key)
             if digest(data) != written.get(info.key, digest(data)):
                 raise GradpipeError(f"{info.key} reads back otherwise than it was written")
-            layers |= self._layers(info, data, places)
+            for name, place in places.items():
+                if place.key == info.key:
+                    part = data[place.start - info.start : place.stop - info.start]
+                    zeros = count_zeros(as_tensor(part, place))
+                    layers[name] = replace(self.recorded.layers[name], zeros=zeros)
             tensor = as_tensor(data, info)
             found = Zeros(zeros=count_zeros(tensor), size=tensor.numel())
             (blocks if list_of(info.key) in lists else outside).append(found)
@@ -223,14 +227,3 @@ class _Applied:
             unseen_layers=(),
             notes=(f"zeros by masks of {was['model']}, which was pruned by {was['command']}",),
         )
-
-    def _layers(
-        self, info: TensorInfo, data: memoryview, places: Mapping[str, TensorInfo]
-    ) -> dict[str, LayerResult]:
-        """The layers in one tensor."""
-        inside = {name: place for name, place in places.items() if place.key == info.key}
-        zeros = {
-            name: count_zeros(as_tensor(data[x.start - info.start : x.stop - info.start], x))
-            for name, x in inside.items()
-        }
-        return {name: replace(self.recorded.layers[name], zeros=zeros[name]) for name in inside}

@@ -39,7 +39,7 @@ def check_out(out: Path, *, overwrite: bool, sources: tuple[Path, ...]) -> None:
         raise InputError(f"OUT {out} exists: give another name or --overwrite")
     if out.exists() and not out.is_dir():
         raise InputError(f"OUT {out} is a file, expected a folder to create or replace")
-    if out.exists() and not _is_free(out):
+    if out.exists() and not (_has_report(out) or all(map(_has_report, out.iterdir()))):
         raise InputError(f"OUT {out} holds files that no pruning wrote: give another name")
 
 
@@ -50,11 +50,6 @@ def check_apart(out: Path, sources: tuple[Path, ...]) -> None:
             raise InputError(
                 f"OUT {out} and {source}, which is read, are in one another: give another OUT"
             )
-
-
-def _is_free(out: Path) -> bool:
-    """True for a folder that is empty, a pruned checkpoint, or one of several of them."""
-    return _has_report(out) or all(_has_report(path) for path in out.iterdir())
 
 
 def _has_report(folder: Path) -> bool:

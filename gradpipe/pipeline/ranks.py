@@ -199,7 +199,8 @@ def common_facts(config: Any, checkpoint: Checkpoint, *, but: Sequence[str] = ()
         "config.json's digest": checkpoint.config_digest,
         "tensors' digest": checkpoint.tensors_digest,
     }
-    for owner in (config, *(x for x in _values(config) if dataclasses.is_dataclass(x))):
+    values = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    for owner in (config, *(x for x in values if dataclasses.is_dataclass(x))):
         for name, field in fields_of(owner).items():
             if name not in but and name not in _OF_A_HOST and not field.option.is_argument:
                 facts[field.flag] = getattr(owner, name)
@@ -209,7 +210,3 @@ def common_facts(config: Any, checkpoint: Checkpoint, *, but: Sequence[str] = ()
 _OF_A_HOST = (  # may differ between ranks
     *("scratch", "device", "device_map", "workers", "cache", "rank_timeout"),
 )
-
-
-def _values(config: Any) -> list[Any]:
-    return [getattr(config, field.name) for field in dataclasses.fields(config)]

@@ -18,6 +18,7 @@ Shapes: T tokens of one sample (for an expert, those routed to it), I in, O out;
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -36,10 +37,6 @@ _PANEL_ROWS = 128  # of a second moment, summed by one product at least
 _REFERENCE_SAMPLES = 128  # gradients in formulas are those of so many, as in GBLM-Pruner's code
 
 
-def _added(sums: Sums, more: Sums) -> Sums:
-    return sums + more
-
-
 def _as_it_is(norms: Any, _: int) -> Any:
     return norms
 
@@ -56,7 +53,7 @@ class Statistic:
     of: str  # INPUTS, OUTPUTS, OUTPUT_GRADIENTS or WEIGHT_GRADIENTS
     axes: tuple[str, ...]  # of OUT and IN; twice the same: a symmetric matrix, kept as a triangle
     add: Callable[[Any, Any], object]
-    merge: Callable[[Sums, Sums], Sums] = _added  # sums over some samples with those over others
+    merge: Callable[[Sums, Sums], Sums] = operator.add  # of some samples and of others
     uses_up: bool = False  # `add` overwrites the values: it is called last
     is_squared: bool = False  # sums of squares, whose roots are the norms
     compact: str = "float32"  # its encoding in a compact store: see `gradpipe.store.codec`
@@ -116,10 +113,6 @@ class Statistic:
 
         with np.errstate(invalid="ignore"):  # a hostile store's squares may be negative: NaN
             return np.sqrt(sums) if self.is_squared else sums
-
-
-def _add(sums: Any, values: Any) -> None:
-    sums += values
 
 
 def _add_squares(sums: Any, values: Any) -> None:
@@ -198,7 +191,7 @@ STATISTICS: dict[str, Statistic] = {
             name="grad_sum",
             of=WEIGHT_GRADIENTS,
             axes=(OUT, IN),
-            add=_add,
+            add=operator.iadd,
             compact="float16",
             compact_bytes=2.0,
             letter="GS",

@@ -29,7 +29,8 @@ def check_decompositions(
     """
     if not chosen.method.decomposes or device.type != "cpu":
         return None
-    width, name = max((_widest(layer, chosen), layer.name) for layer in layers)
+    moments = [STATISTICS[x] for x in chosen.second_moments]
+    width, name = max((x.sum_shape(y.shape)[0], y.name) for y in layers for x in moments)
     if width < _LONG:
         return None
     what = f"layer {name}: its second moments are {width} x {width}, and {method}"
@@ -41,7 +42,3 @@ def check_decompositions(
         )
     minutes = 9 * width**3 / _OPERATIONS_A_MINUTE
     return f"{what} takes about {minutes:.0f} minutes of a core for each: or {instead}"
-
-
-def _widest(layer: LayerSpec, chosen: ChosenMethod) -> int:
-    return max(STATISTICS[x].sum_shape(layer.shape)[0] for x in chosen.second_moments)

@@ -44,8 +44,12 @@ class StandIn:
         self.inputs: dict[str, Tensor] = {}  # path -> what it has read last, in order
         self.model: Any = _copied(model, like).double()
         self._maps = linear_maps(self.model)
-        self._stub_maps()
-        self._stub_fused_experts()
+        for number, (path, module) in enumerate(self._maps.items()):
+            weight: Any = module.weight
+            width = int(weight.shape[1 if isinstance(module, Conv1D) else 0])
+            module.forward = partial(self._map, path, number, width)
+        for owner in {name.rpartition(".")[0] for name in fused_weights(self.model)}:
+            self.model.get_submodule(owner).forward = lambda x, *_, **__: torch.ones_like(x)
         self._fill_in()
         for module in self.model.modules():
             if is_split(module):
@@ -79,10 +83,6 @@ class StandIn:
         ids_N1 = torch.ones(self.num_rows, 1, dtype=torch.long)
         return {"input_ids": ids_N1, "use_cache": False}
 
-    def _stub_maps(self) -> None:
-        for number, (path, module) in enumerate(self._maps.items()):
-            module.forward = partial(self._map, path, number, _num_outputs(module))
-
     def _map(self, path: str, number: int, width: int, x: Tensor, *_: Any) -> Tensor:
         """Stands in for the map's `forward`: (..., I) -> (..., O)."""
         self.inputs[path] = x
@@ -93,10 +93,6 @@ class StandIn:
             return output
         by_row = output.reshape(self.num_rows, output[..., 0].numel() // self.num_rows, width)
         return (by_row + self.shifts[path][:, None]).view(output.shape)
-
-    def _stub_fused_experts(self) -> None:
-        for owner in {name.rpartition(".")[0] for name in fused_weights(self.model)}:
-            self.model.get_submodule(owner).forward = lambda x, *_, **__: torch.ones_like(x)
 
     def _fill_in(self) -> None:
         """Give values to all that has none: norms, convolutions, embeddings, buffers of weights.
@@ -147,10 +143,6 @@ def _once(path: str, forward: Callable[..., Any], found: dict[str, Call]) -> Cal
         return outputs[0]
 
     return first
-
-
-def _num_outputs(module: Any) -> int:
-    return int(module.weight.shape[1 if isinstance(module, Conv1D) else 0])
 
 
 def _to_every_expert(experts: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
