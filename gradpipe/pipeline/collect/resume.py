@@ -76,15 +76,6 @@ class Place:
         folder = self.blocks.folder / SCRATCH
         return folder if self.ranks.count == 1 else folder / self.share.name
 
-    @contextmanager
-    def finished_store(self) -> Iterator[StoreWriter]:
-        """Write what is left of the store, then declare it complete."""
-        with locked(self.store / LOCK_NAME, of=self.store, wait=True):
-            writer = StoreWriter(self.store, self.spec)
-            writer.begin(self.calibration)
-            yield writer
-            writer.commit()
-
 
 def share_of(shard: Shard, ranks: Ranks) -> Shard:
     """The part of the samples that is one process's: its rank's, or its shard's."""
@@ -226,9 +217,13 @@ class ByBlocks:
 
 
 def _finish(place: Place, records: Iterable[CommitRecord]) -> None:
-    with place.finished_store() as writer:
+    """Make a store of what these records name, and declare it complete."""
+    with locked(place.store / LOCK_NAME, of=place.store, wait=True):
+        writer = StoreWriter(place.store, place.spec)
+        writer.begin(place.calibration)
         for record in records:
             writer.adopt(record)
+        writer.commit()
 
 
 @dataclass(slots=True)

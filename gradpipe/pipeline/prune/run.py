@@ -170,7 +170,7 @@ def _say(allocated: AllocatedPlan, results: Sequence[PruneResult], console: Cons
             "pruning.json lists them: collect with more samples to score them",
         )
     for target in plan.targets:
-        if plan.allocation.keeps_pattern(target) and not plan.allocation.rule.is_uniform:
+        if plan.allocation.keeps_pattern(target) and plan.allocation.rule.wish is not None:
             tell(
                 console,
                 f"{target.pattern} in every block, whatever the allocation: --mixed-patterns "

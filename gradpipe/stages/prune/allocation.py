@@ -47,11 +47,6 @@ class AllocationRule:
     num_passes: int = 0  # over the scores of all layers; 0: it looks at none
     score: str | None = None  # the method or formula to look at; None: the run's own
 
-    @property
-    def is_uniform(self) -> bool:
-        """True if all layers get the same: it looks at nothing, and mixes no patterns."""
-        return self.wish is None
-
 
 def _owl(
     layers: Layers,

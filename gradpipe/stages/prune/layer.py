@@ -71,19 +71,25 @@ class SolvedLayer:
         if not is_finite(weight):
             raise GradpipeError(f"layer {name}: its weights hold NaN or infinite values")
         weight_OI = weight.T if transposed else weight
+        moments = [statistics.values[x] for x in chosen.second_moments]
         problem = LayerProblem(
             name=name,
             weight=weight_OI,
             statistics=statistics,
-            damped=_curvature(name, statistics, chosen),
+            damped=Curvature.of(name, *moments) if moments else None,
             group=chosen.group,
             budgets=tuple(budgets),
         )
+        if chosen.score is not None:
+            solver: Solver = Scored(problem, chosen.score, chosen.update)
+        else:
+            assert chosen.method.solver is not None  # a method has a formula or a solver
+            solver = chosen.method.solver(problem)
         return cls(
             name=name,
             weight=weight_OI,
             transposed=transposed,
-            solver=_solver(problem, chosen),
+            solver=solver,
             notes=() if problem.damped is None else tuple(problem.damped.notes),
         )
 
@@ -107,19 +113,3 @@ def _masked(weight_OI: Tensor, mask_OI: Tensor) -> Tensor:
         return (bits_OI * mask_OI).view(weight_OI.dtype)
     masked_OI = np.multiply(bits_OI.numpy(), mask_OI.numpy())  # torch makes a wide mask of it first
     return torch.from_numpy(masked_OI).view(weight_OI.dtype)
-
-
-def _curvature(name: str, statistics: LayerStatistics, chosen: ChosenMethod) -> Curvature | None:
-    """The second moments that the method reads, damped; None if it reads none."""
-    if not chosen.second_moments:
-        return None
-    return Curvature.of(name, statistics.values["hessian"], statistics.values.get("grad_cov"))
-
-
-def _solver(problem: LayerProblem, chosen: ChosenMethod) -> Solver:
-    """What the method's entry says, and nothing in its place."""
-    if chosen.score is not None:
-        return Scored(problem, chosen.score, chosen.update)
-    if chosen.method.solver is None:
-        raise ValueError("a method without a score has a solver")
-    return chosen.method.solver(problem)
