@@ -17,6 +17,8 @@ from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
 from gradpipe.store.statistics import STATISTICS, Sums, in_order
 
+Kept = list[tuple[LayerSpec, str]]  # each layer with each statistic that is kept under its name
+
 
 def export(config: ExportConfig) -> Path:
     """Write the file, whole or not at all.
@@ -33,12 +35,13 @@ def export(config: ExportConfig) -> Path:
         matrix = Imatrix.of(store, layers)
     else:
         statistics = _statistics(config, store)
+        kept = [(layer, name) for layer in layers for name in layer.own(statistics)]
     try:
         with replacing(config.out) as file:
             if config.format == IMATRIX:
                 matrix.write(Path(file.name))
             else:
-                _write_safetensors(file, store, layers, statistics)
+                _write_safetensors(file, store, kept)
     except OSError as error:
         raise GradpipeError(
             f"cannot write {config.out}: {error.strerror or error}: make room or give another "
@@ -66,32 +69,23 @@ def _statistics(config: ExportConfig, store: GradientStore) -> tuple[str, ...]:
     return in_order(config.statistics) or store.spec.statistics
 
 
-def _write_safetensors(
-    file: BinaryIO, store: GradientStore, layers: tuple[LayerSpec, ...], statistics: tuple[str, ...]
-) -> None:
+def _write_safetensors(file: BinaryIO, store: GradientStore, kept: Kept) -> None:
     """Norms in float32, named `LAYER.STATISTIC`; second moments as whole matrices.
 
     The library writes what is in memory at once; these are written one by one, behind a header that
     is known before: github.com/huggingface/safetensors, "Format".
     """
-    shapes = {
-        f"{layer.name}.{name}": STATISTICS[name].sum_shape(layer.shape)
-        for layer in layers
-        for name in layer.own(statistics)
-    }
-    header = _header(shapes, _metadata(store, layers, statistics))
+    shapes = {f"{x.name}.{name}": STATISTICS[name].sum_shape(x.shape) for x, name in kept}
+    header = _header(shapes, _metadata(store, kept))
     file.write(struct.pack("<Q", len(header)) + header)
-    file.writelines(norms.astype("<f4").tobytes() for norms in _norms(store, layers, statistics))
+    file.writelines(norms.astype("<f4").tobytes() for norms in _norms(store, kept))
 
 
-def _norms(
-    store: GradientStore, layers: tuple[LayerSpec, ...], statistics: tuple[str, ...]
-) -> Iterator[Sums]:
-    with store.reading_ahead(layers):
-        for layer in layers:
-            for name in layer.own(statistics):
-                norms = store.read_norms(layer, name)
-                yield square(norms) if STATISTICS[name].is_symmetric else norms
+def _norms(store: GradientStore, kept: Kept) -> Iterator[Sums]:
+    with store.reading_ahead(list(dict.fromkeys(layer for layer, _ in kept))):
+        for layer, name in kept:
+            norms = store.read_norms(layer, name)
+            yield square(norms) if STATISTICS[name].is_symmetric else norms
 
 
 def _header(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> bytes:
@@ -105,15 +99,9 @@ def _header(shapes: dict[str, tuple[int, ...]], metadata: dict[str, str]) -> byt
     return header + b" " * (-len(header) % 8)
 
 
-def _metadata(
-    store: GradientStore, layers: tuple[LayerSpec, ...], statistics: tuple[str, ...]
-) -> dict[str, str]:
+def _metadata(store: GradientStore, kept: Kept) -> dict[str, str]:
     """Of what, and over how much; values are texts, as the format has it."""
-    tokens = {
-        f"{layer.name}.{name}": store.counts(layer, name).num_tokens
-        for layer in layers
-        for name in layer.own(statistics)
-    }
+    tokens = {f"{x.name}.{name}": store.counts(x, name).num_tokens for x, name in kept}
     return {
         "digest": store.digest,
         "gradpipe": json.dumps(store.spec.to_json()),

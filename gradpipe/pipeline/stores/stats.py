@@ -4,7 +4,7 @@ from itertools import groupby
 
 from rich.console import Console
 
-from gradpipe.pipeline.progress import QUIET, progress_bar
+from gradpipe.pipeline.progress import QUIET, counted
 from gradpipe.pipeline.reports.results import StoreStats
 from gradpipe.pipeline.stores.config import StatsConfig
 from gradpipe.pipeline.stores.layers import chosen_layers
@@ -18,14 +18,10 @@ def stats(config: StatsConfig, console: Console = QUIET) -> StoreStats:
     Raises InputError for no store or no such layer, StoreError for a damaged one.
     """
     store = GradientStore.open(config.store)
-    layers, found = chosen_layers(store, config.layer), []
-    with (
-        store.reading_ahead(layers),
-        progress_bar(console, "reading", len(layers), "layers") as advance,
-    ):
-        for layer in layers:
-            found.append((layer, summary_of(store, layer)))
-            advance(1)
+    layers = chosen_layers(store, config.layer)
+    with store.reading_ahead(layers):
+        read = counted(layers, console, "reading", len(layers), "layers")
+        found = [(layer, summary_of(store, layer)) for layer in read]
     found.sort(key=lambda pair: (pair[0].block is None, pair[0].block or 0))
     blocks = groupby(found, key=lambda pair: pair[0].block)
     return StoreStats(
