@@ -67,7 +67,10 @@ def _points(config: SweepConfig) -> tuple[list[Point], list[str]]:
     dropped: set[tuple[str, str, str]] = set()
     points = []
     others = [choices for field in _AXES if (choices := _choices(config, field))]
-    rows, columns = _rows(config), _columns(config)
+    rows = _choices_of(method=config.methods, score=config.scores, recipe=config.recipes)
+    columns = _choices_of(
+        sparsities=[(x,) for x in config.sparsities], patterns=[(x,) for x in config.patterns]
+    )
     for row, some, column, store in product(rows, product(*others), columns, config.stores):
         point, kept = _largest(config, store, (*row, *column), some)
         points.append(point)
@@ -94,19 +97,9 @@ def _said(
     return list(said)
 
 
-def _rows(config: SweepConfig) -> list[tuple[Choice, ...]]:
-    """What prunes."""
-    fields = {"method": config.methods, "score": config.scores, "recipe": config.recipes}
+def _choices_of(**fields: Sequence[Any]) -> list[tuple[Choice, ...]]:
+    """One field with one of its values each; where none has any, one of nothing."""
     return [((field, x),) for field, values in fields.items() for x in values] or [()]
-
-
-def _columns(config: SweepConfig) -> list[tuple[Choice, ...]]:
-    """How much goes."""
-    fields: dict[str, Sequence[Any]] = {
-        "sparsities": config.sparsities,
-        "patterns": config.patterns,
-    }
-    return [((field, (x,)),) for field, values in fields.items() for x in values] or [()]
 
 
 def _choices(config: SweepConfig, field: str) -> list[Choice]:
