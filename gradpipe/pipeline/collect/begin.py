@@ -187,7 +187,7 @@ def _draw(config: CollectConfig, skeleton: Skeleton, console: Console) -> Sample
 
 def _draw_images(config: CollectConfig, skeleton: Skeleton, console: Console) -> Samples:
     model, checkpoint = skeleton.model, skeleton.checkpoint
-    num_tokens = skeleton.image_tokens
+    num_tokens = skeleton.image_tokens()
     processor = Processor(checkpoint, model)
     images = load_images(config.data, "calibration", checkpoint, model)
     count = config.num_samples

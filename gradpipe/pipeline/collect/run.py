@@ -157,7 +157,7 @@ def examine(config: CollectConfig) -> ModelReport:
     device = resolve_device(config.device)
     skeleton = _skeleton(config, checkpoint, with_couplings=False)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
-        seq_len = skeleton.image_tokens
+        seq_len = skeleton.image_tokens()
     else:
         seq_len = window_length(config.data.name, config.seq_len, checkpoint)
     return ModelReport(
@@ -303,7 +303,7 @@ def _skeleton(config: CollectConfig, checkpoint: Checkpoint, *, with_couplings: 
     found = take_apart(checkpoint, dtype, config.blocks, config.include, config.exclude)
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
         check_loss_of_labels(found.model)
-        _ = found.image_tokens  # or it refuses
+        found.image_tokens()  # or it refuses
     check_shared(found)
     if not with_couplings:
         return found

@@ -35,7 +35,6 @@ class Skeleton:
         """What the model is made from."""
         return self.sources.checkpoint
 
-    @property
     def image_tokens(self) -> int:
         """How many tokens the blocks see of an image.
 
