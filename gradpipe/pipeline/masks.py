@@ -4,7 +4,7 @@ Applying rewrites files as pruning does: byte for byte but for the zeros, beside
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -101,15 +101,17 @@ def apply_masks(
         0.5
     """
     checkpoint, file = Checkpoint.open(model), MaskFile.open(masks)
-    applied = _Applied(checkpoint, file, *_understood(checkpoint, file))
+    recorded, order = _understood(checkpoint, file)
+    _check_fit(checkpoint, file)
+    _places(recorded, checkpoint)  # or it refuses
     sources = (checkpoint.folder, masks)
     staging = Staging(out, lambda: check_out(out, overwrite=overwrite, sources=sources))
     staging.check()
     with staging.begun():
         with progress_bar(console, "applying masks", len(file.shapes), "tensors") as advance:
-            written = applied.write(staging.folder, advance)
+            written = _write(checkpoint, file, staging.folder, advance)
         copy_companions(checkpoint, staging.folder)
-        report = applied.report(staging.folder, written)
+        report = _report(order, recorded, staging.folder, written)
         write_report(staging.folder, report)
         staging.publish()
     return PruneResult(folder=out, label=out.name, report=report)
@@ -161,69 +163,66 @@ def _order(checkpoint: Checkpoint, masks: Path, was: Mapping[str, Any]) -> Prune
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Applied:
-    """Masks on a checkpoint that they fit."""
+def _check_fit(checkpoint: Checkpoint, file: MaskFile) -> None:
+    """Raises InputError unless each mask is of a tensor of floats, of its shape."""
+    for key, shape in file.shapes.items():
+        info = checkpoint.tensors.get(key)
+        if info is None or info.shape != shape or info.dtype not in FLOAT_TYPES:
+            found = "none" if info is None else f"{info.dtype} {info.shape}"
+            raise InputError(
+                f"{checkpoint.name}: {key} is {found}, and {file.path} has a mask of {shape}: give "
+                "a checkpoint of the model that was pruned"
+            )
 
-    checkpoint: Checkpoint
-    file: MaskFile
-    recorded: Recorded
-    order: PruneOrder
 
-    def __post_init__(self) -> None:
-        for key, shape in self.file.shapes.items():
-            info = self.checkpoint.tensors.get(key)
-            if info is None or info.shape != shape or info.dtype not in FLOAT_TYPES:
-                found = "none" if info is None else f"{info.dtype} {info.shape}"
-                raise InputError(
-                    f"{self.checkpoint.name}: {key} is {found}, and {self.file.path} has a mask "
-                    f"of {shape}: give a checkpoint of the model that was pruned"
-                )
-        _places(self.recorded, self.checkpoint)
+def _write(
+    checkpoint: Checkpoint, file: MaskFile, folder: Path, advance: Callable[[int], None]
+) -> dict[str, str]:
+    """Write every file; the digests of the tensors that have masks."""
+    digests = {}
+    infos = [checkpoint.tensors[key] for key in file.shapes]
+    for name in checkpoint.files:
+        places = [info for info in infos if info.file == name]
+        with rewriting(checkpoint.folder / name, [folder / name], places) as rewritten:
+            for place in places:
+                tensor, mask = checkpoint.read(place.key), file.read(place.key)
+                [digests[place.key]] = rewritten.replace(place, [tensor.masked_fill(~mask, 0)])
+                advance(1)
+            rewritten.copy_rest()
+    return digests
 
-    def write(self, folder: Path, advance: Callable[[int], None]) -> dict[str, str]:
-        """Write every file; the digests of the tensors that have masks."""
-        digests = {}
-        for name in self.checkpoint.files:
-            infos = [self.checkpoint.tensors[key] for key in self.file.shapes]
-            places = [info for info in infos if info.file == name]
-            with rewriting(self.checkpoint.folder / name, [folder / name], places) as rewritten:
-                for place in places:
-                    tensor, mask = self.checkpoint.read(place.key), self.file.read(place.key)
-                    [digests[place.key]] = rewritten.replace(place, [tensor.masked_fill(~mask, 0)])
-                    advance(1)
-                rewritten.copy_rest()
-        return digests
 
-    def report(self, folder: Path, written: Mapping[str, str]) -> PruneReport:
-        """What the written files hold, read back."""
-        out = Checkpoint.open(str(folder))
-        layers, places = dict[str, LayerResult](), _places(self.recorded, out)
-        blocks, outside = list[Zeros](), list[Zeros]()
-        lists = {list_of(place.key) for place in places.values()} - {None}
-        for info in out.tensors.values():
-            if info.dtype not in FLOAT_TYPES:
-                continue
-            data = out.read_bytes(info.key)
-            if digest(data) != written.get(info.key, digest(data)):
-                raise GradpipeError(f"{info.key} reads back otherwise than it was written")
-            for name, place in places.items():
-                if place.key == info.key:
-                    part = data[place.start - info.start : place.stop - info.start]
-                    zeros = count_zeros(as_tensor(part, place))
-                    layers[name] = replace(self.recorded.layers[name], zeros=zeros)
-            tensor = as_tensor(data, info)
-            found = Zeros(zeros=count_zeros(tensor), size=tensor.numel())
-            (blocks if list_of(info.key) in lists else outside).append(found)
-        was = self.recorded.document
-        return PruneReport(
-            order=self.order,
-            requested=self.recorded.requested,
-            layers=tuple(layers[name] for name in self.recorded.layers),
-            blocks=Zeros.sum(blocks),
-            file=Zeros.sum([*blocks, *outside]),
-            dense=self.recorded.dense,
-            mismatched_layers=(),
-            unseen_layers=(),
-            notes=(f"zeros by masks of {was['model']}, which was pruned by {was['command']}",),
-        )
+def _report(
+    order: PruneOrder, recorded: Recorded, folder: Path, written: Mapping[str, str]
+) -> PruneReport:
+    """What the written files hold, read back."""
+    out = Checkpoint.open(str(folder))
+    layers, places = dict[str, LayerResult](), _places(recorded, out)
+    blocks, outside = list[Zeros](), list[Zeros]()
+    lists = {list_of(place.key) for place in places.values()} - {None}
+    for info in out.tensors.values():
+        if info.dtype not in FLOAT_TYPES:
+            continue
+        data = out.read_bytes(info.key)
+        if digest(data) != written.get(info.key, digest(data)):
+            raise GradpipeError(f"{info.key} reads back otherwise than it was written")
+        for name, place in places.items():
+            if place.key == info.key:
+                part = data[place.start - info.start : place.stop - info.start]
+                zeros = count_zeros(as_tensor(part, place))
+                layers[name] = replace(recorded.layers[name], zeros=zeros)
+        tensor = as_tensor(data, info)
+        found = Zeros(zeros=count_zeros(tensor), size=tensor.numel())
+        (blocks if list_of(info.key) in lists else outside).append(found)
+    was = recorded.document
+    return PruneReport(
+        order=order,
+        requested=recorded.requested,
+        layers=tuple(layers[name] for name in recorded.layers),
+        blocks=Zeros.sum(blocks),
+        file=Zeros.sum([*blocks, *outside]),
+        dense=recorded.dense,
+        mismatched_layers=(),
+        unseen_layers=(),
+        notes=(f"zeros by masks of {was['model']}, which was pruned by {was['command']}",),
+    )

@@ -48,7 +48,9 @@ def progress_bar(
         def advance(count: int) -> None:
             bar.advance(task, count)
             done = bar.tasks[0].completed
-            rate = _rate(done / max(time.monotonic() - start, 1e-9), unit, tokens_each)
+            per_second = done / max(time.monotonic() - start, 1e-9)
+            tokens = f", {per_second * tokens_each:,.0f} tokens/s" if tokens_each else ""
+            rate = f"{per_second:.2f} {unit}/s{tokens}"
             bar.update(task, rate=rate, memory=f"peak {peak_memory() / 2**30:.2f} GiB")
 
         yield advance
@@ -74,8 +76,3 @@ def peak_memory() -> int:
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _rate(per_second: float, unit: str, tokens_each: int) -> str:
-    rate = f"{per_second:.2f} {unit}/s"
-    return f"{rate}, {per_second * tokens_each:,.0f} tokens/s" if tokens_each else rate

@@ -221,13 +221,9 @@ def consolidate(metadata: dict[str, bytes]) -> bytes:
 def _contents(store: MemoryStore) -> dict[str, bytes]:
     """The objects of a store in memory, metadata as compact JSON: small layers have little else."""
     objects = {key: buffer.to_bytes() for key, buffer in store._store_dict.items()}  # noqa: SLF001
-    return {
-        key: _compact(data) if key.endswith("zarr.json") else data for key, data in objects.items()
-    }
-
-
-def _compact(document: bytes) -> bytes:
-    return json.dumps(json.loads(document), separators=(",", ":")).encode()
+    for key in (key for key in objects if key.endswith("zarr.json")):
+        objects[key] = json.dumps(json.loads(objects[key]), separators=(",", ":")).encode()
+    return objects
 
 
 def parse_group(metadata: bytes | str) -> dict[str, Any]:

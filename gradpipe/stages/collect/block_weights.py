@@ -53,7 +53,8 @@ class WeightLoader:
             yield
         finally:
             for name in names:
-                self._set(name, self._meta(name))
+                empty = torch.empty_like(self._get(name), device="meta")
+                self._set(name, nn.Parameter(empty, requires_grad=False))
             made.clear()
             _trim_heap()
 
@@ -80,10 +81,6 @@ class WeightLoader:
         owner, _, leaf = name.rpartition(".")
         tensor: Tensor = getattr(self._model.get_submodule(owner), leaf)
         return tensor
-
-    def _meta(self, name: str) -> nn.Parameter:
-        tensor = self._get(name)
-        return nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
 
     def _set(self, name: str, value: nn.Parameter) -> None:
         owner, _, leaf = name.rpartition(".")

@@ -254,7 +254,11 @@ class Streamed(BlockByBlock):
                     if self._backward:
                         gradients = self._differentiate(answer, given, above.read(number))
                 if self._backward:
-                    self._check_passed(index, gradients)
+                    if index and not gradients:  # whose layers would wait for them
+                        raise GradpipeError(
+                            f"no gradient passes block {self._blocks.paths[index]}: give "
+                            "--statistics act_l2"
+                        )
                     below.write({x: gradients[x] for x in gradients if x not in fed})
                     if fed:
                         outside.write({x: gradients[x] for x in gradients if x in fed})
@@ -263,13 +267,6 @@ class Streamed(BlockByBlock):
             below.publish()
             if fed:
                 outside.publish()
-
-    def _check_passed(self, index: int, gradients: dict[str, Tensor]) -> None:
-        """Raises GradpipeError if blocks before this one would get none, whose layers wait."""
-        if index and not gradients:
-            raise GradpipeError(
-                f"no gradient passes block {self._blocks.paths[index]}: give --statistics act_l2"
-            )
 
     def _differentiate(
         self, answer: dict[str, Tensor], given: dict[str, Tensor], after: dict[str, Tensor]

@@ -9,7 +9,7 @@ that one block can be loaded alone. Nothing is guessed: a tensor that no rule na
 import re
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,9 +102,7 @@ def find_sources(model: Any, checkpoint: Checkpoint) -> Sources:
     found: dict[str, Source] = {}
     for source in _grouped(model, checkpoint, stored):
         made = _made_on_meta(source, checkpoint, model, stored)
-        whole = Source(
-            targets=tuple(made), keys=source.keys, patterns=source.patterns, rule=source.rule
-        )
+        whole = replace(source, targets=made)
         found |= {name: whole for name in made if name in stored}
     by_identity = {id(stored[name]): source for name, source in found.items()}
     for name, tensor in stored.items():

@@ -124,8 +124,9 @@ class _Levels:
         return cls(packed, rows, cols, escapes, item.spec, least)
 
     def codes(self, part: slice) -> Tensor:
-        """Of these rows, uint8 (R, I)."""
-        return _codes(self.packed[part], len(self.cols))
+        """Of these rows, uint8 (R, I): the lower half of a byte comes first."""
+        pairs = self.packed[part].to(torch.int16)
+        return ((pairs | pairs << 4) & 0x0F0F).view(torch.uint8)[:, : len(self.cols)]
 
     def corrections(self, codes_RI: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """Where the next rows have escapes, flat, and what to add there to offsets + codes.
@@ -142,12 +143,6 @@ class _Levels:
             offsets = self.rows[part][places // width] + self.cols[places % width]
             escapes = escapes.where((escapes + offsets).abs() < SPECIAL, -offsets)
         return places, escapes - ESCAPE
-
-
-def _codes(packed: Tensor, num_cols: int) -> Tensor:
-    """Half bytes apart, uint8 (R, I): the lower half of a byte comes first."""
-    pairs = packed.to(torch.int16)
-    return ((pairs | pairs << 4) & 0x0F0F).view(torch.uint8)[:, :num_cols]
 
 
 def _escaped(codes: Tensor) -> Tensor:
