@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from functools import reduce
 from pathlib import Path
 
 from gradpipe.errors import InputError, StoreError
@@ -112,12 +113,8 @@ def _add_up(
     writer.begin(calibration)
     sums = [_layer_index(home, spec, shard) for shard, home in homes.items() if home is not None]
     for layer in spec.layers:
-        total: LayerStats | None = None
-        for snapshots in sums:
-            more = snapshots[layer.name].layer(layer, spec.statistics)
-            total = more if total is None else total.merged(more)
-        assert total is not None  # there is at least one shard
-        writer.write_layer(layer, total)
+        of_shards = (snapshots[layer.name].layer(layer, spec.statistics) for snapshots in sums)
+        writer.write_layer(layer, reduce(LayerStats.merged, of_shards))
     writer.commit()
     return GradientStore.open(folder)
 

@@ -6,6 +6,7 @@ ranks receive, and then encode, at the same time.
 """
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -50,12 +51,11 @@ def added(
 def _total(
     ranks: Ranks, layer: LayerSpec, mine: LayerStats, statistics: tuple[str, ...]
 ) -> LayerStats:
-    total: LayerStats | None = None
-    for rank in range(ranks.count):
-        more = mine if rank == ranks.index else _received(ranks, layer, statistics, rank)
-        total = more if total is None else total.merged(more)
-    assert total is not None  # there is at least one rank
-    return total
+    of_ranks = (
+        mine if rank == ranks.index else _received(ranks, layer, statistics, rank)
+        for rank in range(ranks.count)
+    )
+    return reduce(LayerStats.merged, of_ranks)
 
 
 def _send(ranks: Ranks, stats: LayerStats, names: Sequence[str], to: int) -> None:
