@@ -134,7 +134,11 @@ def check_widths(layers: Iterable[LayerSpec], targets: Iterable[Target]) -> None
     """Each layer divides into the groups of each pattern; InputError for one that does not."""
     patterns = [target.pattern for target in targets if target.pattern is not None]
     for pattern, layer in product(patterns, layers):
-        pattern.check_width(layer.name, layer.shape[1])
+        if layer.shape[1] % pattern.m:
+            raise InputError(
+                f"pattern {pattern}: layer {layer.name} has {layer.shape[1]} inputs, not divisible "
+                f"by {pattern.m}: --exclude it or choose another pattern"
+            )
 
 
 def check_statistics(

@@ -42,14 +42,6 @@ class Pattern:
         """The share of weights that go."""
         return Fraction(self.m - self.n, self.m)
 
-    def check_width(self, layer: str, width: int) -> None:
-        """Refuse a layer whose input width does not divide into groups of `m`."""
-        if width % self.m:
-            raise InputError(
-                f"pattern {self}: layer {layer} has {width} inputs, not divisible by {self.m}: "
-                f"--exclude it or choose another pattern"
-            )
-
 
 @dataclass(frozen=True, slots=True)
 class Group:
