@@ -5,17 +5,45 @@ store. Stage two, `prune`, sparsifies the checkpoint from the store, at as many 
 asked, and never runs the model.
 """
 
-import ast
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
-_STUB = ast.parse(Path(__file__).with_suffix(".pyi").read_text("utf-8"))  # for type checkers too
-_HOMES = {  # public name -> its module
-    alias.name: str(node.module)
-    for node in _STUB.body
-    if isinstance(node, ast.ImportFrom)
-    for alias in node.names
+_HOMES = {  # name -> its module; `__init__.pyi` tells type checkers the same
+    "Accuracy": "pipeline.reports.results",
+    "CollectConfig": "pipeline.collect.config",
+    "DataConfig": "stages.data.config",
+    "DemoResult": "pipeline.reports.results",
+    "EvalConfig": "pipeline.evaluate_config",
+    "GradientStore": "store.reader",
+    "GradpipeError": "errors",
+    "ImportConfig": "pipeline.collect.config",
+    "InputError": "errors",
+    "Interrupted": "errors",
+    "LayerResult": "pipeline.reports.results",
+    "Metrics": "pipeline.reports.results",
+    "PointResult": "pipeline.reports.points",
+    "PruneConfig": "pipeline.prune.config",
+    "PruneResult": "pipeline.reports.results",
+    "ReportConfig": "pipeline.report_config",
+    "Shard": "store.shard",
+    "StoreError": "errors",
+    "SweepConfig": "pipeline.sweep.config",
+    "Verified": "pipeline.verify",
+    "apply_masks": "pipeline.masks",
+    "classify": "pipeline.evaluate",
+    "collect": "pipeline.collect.run",
+    "collect_shard": "pipeline.collect.run",
+    "demo": "pipeline.demo",
+    "evaluate": "pipeline.evaluate",
+    "export_masks": "pipeline.masks",
+    "import_gblm": "pipeline.collect.import_gblm",
+    "merge": "pipeline.collect.merge",
+    "open_store": "store.reader",
+    "plan": "pipeline.collect.run",
+    "prune": "pipeline.prune.run",
+    "report": "pipeline.report",
+    "sweep": "pipeline.sweep.run",
+    "verify": "pipeline.verify",
 }
 __all__ = list(_HOMES)
 
@@ -24,7 +52,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name when it is first asked for: `import gradpipe` loads no torch."""
     if name not in _HOMES:
         raise AttributeError(f"module 'gradpipe' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    value = getattr(import_module(f"gradpipe.{_HOMES[name]}"), name)
     globals()[name] = value
     return value
 
