@@ -92,7 +92,7 @@ def _sweep(
     Turned around, so that a column is contiguous.
     """
     updated_IO = weight_OI.new_empty(weight_OI.shape[::-1], dtype=factor_II.dtype)
-    updated_IO.copy_(weight_OI.T)
+    updated_IO.copy_(weight_OI.T.contiguous())  # turned first: torch is slow at both in one
     mask_IO = torch.ones_like(updated_IO, dtype=torch.bool)
     step = max(_COLUMNS // width, 1) * width  # a whole number of decisions
     for start in range(0, len(updated_IO), step):
