@@ -25,7 +25,7 @@ from gradpipe.pipeline.options import Model, Overwrite
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.publish import PushConfig
 from gradpipe.pipeline.report_config import ReportConfig
-from gradpipe.pipeline.stores.config import CopyConfig, ExportConfig, StatsConfig
+from gradpipe.pipeline.stores.config import CopyConfig, ExportConfig, StatsConfig, Store
 from gradpipe.pipeline.sweep.config import SweepConfig
 from gradpipe.signatures import command
 from gradpipe.stages.checkpoint.place import locate
@@ -33,7 +33,6 @@ from gradpipe.terminal import Json, Output, complain, prepare_streams, say, stde
 
 _TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 _WIDE = 10_000  # columns of a file: tables wrap on terminals alone
-Store = Annotated[str, Option(help="Path or URL.", is_argument=True)]
 _NO_EXTRAS, _NO_PUSH = EvalExtras(), PushConfig()
 
 app = typer.Typer(

@@ -29,8 +29,7 @@ from gradpipe.stages.model.load import (
     load_tokenizer,
     resolve_dtype,
 )
-from gradpipe.stages.model.next_token import check_next_token
-from gradpipe.stages.model.one_image import try_one_image
+from gradpipe.stages.model.own_loss import check_next_token, try_one_image
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 

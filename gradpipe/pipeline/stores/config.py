@@ -9,31 +9,24 @@ from gradpipe.store.statistics import STATISTICS
 
 IMATRIX, SAFETENSORS = "imatrix", "safetensors"
 FORMATS = (IMATRIX, SAFETENSORS)
-Store = Annotated[str, Option(help="Path or URL.", is_argument=True, is_recorded=False)]
-Layer = Annotated[
-    str | None, Option(help="Regex on layer names: these alone.", is_regex=True, is_recorded=False)
-]
+Store = Annotated[str, Option(help="Path or URL.", is_argument=True)]
+Layer = Annotated[str | None, Option(help="Regex on layer names: these alone.", is_regex=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyConfig:
     """Which store to copy, and where to."""
 
-    source: Annotated[
-        str, Option(flag="src", help="Store: a path or a URL.", is_argument=True, is_recorded=False)
-    ]
+    source: Annotated[str, Option(flag="src", help="Store: a path or a URL.", is_argument=True)]
     destination: Annotated[
         str,
         Option(
             flag="dst",
             help="A folder to create, s3://…, gs://… or hf://datasets/OWNER/NAME.",
             is_argument=True,
-            is_recorded=False,
         ),
     ]
-    private: Annotated[
-        bool, Option(help="On the Hub: let nobody else read it.", is_recorded=False)
-    ] = False
+    private: Annotated[bool, Option(help="On the Hub: let nobody else read it.")] = False
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -44,8 +37,8 @@ class ExportConfig:
     """Which statistics to write for other tools, and in which of their formats."""
 
     store: Store
-    out: Annotated[Path, Option(help="File to create.", is_argument=True, is_recorded=False)]
-    format: Annotated[str, Option(help="{choices}.", choices=FORMATS, is_recorded=False)]
+    out: Annotated[Path, Option(help="File to create.", is_argument=True)]
+    format: Annotated[str, Option(help="{choices}.", choices=FORMATS)]
     statistics: Annotated[
         tuple[str, ...],
         Option(
@@ -53,7 +46,6 @@ class ExportConfig:
             choices=STATISTICS,
             default="all of the store",
             separator=",",
-            is_recorded=False,
         ),
     ] = ()
     layer: Layer = None

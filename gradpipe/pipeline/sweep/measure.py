@@ -20,7 +20,7 @@ from gradpipe.stages.device import memory_errors
 from gradpipe.stages.evaluate.perplexity import perplexity
 from gradpipe.stages.evaluate.top1 import top1
 from gradpipe.stages.model.load import check_tokens
-from gradpipe.stages.model.next_token import check_next_token
+from gradpipe.stages.model.own_loss import check_next_token
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import IMAGE_CLASSIFICATION

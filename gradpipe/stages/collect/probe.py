@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from gradpipe.stages.collect.block_weights import WeightLoader
-from gradpipe.stages.model.next_token import check_next_token
-from gradpipe.stages.model.one_image import check_one_image
+from gradpipe.stages.model.own_loss import check_next_token, check_one_image
 from gradpipe.stages.model.skeleton import Skeleton
 from gradpipe.stages.model.tasks import find_task
 from gradpipe.store.schema import IMAGE_CLASSIFICATION

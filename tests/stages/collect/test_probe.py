@@ -10,7 +10,7 @@ from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.model.load import load_model
-from gradpipe.stages.model.next_token import check_next_token
+from gradpipe.stages.model.own_loss import check_next_token
 from gradpipe.stages.model.skeleton import take_apart
 from gradpipe.stages.model.tasks import find_task
 from tests.support.architectures import save_architecture

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForImageClassification
 
 from gradpipe.errors import InputError
-from gradpipe.stages.model.one_image import check_one_image
+from gradpipe.stages.model.own_loss import check_one_image
 from tests.models.image_configs import tiny_image_config
 
 CPU = torch.device("cpu")
