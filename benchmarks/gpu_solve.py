@@ -21,7 +21,7 @@ from benchmarks.gpu_agreement import chosen_method
 from benchmarks.gpu_scale import Scale
 from benchmarks.measures import Measure, forget_peak, peak_measure, seconds_of
 from benchmarks.random_llama import LlamaSize
-from gradpipe.pipeline.options import RECIPES
+from gradpipe.pipeline.recipes import RECIPES
 from gradpipe.stages.prune.layer import SolvedLayer
 from gradpipe.stages.prune.methods import ChosenMethod
 from gradpipe.stages.prune.score import LayerStatistics

@@ -27,7 +27,7 @@ from benchmarks.gpu_scale import FULL
 from benchmarks.gpu_solve import block_shapes, problem_of, second_moment, solve
 from benchmarks.measures import Cost, in_a_fork
 from benchmarks.random_llama import LlamaSize, heading, table
-from gradpipe.pipeline.options import RECIPES
+from gradpipe.pipeline.recipes import RECIPES
 from gradpipe.stages.prune.methods import ChosenMethod
 
 CPU: Final = torch.device("cpu")

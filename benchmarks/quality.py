@@ -35,7 +35,7 @@ import typer
 from benchmarks.random_llama import heading, table
 from gradpipe import CollectConfig, DataConfig, EvalConfig, PruneConfig, collect, open_store, prune
 from gradpipe.pipeline.evaluate import evaluate_each
-from gradpipe.pipeline.options import RECIPES
+from gradpipe.pipeline.recipes import RECIPES
 
 TARGETS: Final = "0.5,0.6,0.7,2:4,4:8"
 STATISTICS: Final = ("grad_l1", "grad_l2", "grad_sum", "act_l2", "hessian", "grad_cov")

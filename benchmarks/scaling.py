@@ -46,7 +46,7 @@ from gradpipe import (
     merge,
     prune,
 )
-from gradpipe.pipeline.options import RECIPES
+from gradpipe.pipeline.recipes import RECIPES
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.estimate import Estimate
 

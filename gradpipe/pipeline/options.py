@@ -1,33 +1,13 @@
-"""The options that several commands take, each told once; and recipes, which stand for several."""
+"""The options that several commands take, each told once."""
 
 import os
-from dataclasses import dataclass
 from typing import Annotated
 
 from gradpipe.options import Option
 from gradpipe.pipeline.launch import slurm_shard
+from gradpipe.pipeline.recipes import RECIPES
 from gradpipe.store.schema import OBJECTIVES
 from gradpipe.store.shard import Shard
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """What its name stands for where no other option is given."""
-
-    method: str
-    curvature: str
-    allocation: str
-    statistics: tuple[str, ...]  # that these read, and Wanda
-
-
-RECIPES = {
-    "best": Recipe(  # found by benchmarks/quality.py: docs/benchmarks.md
-        method="alps",
-        curvature="kfac",
-        allocation="sensitivity",
-        statistics=("grad_l2", "act_l2", "hessian", "grad_cov"),
-    )
-}
 
 Model = Annotated[
     str,

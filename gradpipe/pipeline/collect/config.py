@@ -7,7 +7,6 @@ from typing import Annotated
 from gradpipe.errors import InputError, did_you_mean
 from gradpipe.options import Option, check_options, is_given, refuse_given, spelled, unasked
 from gradpipe.pipeline.options import (
-    RECIPES,
     BatchSize,
     Device,
     Dtype,
@@ -20,6 +19,7 @@ from gradpipe.pipeline.options import (
     ShardOption,
     Task,
 )
+from gradpipe.pipeline.recipes import RECIPES
 from gradpipe.stages.data.config import TOKENS, DataConfig
 from gradpipe.store.shard import Shard
 from gradpipe.store.statistics import DEFAULT_STATISTICS, ENCODINGS, STATISTICS

@@ -19,7 +19,6 @@ from gradpipe.options import (
     unasked,
 )
 from gradpipe.pipeline.options import (
-    RECIPES,
     Device,
     Include,
     Model,
@@ -28,6 +27,7 @@ from gradpipe.pipeline.options import (
     RecipeName,
     ShardOption,
 )
+from gradpipe.pipeline.recipes import RECIPES
 from gradpipe.stages.prune.allocation import ALLOCATIONS, OWL_FORM, find_rule
 from gradpipe.stages.prune.methods import (
     CURVATURES,
