@@ -73,10 +73,16 @@ class Output:
             return
         from gradpipe.pipeline.places import is_writable
 
-        if path.is_dir() or not path.parent.is_dir() or not is_writable(path):
+        touched = (path, path.resolve().parent) if self._is_replaced else (path,)
+        if path.is_dir() or not path.parent.is_dir() or not all(map(is_writable, touched)):
             raise InputError(
                 f"--json {path}: expected - or a file that can be written, in a folder that exists"
             )
+
+    @property
+    def _is_replaced(self) -> bool:
+        """False for a device or a pipe, which is written to as it is."""
+        return self._path is not None and (self._path.is_file() or not self._path.exists())
 
     @property
     def _is_stdout(self) -> bool:
@@ -94,8 +100,13 @@ class Output:
         if self._is_stdout:
             sys.stdout.write(text)
             return
+        from gradpipe.store.objects import write_durably
+
         try:
-            self._path.write_text(text)
+            if self._is_replaced:
+                write_durably(self._path.resolve(), text.encode())
+            else:
+                self._path.write_text(text)
         except OSError as error:
             _print(shown)
             raise GradpipeError(

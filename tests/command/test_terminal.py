@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -61,6 +62,36 @@ def test_a_result_that_cannot_be_kept_is_shown(run: Run, place: Path) -> None:
     assert code == 1
     assert out.startswith("perplexity ")
     assert err.startswith("pipe: cannot write --json /dev/full: No space left on device: the")
+
+
+def test_an_interrupted_run_leaves_the_earlier_result(
+    run: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is written whole beside, and renamed; links are followed."""
+    (place / "result.json").write_text("{}")
+    (place / "link.json").symlink_to("result.json")
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", stopped)
+        assert run("store info store --json link.json")[0] == 75
+    assert (place / "result.json").read_text() == "{}"
+    names = {path.name for path in place.iterdir()}
+    assert run("store info store --json link.json") == (0, "", "")
+    assert {path.name for path in place.iterdir()} == names
+    assert json.loads((place / "result.json").read_text())["digest"]
+    assert (place / "link.json").is_symlink()
+
+
+@pytest.mark.parametrize("device", ["/dev/null", "/dev/stderr"])
+def test_a_device_is_written_to_and_not_replaced(run: Run, place: Path, device: str) -> None:
+    """A result may be thrown away, or be sent where only the shell knows."""
+    del place
+    before = Path(device).stat()
+    assert run(f"store info store --json {device}")[0] == 0
+    assert os.path.samestat(Path(device).stat(), before)
 
 
 def test_statistics_may_be_given_one_by_one(run: Run, place: Path) -> None:
