@@ -16,6 +16,7 @@ from torch import Tensor
 from gradpipe.errors import GradpipeError, InputError, one_line
 from gradpipe.pipeline.prune.duty import Duty
 from gradpipe.pipeline.prune.plan import AllocatedPlan, PrunePlan
+from gradpipe.pipeline.prune.staging import make_folder
 from gradpipe.pipeline.prune.workers import side_by_side
 from gradpipe.stages.checkpoint.rewrite import rewriting
 from gradpipe.stages.checkpoint.tensors import TensorInfo, as_tensor
@@ -79,7 +80,7 @@ def write_file(
         return written
     outputs = [plan.folder(staging, target) / file for target in plan.targets]
     for output in outputs:
-        output.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(output.parent, staging)
     places = [plan.places[name] for name in plan.in_file(file)]
     source = plan.checkpoint.folder / file
     with rewriting(source, outputs, places) as rewritten, side_by_side(plan.workers) as pool:

@@ -8,14 +8,18 @@
 
 import errno
 import shutil
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 from gradpipe.errors import GradpipeError, InputError, Interrupted
 from gradpipe.store.lock import locked
 from gradpipe.store.objects import fsync, write_durably
 from gradpipe.store.shard import Shard
+
+_ATTEMPTS, _PAUSE = 100, 0.01  # to remove a folder, and the seconds between them
 
 
 class Beside:
@@ -114,7 +118,8 @@ class Staging(Beside):
                     self.begin()
                     yield
                 except BaseException:
-                    _remove(self.folder)
+                    with suppress(OSError):  # the error that ends the run is told, not this one
+                        _remove(self.folder)
                     raise
         except BaseException:
             with suppress(OSError):  # somebody else's files may be there by now
@@ -201,6 +206,25 @@ class SharedStaging(Beside):
         return self._records / f"{file}.json"
 
 
+def make_folder(folder: Path, staging: Path) -> None:
+    """Create `folder`, below `staging`; FileNotFoundError if that one is gone.
+
+    So no rank makes again what the first has removed.
+    """
+    if folder != staging:
+        make_folder(folder.parent, staging)
+        folder.mkdir(exist_ok=True)
+
+
 def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
+    """Delete a folder, though another rank may still put a file into it."""
+    for attempt in count(1):
+        try:
+            if folder.exists():
+                shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or attempt == _ATTEMPTS:
+                raise
+            time.sleep(_PAUSE)
+        else:
+            return

@@ -1,6 +1,7 @@
 """Outputs beside their final name: who may write them, and what a kill leaves."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from gradpipe import GradpipeError, InputError, PruneConfig, Shard, collect, prune
 from gradpipe.errors import Interrupted
 from gradpipe.pipeline.prune import run, staging
+from gradpipe.pipeline.prune.files import write_file
 from tests.support.cases import collecting, files_of, pruning, written
 from tests.support.forked import Processes
 from tests.support.models import save_tiny
@@ -64,6 +66,40 @@ def test_a_rank_whose_staged_files_are_gone_was_interrupted(tmp_path: Path) -> N
             (made.folder / "model.safetensors").open("r+b")
         with pytest.raises(GradpipeError, match="cannot read"), made.joined():
             (tmp_path / "model" / "model.safetensors").open("rb")
+
+
+def test_a_stopped_run_ends_as_stopped_whatever_another_rank_creates_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that appears as the first rank removes the folder is removed too, and no error."""
+    made, remove, late = staging.Staging(tmp_path / "out", lambda: None), os.rmdir, iter([1, 2])
+
+    def rmdir(path: Any, **options: Any) -> None:
+        if next(late, None):
+            (made.folder / "model.safetensors").touch()
+        remove(path, **options)
+
+    monkeypatch.setattr(os, "rmdir", rmdir)
+    with pytest.raises(KeyboardInterrupt), made.begun():
+        raise KeyboardInterrupt
+    assert names(tmp_path) == set()
+
+
+def test_a_rank_makes_no_folder_that_the_first_has_removed(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would lie beside OUT for ever, with nobody left to remove it."""
+
+    def write_late(allocated: Any, file: str, folder: Path, *more: Any) -> Any:
+        shutil.rmtree(folder)
+        try:
+            return write_file(allocated, file, folder, *more)
+        finally:
+            assert not folder.exists()
+
+    monkeypatch.setattr(run, "write_file", write_late)
+    with pytest.raises(GradpipeError, match=r"cannot write .*\.out\.partial/s0\.50: No such file"):
+        prune(config(workplace, tmp_path / "out", sparsities=(0.5, 0.6)))
 
 
 def test_a_lone_prune_leaves_unfinished_shards_alone(workplace: Path, tmp_path: Path) -> None:
