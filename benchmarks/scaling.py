@@ -5,7 +5,8 @@
 Small random Llamas, one property changed at a time; each collection (streamed) and each pruning
 (gblm, 50 %, one worker) is a fork of a process that has imported everything, so that its CPU
 seconds and its peak are its own. Ranks are shards: of samples when collecting, of files when
-pruning; a point has the dearest rank, and the sum of all with their merge.
+pruning; a point has the dearest rank, and the sum of all with their merge. Samples are random
+tokens: tokenizing a long text takes more memory than models of this size.
 
 Then what `--dry-run` estimates for three Llamas, from their configs alone.
 """
@@ -104,10 +105,12 @@ def measure(axis: str, at: int, size: LlamaSize, samples: int, ranks: int, folde
     """Collect and prune once."""
     model, store, out = folder / "model", folder / "store", folder / "out"
     write_checkpoint(model, size)
+    ids = np.random.default_rng(0).integers(size.vocab, size=(samples, SEQ_LEN), dtype=np.int32)
+    np.save(folder / "ids.npy", ids)
     config = CollectConfig(
         model=str(model),
         store=store,
-        data=DataConfig(name="stdlib"),
+        data=DataConfig(name=str(folder / "ids.npy")),
         num_samples=samples,
         seq_len=SEQ_LEN,
         statistics=STATISTICS,
