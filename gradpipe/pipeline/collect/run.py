@@ -20,7 +20,7 @@ from gradpipe.pipeline.progress import QUIET, tell
 from gradpipe.pipeline.ranks import Ranks, common_facts, joined
 from gradpipe.pipeline.reports.results import ModelReport
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.collect.estimate import Estimate, Workload, estimate
+from gradpipe.stages.collect.estimate import Estimate, Workload, estimate, spread
 from gradpipe.stages.collect.placement import Placement, place
 from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.collect.schedule import check_shared
@@ -156,6 +156,7 @@ def examine(config: CollectConfig) -> ModelReport:
     checkpoint = with_expected_tensors(Checkpoint.outline(config.model))
     device = resolve_device(config.device)
     skeleton = _skeleton(config, checkpoint, with_couplings=False)
+    placement = _placed(config, skeleton, Launch.of(os.environ))
     if find_task(checkpoint) == IMAGE_CLASSIFICATION:
         seq_len = skeleton.image_tokens()
     else:
@@ -170,7 +171,7 @@ def examine(config: CollectConfig) -> ModelReport:
         num_layers=len(skeleton.layers),
         num_layer_weights=sum(x.spec.num_weights for x in skeleton.layers),
         dense=tuple(dense_lines(skeleton.left_out)),
-        estimate=_plan(config, Ranks(), skeleton, seq_len, device),
+        estimate=_plan(config, Ranks(), skeleton, seq_len, placement or device),
     )
 
 
@@ -258,7 +259,11 @@ def _placed(config: CollectConfig, skeleton: Skeleton, launch: Launch) -> Placem
 
 
 def _plan(
-    config: CollectConfig, ranks: Ranks, skeleton: Skeleton, seq_len: int, device: torch.device
+    config: CollectConfig,
+    ranks: Ranks,
+    skeleton: Skeleton,
+    seq_len: int,
+    where: torch.device | Placement,
 ) -> Estimate:
     """As `estimate`; `auto` goes on as was begun, as another schedule would start anew.
 
@@ -271,6 +276,7 @@ def _plan(
         statistics=config.statistics,
         encoding=config.encoding,
     )
+    device = where.main if isinstance(where, Placement) else where
     begun = None
     if config.schedule == "auto":
         found = set(ranks.gathered(begun_schedule(config.store, config.job, ranks)))
@@ -278,6 +284,8 @@ def _plan(
     has_own_gpu = device.type == "cuda" and config.device in {"auto", "cuda"}
     sharing = 1 if ranks.count == 1 or has_own_gpu else Launch.of(os.environ).local_count
     planned = estimate(begun or config.schedule, skeleton, work, device, sharing)
+    if isinstance(where, Placement):
+        return spread(planned, skeleton, work, where.of)
     if begun is not None:
         return replace(planned, reason="as it was begun")
     if "streamed" in ranks.gathered(planned.schedule) and planned.schedule == "resident":

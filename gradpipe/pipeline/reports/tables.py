@@ -89,6 +89,7 @@ def _rows(title: str, rows: Mapping[str, str]) -> Table:
 
 def _model_rows(report: ModelReport) -> dict[str, str]:
     plan = report.estimate
+    where = "devices" if plan.shares else "device"
     return {
         "model": f"{report.name} ({report.architecture}, {report.task}, {report.dtype})",
         "blocks": f"{report.num_blocks}, at {report.blocks}",
@@ -96,7 +97,11 @@ def _model_rows(report: ModelReport) -> dict[str, str]:
         "stays dense": "\n".join(report.dense) or "no matrix of the blocks",
         "schedule": f"{plan.schedule} ({plan.reason})",
         "parameters": f"{plan.num_parameters:,}",
-        "memory on the device": f"{_gib(plan.device_bytes)} of {_gib(plan.free_bytes)} free",
+        f"memory on the {where}": f"{_gib(plan.device_bytes)} of {_gib(plan.free_bytes)} free",
+        **{
+            f"  on {device}": f"{_gib(share.needed_bytes)} of {_gib(share.free_bytes)} free"
+            for device, share in plan.shares.items()
+        },
         "  resident / streamed": f"{_gib(plan.resident_bytes)} / {_gib(plan.streamed_bytes)}",
         "memory on the host": _gib(plan.host_bytes),
         "threads": f"{plan.threads}, of OMP_NUM_THREADS, affinity and cgroup the least",

@@ -6,8 +6,9 @@ those that autograd and the hooks keep of each linear map, and a few of each blo
 
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ METADATA_BYTES = 2560  # of each statistic of a layer: measured, with its part o
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """One device's of a resident model that is spread over several."""
+
+    needed_bytes: int
+    free_bytes: int  # now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """How a collection runs, and what it needs."""
 
@@ -44,6 +53,7 @@ class Estimate:
     read_bytes: int  # of weights
     flops: float
     threads: int  # of the CPU, for one operation
+    shares: Mapping[str, Share] = field(default_factory=dict)  # of a spread model, by device
 
     @property
     def device_bytes(self) -> int:
@@ -75,12 +85,8 @@ def estimate(
     parameters = num_parameters(model)
     inside = [num_parameters(model.get_submodule(path)) for path in blocks.paths]
     sums = [(x.spec.block, sum_bytes(x.spec, work.statistics)) for x in layers]
-    widths = [(x.spec.block, sum(x.spec.shape)) for x in layers]
-    hidden, outputs = _widths(model, layers)
-
-    # What autograd and the hooks keep of a block; the logits, their gradient, both in float32.
-    graph = tokens * itemsize * (_largest(widths, blocks.count) + _BLOCK_WIDTHS * hidden)
-    head = tokens * outputs * (2 * itemsize + 2 * 4)
+    hidden, _ = _widths(model, layers)
+    graph, head = _graph_bytes(skeleton, work), _head_bytes(skeleton, work)
     all_sums = sum(size for _, size in sums)
     resident = parameters * itemsize + all_sums + graph * blocks.count + head
 
@@ -109,6 +115,45 @@ def estimate(
         flops=float(per_weight) * parameters * all_tokens,
         threads=usable_threads(),
     )
+
+
+def spread(
+    planned: Estimate, skeleton: Skeleton, work: Workload, device_of: Callable[[str], torch.device]
+) -> Estimate:
+    """The same of a resident model whose modules and parameters lie on devices, by their paths.
+
+    A block's graph is where the block is, and the logits are where the last module is.
+    """
+    model, needed = skeleton.model, Counter[torch.device]()
+    for name, parameter in model.named_parameters():
+        needed[device_of(name)] += parameter.numel() * model.dtype.itemsize
+    for layer in skeleton.layers:
+        needed[device_of(layer.path)] += sum_bytes(layer.spec, work.statistics)
+    for path in skeleton.blocks.paths:
+        needed[device_of(path)] += _graph_bytes(skeleton, work)
+    *_, last = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    needed[device_of(last)] += _head_bytes(skeleton, work)
+    shares = {
+        str(device): Share(needed_bytes=size, free_bytes=free_bytes(device))
+        for device, size in sorted(needed.items(), key=lambda x: str(x[0]))
+    }
+    free = sum(share.free_bytes for share in shares.values())
+    return replace(planned, free_bytes=free, shares=shares)
+
+
+def _graph_bytes(skeleton: Skeleton, work: Workload) -> int:
+    """What autograd and the hooks keep of a block."""
+    widths = [(x.spec.block, sum(x.spec.shape)) for x in skeleton.layers]
+    hidden, _ = _widths(skeleton.model, skeleton.layers)
+    kept = _largest(widths, skeleton.blocks.count) + _BLOCK_WIDTHS * hidden
+    return work.batch_size * work.seq_len * skeleton.model.dtype.itemsize * kept
+
+
+def _head_bytes(skeleton: Skeleton, work: Workload) -> int:
+    """The logits and their gradient, and both in float32."""
+    _, outputs = _widths(skeleton.model, skeleton.layers)
+    tokens = work.batch_size * work.seq_len
+    return tokens * outputs * (2 * skeleton.model.dtype.itemsize + 2 * 4)
 
 
 def _largest(values: Sequence[tuple[int | None, int]], depth: int) -> int:

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from accelerate.hooks import AlignDevicesHook
 from gradpipe import collect
 from gradpipe.errors import InputError
 from gradpipe.pipeline.collect.config import CollectConfig
+from gradpipe.pipeline.collect.run import examine
+from gradpipe.pipeline.reports.tables import plan_table
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.collect import placement
+from gradpipe.stages.collect import estimate, placement
 from gradpipe.stages.collect.placement import MAPS, Placement, place
 from gradpipe.stages.model.skeleton import Skeleton, take_apart
-from tests.support.cases import GPT2, LLAMA, MIXTRAL, VIT, Case, Shelf, files_of
+from tests.support.cases import GPT2, LLAMA, MIXTRAL, SEQ_LEN, VIT, Case, Shelf, files_of
 from tests.support.workplace import COLLECT, Refused
 
 SPREAD = f"{COLLECT} --schedule resident --device-map"
@@ -162,6 +165,33 @@ def test_without_accelerate_it_says_what_to_install(
     """And nothing else needs it."""
     monkeypatch.setitem(sys.modules, "accelerate", None)
     refused(f"{SPREAD} auto", says=("needs accelerate: pip install 'gradpipe[device-map]'",))
+
+
+@pytest.mark.parametrize("case", [LLAMA, GPT2, MIXTRAL], ids=str)
+def test_a_plan_says_what_each_device_needs(
+    case: Case, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a naive count; together they need what the whole model does, and the table names each."""
+    pretend_gpus(monkeypatch, 3 << 30, 7 << 30)
+    monkeypatch.setattr(estimate, "free_bytes", lambda x: (7 << 30) if x.index else (3 << 30))
+    devices = every_module(case, ("cuda:0", "cuda:1"))
+    root = shelf.root(case)
+    config = case.collecting(root, tmp_path / "store", statistics=("grad_l1",), batch_size=2)
+    report = examine(replace(config, device_map=written(tmp_path, devices)))
+    shares = report.estimate.shares
+    assert {name: x.free_bytes >> 30 for name, x in shares.items()} == {"cuda:0": 3, "cuda:1": 7}
+    assert report.estimate.free_bytes == 10 << 30
+    whole = examine(replace(config, device="cpu")).estimate
+    assert sum(x.needed_bytes for x in shares.values()) == whole.resident_bytes
+    block = next(x for x, device in devices.items() if device == "cuda:1")
+    weights = sum(x.numel() for x in case.model().get_submodule(block).parameters())
+    skeleton = take_apart(Checkpoint.open(config.model), torch.float32)
+    sums = sum(x.spec.num_weights for x in skeleton.layers if x.spec.block == 1)
+    widths = sum(sum(x.spec.shape) for x in skeleton.layers if x.spec.block == 1)
+    graph = 2 * SEQ_LEN * (widths + 12 * 32)
+    assert shares["cuda:1"].needed_bytes == 4 * (weights + sums + graph)
+    rows = dict(zip(*(column.cells for column in plan_table(report).columns), strict=True))
+    assert str(rows["  on cuda:1"]) == "0.00 GiB of 7.00 GiB free"
 
 
 @pytest.mark.gpu
