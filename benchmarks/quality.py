@@ -25,7 +25,7 @@ import math
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -34,8 +34,10 @@ import typer
 
 from benchmarks.random_llama import heading, table
 from gradpipe import CollectConfig, DataConfig, EvalConfig, PruneConfig, collect, open_store, prune
+from gradpipe.errors import GradpipeError
 from gradpipe.pipeline.evaluate import evaluate_each
 from gradpipe.pipeline.recipes import RECIPES
+from gradpipe.store.lock import locked
 
 TARGETS: Final = "0.5,0.6,0.7,2:4,4:8"
 STATISTICS: Final = ("grad_l1", "grad_l2", "grad_sum", "act_l2", "hessian", "grad_cov")
@@ -286,6 +288,17 @@ class Bench:
         self.results.add(row, target, metrics.perplexity)
 
 
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Keep a second run from a folder or a file: it would read what this one has half written."""
+    with ExitStack() as held:
+        try:
+            held.enter_context(locked(path.with_name(f".{path.name}.lock"), of=path, wait=False))
+        except GradpipeError as error:
+            raise SystemExit(f"quality.py: {error}") from error
+        yield
+
+
 def main(  # noqa: PLR0913, PLR0917 - one parameter per option
     model: str = "embedded",
     calibration: str = "stdlib",
@@ -313,6 +326,9 @@ def main(  # noqa: PLR0913, PLR0917 - one parameter per option
     wanted = targets.split(",")
     with ExitStack() as stack:
         folder = work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for path in (folder, results):
+            if path is not None:
+                stack.enter_context(_held(path.resolve()))
         bench = Bench(protocol=protocol, results=Results(results, protocol.told()), folder=folder)
         bench.dense()
         protocol.collect(model, folder / "store", STATISTICS)

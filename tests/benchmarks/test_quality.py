@@ -1,6 +1,7 @@
 """The benchmark of quality goes on where it was, and measures block by block what it says."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 
 from benchmarks import quality
+from benchmarks.measures import in_a_fork
 from benchmarks.quality import BASELINE, DENSE, Bench, Protocol, Results
 from gradpipe.pipeline.evaluate import evaluate_each
+from gradpipe.store.lock import locked
 from tests.support.models import VOCAB_SIZE, random_ids, save_tiny
 
 TARGETS = ("0.5", "2:4")
@@ -93,3 +96,20 @@ def test_results_of_another_protocol_are_not_mixed_in(tmp_path: Path) -> None:
     Results(tmp_path / "results.json", {"seq_len": 16}).add(DENSE, DENSE, 2.0)
     with pytest.raises(ValueError, match=r"seq_len.: 16.*expected.*seq_len.: 32"):
         Results(tmp_path / "results.json", {"seq_len": 32})
+
+
+@pytest.mark.parametrize("taken", ["work", "results.json"])
+def test_a_second_run_in_one_folder_or_file_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], taken: str
+) -> None:
+    """By one line that names who holds it, before anything is read or written."""
+    options = {"work": tmp_path / "work", "results": tmp_path / "results.json"}
+    path = tmp_path / taken
+    with (
+        locked(path.with_name(f".{taken}.lock"), of=path, wait=False),
+        pytest.raises(ValueError, match="failed in its process"),
+    ):
+        in_a_fork(lambda: quality.main(model="nowhere", **options))
+    said = f"quality.py: {path} is being written by process {os.getpid()} on "
+    assert capfd.readouterr().err.startswith(said)
+    assert list(tmp_path.iterdir()) == []
