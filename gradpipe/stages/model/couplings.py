@@ -149,8 +149,10 @@ def _read(x: Tensor, shifts_NO: Tensor) -> Tensor:
         return torch.full((2, x.shape[-1]), -1)
     x_NTI = x.reshape(len(shifts_NO), num_tokens, x.shape[-1])
     moves_NI = (x_NTI[:, -1] - x_NTI[0, -1]) / _STEP
-    total_I, bits_KI = moves_NI[1], moves_NI[2:-1]
     largest_I = moves_NI.abs().amax(dim=0)
+    if not bool((largest_I > _STILL).any()):  # so it is for most pairs of a source and a target
+        return torch.full((2, x.shape[-1]), -1)
+    total_I, bits_KI = moves_NI[1], moves_NI[2:-1]
     split_I, bit_I = torch.minimum(bits_KI.abs(), (total_I - bits_KI).abs()).max(dim=0)
     is_pair_I = split_I > _TOLERANCE * largest_I
     one_I = torch.where(is_pair_I, bits_KI.gather(0, bit_I[None])[0], total_I)

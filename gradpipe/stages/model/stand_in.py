@@ -8,8 +8,10 @@ Shapes: N rows of the batch, each a sequence of its own; O outputs, I inputs of 
 """
 
 import copy
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -64,7 +66,7 @@ class StandIn:
         blocks = {self.model.get_submodule(path): path for path in paths}
         for block, path in blocks.items():
             block.forward = _once(path, block.forward, found)
-        with _running():
+        with _running(), _short_chunks(self.model):
             self.model(**self._batch())
         for block in blocks:
             del block.forward
@@ -73,8 +75,9 @@ class StandIn:
     def run(self, path: str, call: Call) -> dict[str, Tensor]:
         """Run one module as it was called: path -> input of each linear map that it reached."""
         self.inputs = {}
-        with _running():
-            self.model.get_submodule(path)(*call[0], **call[1])
+        module = self.model.get_submodule(path)
+        with _running(), _short_chunks(module):
+            module(*call[0], **call[1])
         return self.inputs
 
     def _batch(self) -> dict[str, Any]:
@@ -171,6 +174,28 @@ class _Doubled(TorchFunctionMode):
 
 def _doubled(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def _short_chunks(model: nn.Module) -> Iterator[None]:
+    """Linear attention takes chunks of one token, which a text is, and does not fill up 64.
+
+    transformers' reference code has the length as a default; of Kimi Linear's, a chunk of 64 takes
+    gigabytes. What is computed is the same.
+    """
+    files = {type(module).__module__ for module in model.modules()}
+    named = [value for file in files for value in vars(sys.modules[file]).values()]
+    functions = {x for x in map(inspect.unwrap, named) if inspect.isfunction(x)}
+    with ExitStack() as changed:
+        for function in functions:
+            defaults = function.__defaults__ or ()
+            code = function.__code__
+            names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+            if "chunk_size" in names:
+                changed.callback(setattr, function, "__defaults__", defaults)
+                pairs = zip(names, defaults, strict=True)
+                function.__defaults__ = tuple(1 if n == "chunk_size" else x for n, x in pairs)
+        yield
 
 
 @contextmanager
