@@ -103,13 +103,12 @@ def test_a_second_run_in_one_folder_or_file_is_refused(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], taken: str
 ) -> None:
     """By one line that names who holds it, before anything is read or written."""
-    options = {"work": tmp_path / "work", "results": tmp_path / "results.json"}
-    path = tmp_path / taken
+    work, results, path = tmp_path / "work", tmp_path / "results.json", tmp_path / taken
     with (
         locked(path.with_name(f".{taken}.lock"), of=path, wait=False),
         pytest.raises(ValueError, match="failed in its process"),
     ):
-        in_a_fork(lambda: quality.main(model="nowhere", **options))
+        in_a_fork(lambda: quality.main(model="nowhere", work=work, results=results))
     said = f"quality.py: {path} is being written by process {os.getpid()} on "
     assert capfd.readouterr().err.startswith(said)
     assert list(tmp_path.iterdir()) == []

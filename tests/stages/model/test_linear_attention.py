@@ -23,7 +23,9 @@ from tests.models.configs import tiny_config
 class Largest(TorchDispatchMode):
     """Notes how many values the largest tensor has that is computed meanwhile."""
 
-    found = 0
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's own
+        self.found = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As without it."""
