@@ -60,7 +60,7 @@ def class_and_line(error: BaseException) -> str:
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """`: did you mean gblm?`, of the known name that is nearest; nothing if none is near."""
-    near = difflib.get_close_matches(given[:200], [*known], n=1)
+    near = difflib.get_close_matches(given[:200], [x for x in known if x != given], n=1)
     return f": did you mean {near[0]}?" if near else ""
 
 

@@ -88,6 +88,7 @@ _COLUMN = ("has no text column 'text'", "it has content", "--text-column")
         ("a.npy", _array(np.array([], int)), ("expected token ids", "(0,)")),
         ("a.npy", _array(np.ones(15, int)), ("too short: 15 tokens", "--seq-len is 16")),
         ("a.npy", _array(np.ones((9, 8), int)), ("windows of 8 tokens", "give --seq-len 8")),
+        ("a.npy", _array(np.ones((9, 1), int)), ("windows of 1 token", "expected at least 2")),
         ("a.npy", _pickled_array, ("not a .npy file of tokens", "Python objects")),
     ],
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from gradpipe import cli
 from tests.support.workplace import (
@@ -73,6 +74,9 @@ from tests.support.workplace import (
         (f"{COLLECT} --recipe bset", ("--recipe bset", "expected one of best")),
         (f"{PRUNE} --recipe bset", ("--recipe bset", "expected one of best")),
         (f"{PRUNE} --score 'abs(W'", ("--score", "abs(W")),
+        (f"{PRUNE} --score ''", ("--score ''", "give one, or leave it out")),
+        (f"{PRUNE} --exclude ''", ("--exclude ''", "give one, or leave it out")),
+        (f"{COLLECT} --include ''", ("--include ''", "give one, or leave it out")),
         (f"{PRUNE} --score '__import__(\"os\")'", ("--score", "__import__")),
         (f"{PRUNE} --method alps --score W", ("--score: alps has no score",)),
         (f"{PRUNE} --score 'W*ri(X)'", ("--score 'W*ri(X)'", "ri() is of a matrix")),
@@ -132,6 +136,13 @@ def test_an_option_that_cannot_be_meant_is_named(
 ) -> None:
     """The line gives the option, what it got, and what it may be."""
     refused(command, says=says)
+
+
+def test_nobody_meant_what_is_not_here(refused: Refused) -> None:
+    """A device that is right, and absent, is not suggested."""
+    if not torch.cuda.is_available():
+        line = refused(f"{COLLECT} --device cuda", says=("--device cuda", "no such device here"))
+        assert "did you mean" not in line
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from gradpipe.stages.data.config import TOKENS
 from gradpipe.stages.data.samples import Samples
 from gradpipe.stages.model.load import sequence_length
 
+_LEAST_TOKENS = 2  # of a window
+
 
 def is_tokens(name: str) -> bool:
     """True if a dataset's name is that of a file of tokens."""
@@ -77,6 +79,11 @@ def _load(name: str) -> npt.NDArray[np.integer[Any]]:
     except (OSError, ValueError, EOFError) as error:
         raise InputError(f"dataset {name}: not a .npy file of tokens: {one_line(error)}") from error
     is_sound = ids.dtype.kind in "iu" and ids.ndim in {1, 2} and ids.size > 0
+    if is_sound and ids.ndim == 2 and ids.shape[1] < _LEAST_TOKENS:
+        raise InputError(
+            f"dataset {name} holds windows of {ids.shape[1]} token, expected at least "
+            f"{_LEAST_TOKENS}: the loss is of the next one"
+        )
     if not is_sound or int(ids.min()) < 0 or int(ids.max()) >= 2**31:
         raise InputError(
             f"dataset {name}: expected token ids, non-negative integers in one or two dimensions, "

@@ -24,6 +24,7 @@ from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec
 
 _ROUTER = re.compile(r"router|(^|\.)(gate|gating|wg|\w*expert_gate)(\.|$)")  # beside experts
+_TOLD = 4  # names of layers in an error
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -220,9 +221,15 @@ def _matches(
         where = "outside the blocks" if option == "include" else "that is collected"
         raise InputError(
             f"--{option} {pattern}: matches no linear layer {where}; {sources.checkpoint.name} "
-            f"has {', '.join(names) or 'none'}{did_you_mean(pattern, steps_of(names))}"
+            f"has {_some(names)}{did_you_mean(pattern, steps_of(names))}"
         )
     return found
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _TOLD} more" if len(names) > _TOLD else ""
+    return (", ".join(names[:_TOLD]) or "none") + more
 
 
 def _left_out(

@@ -96,7 +96,8 @@ def check_tokens(ids: npt.NDArray[np.integer[Any]], checkpoint: Checkpoint, mode
 def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
     """`auto` is the checkpoint's own: its config's dtype, else its first weight's.
 
-    float64 is computed in float32: sums are no finer.
+    The first by its name, as transformers has it: a file begins with the widest type. float64 is
+    computed in float32: sums are no finer.
     """
     if asked != "auto":
         if asked not in DTYPES:
@@ -106,7 +107,8 @@ def resolve_dtype(asked: str, checkpoint: Checkpoint) -> torch.dtype:
     name = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
     if isinstance(name, str) and name in DTYPES:
         return DTYPES[name]
-    kinds = [FLOAT_TYPES[t.dtype] for t in checkpoint.tensors.values() if t.dtype in FLOAT_TYPES]
+    in_order = sorted(checkpoint.tensors.values(), key=lambda x: (x.file, x.key))
+    kinds = [FLOAT_TYPES[x.dtype] for x in in_order if x.dtype in FLOAT_TYPES]
     if not kinds:
         raise InputError(f"{checkpoint.name} holds no float weights: give --dtype")
     return torch.float32 if kinds[0] is torch.float64 else kinds[0]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -12,11 +13,11 @@ from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.block_weights import WeightLoader
 from gradpipe.stages.model.buffers import fill_buffers
-from gradpipe.stages.model.load import load_model
+from gradpipe.stages.model.load import load_model, resolve_dtype
 from gradpipe.stages.model.skeleton import take_apart
 from tests.support.architectures import save_architecture
 from tests.support.models import save_tiny
-from tests.support.workplace import edit_weights
+from tests.support.workplace import edit_config, edit_weights
 
 CPU = torch.device("cpu")
 
@@ -70,6 +71,20 @@ def test_what_stays_in_float32_does_so_in_both_schedules(tmp_path: Path) -> None
     skeleton = take_apart(checkpoint, torch.bfloat16).model.state_dict()
     assert {k: v.dtype for k, v in skeleton.items()} == {k: v.dtype for k, v in resident.items()}
     assert {v.dtype for v in resident.values()} == {torch.bfloat16, torch.float32}
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_without_a_type_in_its_config_a_model_has_that_of_its_first_weight(
+    tmp_path: Path, max_shard_size: str
+) -> None:
+    """The first by name, as transformers takes it: a file itself begins with the widest type."""
+    folder = save_tiny("llama", tmp_path / "model", max_shard_size=max_shard_size)
+    for file in folder.glob("*.safetensors"):
+        wide = {k: x.bfloat16() if x.ndim > 1 else x for k, x in load_file(file).items()}
+        save_file(wide, file, metadata={"format": "pt"})
+    edit_config(folder, dtype=None)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype
+    assert resolve_dtype("auto", Checkpoint.open(str(folder))) == expected == torch.bfloat16
 
 
 def both_refuse(folder: Path, match: str) -> None:
