@@ -133,9 +133,8 @@ class OptionField:
             raise InputError(f"{got}: expected {expected}")
         if option.accepts is not None and not option.accepts(value):
             raise InputError(f"{got}: expected {option.expected}")
-        if value == "" and not isinstance(
-            self.default, _Names
-        ):  # a shell's variable that is not set
+        is_name = isinstance(self.default, _Names)
+        if value == "" and not is_name:  # a shell's variable that is not set
             raise InputError(f"{self.flag} '': expected a value: give one, or leave it out")
         if option.is_regex:
             try:
