@@ -146,14 +146,15 @@ def _graph_bytes(skeleton: Skeleton, work: Workload) -> int:
     widths = [(x.spec.block, sum(x.spec.shape)) for x in skeleton.layers]
     hidden, _ = _widths(skeleton.model, skeleton.layers)
     kept = _largest(widths, skeleton.blocks.count) + _BLOCK_WIDTHS * hidden
-    return work.batch_size * work.seq_len * skeleton.model.dtype.itemsize * kept
+    itemsize: int = skeleton.model.dtype.itemsize
+    return work.batch_size * work.seq_len * itemsize * kept
 
 
 def _head_bytes(skeleton: Skeleton, work: Workload) -> int:
     """The logits and their gradient, and both in float32."""
     _, outputs = _widths(skeleton.model, skeleton.layers)
-    tokens = work.batch_size * work.seq_len
-    return tokens * outputs * (2 * skeleton.model.dtype.itemsize + 2 * 4)
+    itemsize: int = skeleton.model.dtype.itemsize
+    return work.batch_size * work.seq_len * outputs * (2 * itemsize + 2 * 4)
 
 
 def _largest(values: Sequence[tuple[int | None, int]], depth: int) -> int:
