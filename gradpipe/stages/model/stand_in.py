@@ -184,7 +184,8 @@ def _short_chunks(model: nn.Module) -> Iterator[None]:
     gigabytes. What is computed is the same.
     """
     files = {type(module).__module__ for module in model.modules()}
-    named = [value for file in files for value in vars(sys.modules[file]).values()]
+    modules = [sys.modules[file] for file in files if file in sys.modules]
+    named = [x for file in modules for x in vars(file).values() if inspect.isfunction(x)]
     functions = {x for x in map(inspect.unwrap, named) if inspect.isfunction(x)}
     with ExitStack() as changed:
         for function in functions:
