@@ -1,7 +1,7 @@
 """Allocations: how a sparsity over all layers is shared out among them.
 
 `owl` and `dlp` give each block a sparsity from how its scores are distributed; `global` lets all
-weights compete; `sensitivity` goes half of that way by the Fisher score. Whatever a rule wishes
+weights compete; `sensitivity` goes three quarters of that way by the Fisher score. Whatever a rule wishes
 for is moved so that the mean, weighted by the number of weights, is the sparsity asked for, and
 then rounded to whole weights, rows or patterns, losing as little of that as can be.
 
@@ -17,7 +17,7 @@ from typing import NamedTuple, TypeVar
 Key = TypeVar("Key", bound=Hashable)
 OWL_LAMBDA, OWL_OUTLIERS = 0.08, 5.0  # λ, M: Yin et al., 2024
 DLP_ALPHAS = ((0.5, 0.04), (0.6, 0.1), (0.7, 0.15))  # sparsity, α: Chen et al., 2025, its scripts
-SENSITIVITY = 0.5  # how far from uniform to global
+SENSITIVITY = 0.75  # how far from uniform to global: docs/decisions/0021
 _BISECTIONS = 100
 _SUMS = 2048  # kept in a search for whole numbers: far more than blocks of a few sizes make
 _ROUNDING = 1e-9  # what a whole number may lack, computed in floats

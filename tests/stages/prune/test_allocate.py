@@ -216,12 +216,12 @@ def test_global_is_one_sort_over_everything(root: Path, tmp_path: Path, method: 
         start += score.numel()
 
 
-def test_sensitivity_is_half_way_to_global(root: Path, tmp_path: Path) -> None:
+def test_sensitivity_goes_three_quarters_of_the_way_to_global(root: Path, tmp_path: Path) -> None:
     """By the Fisher score, whatever the method."""
     everywhere = run(root, tmp_path / "global", method="fisher", group="global")
-    half = run(root, tmp_path / "half", method="wanda", group="layer", allocation="sensitivity")
-    for name, layer in half["layers"].items():
-        expected = (everywhere["layers"][name]["requested"] + 0.5) / 2
+    part = run(root, tmp_path / "part", method="wanda", group="layer", allocation="sensitivity")
+    for name, layer in part["layers"].items():
+        expected = 0.75 * everywhere["layers"][name]["requested"] + 0.25 * 0.5
         assert layer["requested"] == pytest.approx(expected, abs=1.01 / layer["size"])
 
 
