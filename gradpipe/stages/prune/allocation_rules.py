@@ -1,9 +1,9 @@
 """Allocations: how a sparsity over all layers is shared out among them.
 
 `owl` and `dlp` give each block a sparsity from how its scores are distributed; `global` lets all
-weights compete; `sensitivity` goes three quarters of that way by the Fisher score. Whatever a rule wishes
-for is moved so that the mean, weighted by the number of weights, is the sparsity asked for, and
-then rounded to whole weights, rows or patterns, losing as little of that as can be.
+weights compete; `sensitivity` goes three quarters of that way by the Fisher score. Whatever a rule
+wishes for is moved so that the mean, weighted by the number of weights, is the sparsity asked for,
+and then rounded to whole weights, rows or patterns, losing as little of that as can be.
 
 Everything here is about a few numbers for each layer or block, without torch;
 `gradpipe.stages.prune.score_passes` finds them.
