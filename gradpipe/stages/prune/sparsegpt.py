@@ -91,8 +91,8 @@ def _sweep(
 
     Turned around, so that a column is contiguous.
     """
-    updated_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)  # slow where it widens too
-    updated_IO = updated_IO.to(factor_II.dtype)
+    turned_IO = weight_OI.T.clone(memory_format=torch.contiguous_format)
+    updated_IO = turned_IO.to(factor_II.dtype)  # in two steps: torch is slow at both in one
     mask_IO = torch.ones_like(updated_IO, dtype=torch.bool)
     step = max(_COLUMNS // width, 1) * width  # a whole number of decisions
     for start in range(0, len(updated_IO), step):
