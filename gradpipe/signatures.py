@@ -97,6 +97,7 @@ def command(group: typer.Typer, name: str | None = None) -> Callable[[Callable[.
     """Make a function of configs and options a command of `group`."""
 
     def register(function: Callable[..., None]) -> None:
+        """Give the group a function with a parameter for each option."""
         parameters = tuple(_parameters(function))
 
         def run(**given: Any) -> None:

@@ -46,6 +46,7 @@ def progress_bar(
         task = bar.add_task(title, total=total, rate="", memory="")
 
         def advance(count: int) -> None:
+            """So many more are done."""
             bar.advance(task, count)
             done = bar.tasks[0].completed
             per_second = done / max(time.monotonic() - start, 1e-9)

@@ -145,6 +145,7 @@ class _Checks:
             advance(1)
 
     def whole(self) -> Iterator[str]:
+        """What is wrong with the checkpoint as a whole."""
         sparsity = Zeros.sum(self._found).sparsity
         if sparsity != self._recorded.file_sparsity:
             yield (

@@ -32,6 +32,7 @@ COMMIT_KEY = "commit.json"
 COPY_KEY = "partial/copy.json"  # the record of a copy that is under way: see `store.copying`
 _MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
 _BLOCK_BYTES = 1 << 23  # read at a time where nothing is kept
+_REMEDY = "make room or give another folder"
 _FSYNC_THREADS = 16
 _WAITS = (0.1, 0.5)  # seconds, before bytes that came damaged are asked for again
 _STEP = r"(?!\.{1,2}[/\"])[A-Za-z0-9_.\-]{1,255}"  # neither . nor .., which could leave the store
@@ -88,7 +89,7 @@ class ObjectWriter:
     def write(self, key: str, data: bytes) -> None:
         """Write `data` under `key`, whole or not at all; durable only once committed."""
         path = self.folder / key
-        with _writing(path):
+        with disk_errors(f"cannot write {path}", _REMEDY):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path, durable=False) as file:
                 file.write(data)
@@ -99,7 +100,7 @@ class ObjectWriter:
         files = [self.folder / name for name in self.record.objects]
         folders = {x for file in files for x in file.parents if x.is_relative_to(self.folder)}
         record = self.folder / key
-        with _writing(record):
+        with disk_errors(f"cannot write {record}", _REMEDY):
             with ThreadPoolExecutor(_FSYNC_THREADS) as pool:  # file systems batch these
                 list(pool.map(fsync, [*files, *folders, self.folder.absolute().parent]))
             record.parent.mkdir(parents=True, exist_ok=True)
@@ -139,14 +140,13 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Say what could not be written, and what to do."""
+def disk_errors(what: str, remedy: str) -> Iterator[None]:
+    """Say what a failure of the disk is about, and what to do: GradpipeError in its place."""
     try:
         yield
     except OSError as error:
         raise GradpipeError(
-            f"cannot write {path}: {error.strerror or error}: make room or give another folder, "
-            "then run the same command again"
+            f"{what}: {error.strerror or error}: {remedy}, then run the same command again"
         ) from error
 
 

@@ -126,6 +126,7 @@ def _read_back(
     plan, checkpoint = allocated.plan, Checkpoint.open(str(folder))
 
     def result(name: str) -> LayerResult:
+        """One layer, as it stands in the file."""
         place = plan.places[name]
         data = checkpoint.read_place(place)
         if digest(data) != written.digests[target.label][name]:

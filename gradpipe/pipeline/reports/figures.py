@@ -136,6 +136,7 @@ def by_block(
     told = "; ".join(f"{label}: {_range(some)}" for label, some in values.items())
 
     def draw(figure: Figure) -> None:
+        """A line for each, over the blocks."""
         axes = figure.add_subplot()
         for number, (label, some) in enumerate(values.items()):
             places = [place for place, block in enumerate(blocks) if block in some]
@@ -188,6 +189,7 @@ def by_layer(
     )
 
     def draw(figure: Figure) -> None:
+        """Kinds of layer by blocks, as colours."""
         axes = figure.add_subplot()
         low, high = limits or (None, None)
         drawn = axes.imshow(
@@ -210,6 +212,7 @@ def masks(layer: LayerFacts, name: str) -> Picture:
     height, width = layer.masks[0].kept.shape
 
     def draw(figure: Figure) -> None:
+        """A mask a panel, two beside each other."""
         for place, fact in enumerate(layer.masks):
             axes = figure.add_subplot(num_rows, 2, place + 1)
             axes.imshow(fact.kept, cmap=_MAP, vmin=0, vmax=1, interpolation="none")
@@ -249,6 +252,7 @@ def scores(layer: str, fact: ScoreFact, name: str) -> Picture:
     """Weights by their score, those that were pruned and those that were kept, and the cut."""
 
     def draw(figure: Figure) -> None:
+        """Two histograms, and the thresholds over them."""
         axes = figure.add_subplot()
         for counts, colour, label, hatch in (
             (fact.pruned, COLOURS[1], "pruned", "////"),

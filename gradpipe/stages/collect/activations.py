@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradpipe.errors import GradpipeError
+from gradpipe.store.objects import disk_errors
 
 _LENGTH_BYTES = 8  # the size of the index, at the very end
 
@@ -209,13 +209,5 @@ def remaining(
     )
 
 
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Say which file a failure of the disk is about, and what to do."""
-    try:
-        yield
-    except OSError as error:
-        raise GradpipeError(
-            f"scratch file {path}: {error.strerror or error}: make room, or give another --scratch "
-            "folder, then run the same command again"
-        ) from error
+def _disk_errors(path: Path) -> AbstractContextManager[None]:
+    return disk_errors(f"scratch file {path}", "make room, or give another --scratch folder")

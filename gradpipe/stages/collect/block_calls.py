@@ -182,6 +182,7 @@ class BlockCalls:
         last = len(self._blocks) - 1
 
         def answer(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            """What a block gives in place of running."""
             expected = self._calls[size][index].answer
             if index == last:
                 found = [tensors[name] for name in _names(index, expected)]
@@ -202,6 +203,7 @@ class BlockCalls:
         given: list[tuple[Tensor, str]] = []  # tensors are held, so that no id is used twice
 
         def note(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            """Keep how a block is called, and answer with placeholders."""
             if index != len(calls):
                 raise GradpipeError(
                     f"block {self._paths[index]} runs out of turn, expected "

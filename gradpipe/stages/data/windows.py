@@ -87,6 +87,7 @@ class _Tokens:
         self._num_kept = 0  # tokens
 
     def document(self, index: int) -> Ids:
+        """The tokens of one document."""
         if index in self._kept:
             self._kept[index] = self._kept.pop(index)
             return self._kept[index]
@@ -97,6 +98,7 @@ class _Tokens:
         return ids
 
     def joined(self) -> Ids:
+        """The tokens of all documents as one text."""
         return self._tokenize(self._text.separator.join(self._text.documents))
 
     def _tokenize(self, text: str) -> Ids:

@@ -32,7 +32,7 @@ class Curvature:
     notes: list[str] = field(default_factory=list)  # messages for the user
 
     @classmethod
-    def of(cls, name: str, hessian_II: Tensor, cov_OO: Tensor | None = None) -> Self:
+    def of(cls, name: str, hessian_II: Tensor, cov_OO: Tensor | None) -> Self:
         """Damp a layer's second moments; GradpipeError if they stay singular.
 
         Each is used up.

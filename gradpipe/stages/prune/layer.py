@@ -71,12 +71,14 @@ class SolvedLayer:
         if not is_finite(weight):
             raise GradpipeError(f"layer {name}: its weights hold NaN or infinite values")
         weight_OI = weight.T if transposed else weight
-        moments = [statistics.values[x] for x in chosen.second_moments]
+        moments = {x: statistics.values[x] for x in chosen.second_moments}
         problem = LayerProblem(
             name=name,
             weight=weight_OI,
             statistics=statistics,
-            damped=Curvature.of(name, *moments) if moments else None,
+            damped=Curvature.of(name, moments["hessian"], moments.get("grad_cov"))
+            if moments
+            else None,
             group=chosen.group,
             budgets=tuple(budgets),
         )

@@ -116,6 +116,7 @@ class _Part:
 
     @classmethod
     def of(cls, columns: slice, weight_IO: Tensor, kept_IO: Tensor, factor_II: Tensor) -> Self:
+        """Some columns, as views, nothing decided yet."""
         weight_CO = weight_IO[columns]
         return cls(
             start=columns.start,
