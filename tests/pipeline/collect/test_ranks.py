@@ -207,6 +207,8 @@ def test_torchrun_itself(inputs: Path, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])},
     )
     assert done.returncode == 0, done.stderr
-    assert "another rank has ended: run the same command again" in done.stderr
+    # The other rank sees that this one is gone, or torchrun's SIGTERM, whichever comes first.
+    ways = ("another rank has ended", "stopped; every finished block is saved")
+    assert any(f"pipe: rank 0: {way}: run the same command again" in done.stderr for way in ways)
     assert open_store(store).digest == merged(inputs, tmp_path / "shards", 2).digest
     assert json.loads((store / "zarr.json").read_text())
