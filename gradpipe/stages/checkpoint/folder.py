@@ -197,9 +197,15 @@ def _weight_files(name: str, folder: Path) -> tuple[str, ...]:
         return (SINGLE_NAME,)
     if not (folder / INDEX_NAME).is_file():
         raise _no_weights(name, folder)
-    weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+    index = _read_json(folder / INDEX_NAME)
+    weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise InputError(f"{folder / INDEX_NAME} has no weight_map: restore it")
+    if not isinstance(index.get("metadata"), dict):
+        raise InputError(
+            f"{folder / INDEX_NAME} has no metadata, without which transformers loads no model: "
+            'add "metadata": {} to it'
+        )
     files = tuple(sorted(set(map(str, weight_map.values()))))
     if odd := [file for file in files if Path(file).is_absolute() or ".." in Path(file).parts]:
         raise InputError(f"{folder / INDEX_NAME} names a file outside the checkpoint: {odd[0]}")

@@ -69,6 +69,19 @@ def test_files_in_folders_of_their_own_are_named(model: Path) -> None:
         Checkpoint.open(str(model))
 
 
+def test_an_index_without_metadata_is_told_what_transformers_asks_for(model: Path) -> None:
+    """It would say no more than that key's name, and with it, be it empty, it loads."""
+    index = json.loads((model / INDEX_NAME).read_text())
+    (model / INDEX_NAME).write_text(json.dumps({"weight_map": index["weight_map"]}))
+    with pytest.raises(KeyError):
+        AutoModelForCausalLM.from_pretrained(model)
+    with pytest.raises(InputError, match=r'has no metadata.*: add "metadata": \{\} to it'):
+        Checkpoint.open(str(model))
+    (model / INDEX_NAME).write_text(json.dumps({**index, "metadata": {}}))
+    AutoModelForCausalLM.from_pretrained(model)
+    Checkpoint.open(str(model))
+
+
 def test_weights_without_the_right_to_read_them_are_not_called_damaged(tmp_path: Path) -> None:
     """Nothing is to be fetched again."""
     model = save_tiny("llama", tmp_path / "model")
