@@ -104,8 +104,9 @@ def prune_layer(
     measured. Raises InputError if it is not, and that was not allowed.
     """
     plan = allocated.plan
-    chosen, budgets = plan.chosen_for(name), allocated.of_layer(name)
-    weight, encoded, matches = _read(plan, name, chosen.statistics)
+    chosen, budgets, measured = plan.chosen_for(name), allocated.of_layer(name), plan.layers[name]
+    data, encoded = _read(plan, name, chosen.statistics)
+    matches = measured.digest in ("", digest(data))
     if not (matches or plan.allow_mismatch):
         raise InputError(
             f"layer {name}: its weights in {plan.checkpoint.name} are not those that "
@@ -114,20 +115,20 @@ def prune_layer(
     with _device_errors(name):
         layer = SolvedLayer.of(
             name,
-            weight.to(plan.device),
+            as_tensor(data, plan.places[name]).to(plan.device),
             LayerStatistics.decode(encoded, chosen.statistics, plan.device),
             chosen,
             budgets,
-            transposed=plan.layers[name].transposed,
+            transposed=measured.transposed,
         )
         return take(plan.places[name], map(layer.to, budgets)), layer.notes, matches
 
 
 def score_of(plan: PrunePlan, name: str, score: Score) -> Tensor:
     """One layer's scores, (O, I); GradpipeError if one is not a number."""
-    weight, encoded, _ = _read(plan, name, score.statistics)
+    data, encoded = _read(plan, name, score.statistics)
     with _device_errors(name):
-        weight = weight.to(plan.device)
+        weight = as_tensor(data, plan.places[name]).to(plan.device)
         weight_OI = weight.T if plan.layers[name].transposed else weight
         statistics = LayerStatistics.decode(encoded, score.statistics, plan.device)
         return score_layer(name, weight_OI, statistics, score)
@@ -135,12 +136,10 @@ def score_of(plan: PrunePlan, name: str, score: Score) -> Tensor:
 
 def _read(
     plan: PrunePlan, name: str, statistics: tuple[str, ...]
-) -> tuple[Tensor, dict[str, Encoded], bool]:
-    """A layer's weight and statistics, and whether the weight is the one that was measured."""
-    layer, place = plan.layers[name], plan.places[name]
-    data = plan.checkpoint.read_place(place)
-    matches = layer.digest in ("", digest(data))
-    return as_tensor(data, place), plan.store.read(layer, statistics), matches
+) -> tuple[memoryview, dict[str, Encoded]]:
+    """The bytes of a layer's weight, and its statistics as the store has them."""
+    data = plan.checkpoint.read_place(plan.places[name])
+    return data, plan.store.read(plan.layers[name], statistics)
 
 
 @contextmanager
