@@ -40,6 +40,8 @@ ESCAPE = 15
 UNIT = 32767  # a correlation of 1
 SPECIAL = 1 << 14  # levels below −this stand for 0, above it for ∞
 _CHUNK_VALUES = 1 << 20
+_LARGEST = float(np.finfo(np.float32).max)
+_LEAST_EXPONENT = -126  # of a scale: float32's smallest normal number
 LOWEST, HIGHEST = -126 * STEPS - 1, 128 * STEPS  # one beyond float32's normal numbers
 
 
@@ -104,7 +106,10 @@ def is_sound(statistic: str, item: Encoded) -> bool:
         for _ in _level_rows(item):  # looked at some at a time: norms take eight times their room
             pass
         return True
-    squares_are_sound = item.spec.encoding == "float16" or not STATISTICS[statistic].is_squared
+    is_scaled = item.spec.encoding == "float16"
+    if is_scaled and float(np.abs(item.parts["values"]).max()) * item.spec.scale > _LARGEST:
+        return False
+    squares_are_sound = is_scaled or not STATISTICS[statistic].is_squared
     return all(
         bool(np.isfinite(part).all()) and (squares_are_sound or float(part.min()) >= 0)
         for part in item.parts.values()
@@ -341,5 +346,6 @@ def _best_window(
 def _encode_float16(norms: Sums) -> tuple[Parts, float]:
     """Norms divided by a power of two, and that power."""
     largest = float(np.abs(norms).max(where=np.isfinite(norms), initial=0.0))
-    scale = 2.0 ** (int(np.frexp(largest)[1]) - 15) if largest > 0 else 1.0
+    exponent = max(int(np.frexp(largest)[1]) - 15, _LEAST_EXPONENT)
+    scale = 2.0**exponent if largest > 0 else 1.0
     return {"values": (norms / np.float32(scale)).astype(np.float16)}, scale

@@ -1,5 +1,6 @@
 """The compact encoding: exact where it says so, close elsewhere, small, and equal on any device."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,25 @@ def test_a_device_decodes_to_the_bits_of_numpy(
         np.testing.assert_allclose(got, norms, rtol=2e-7)
         if encoded[statistic].spec.encoding == "log":
             np.testing.assert_array_equal(got, norms)
+
+
+@pytest.mark.parametrize("largest", [1e-44, 1e-40, TINY, 3e38])
+def test_float16_holds_norms_of_any_size(largest: float) -> None:
+    """A scale is a normal float32, however small the norms: they stay finite, and close."""
+    sums = {"grad_l1": np.array([[largest, 0.0, largest / 3]], dtype=np.float32)}
+    encoded = codec.encode_layer("float16", sums, 3, 9)
+    assert encoded["grad_l1"].spec.scale >= TINY
+    norms = codec.decode_layer(encoded)["grad_l1"]
+    step = max(largest * 2**-11, TINY * 2**-25)  # half a step of float16, of its subnormals too
+    np.testing.assert_allclose(norms, sums["grad_l1"], rtol=0, atol=step)
+
+
+def test_a_scale_that_makes_norms_infinite_is_not_sound() -> None:
+    """Values that are finite as they are stored, and not as they are read."""
+    item = codec.encode_layer("float16", sums_of((4, 6, 1, [])), 3, 9)["grad_l1"]
+    assert codec.is_sound("grad_l1", item)
+    item = replace(item, spec=replace(item.spec, scale=2.0**120))
+    assert not codec.is_sound("grad_l1", item)
 
 
 def test_dead_rows_and_columns_stay_dead() -> None:
