@@ -49,6 +49,11 @@ def _pickled_array(path: Path) -> None:
     np.save(path, np.array([{"not": "tokens"}], dtype=object), allow_pickle=True)
 
 
+def _archive(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez(file, ids=np.ones(99, int))
+
+
 _ROW = json.dumps({"text": SENTENCE * 20}) + "\n"
 _ROW_OF_ANOTHER_NAME = json.dumps({"content": SENTENCE * 20}) + "\n"
 _COLUMN = ("has no text column 'text'", "it has content", "--text-column")
@@ -89,6 +94,7 @@ _COLUMN = ("has no text column 'text'", "it has content", "--text-column")
         ("a.npy", _array(np.ones(15, int)), ("too short: 15 tokens", "--seq-len is 16")),
         ("a.npy", _array(np.ones((9, 8), int)), ("windows of 8 tokens", "give --seq-len 8")),
         ("a.npy", _array(np.ones((9, 1), int)), ("windows of 1 token", "expected at least 2")),
+        ("a.npy", _archive, ("not a .npy file of tokens", "magic string")),
         ("a.npy", _pickled_array, ("not a .npy file of tokens", "Python objects")),
     ],
 )

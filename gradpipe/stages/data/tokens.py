@@ -75,8 +75,8 @@ def token_samples(name: str, num_samples: int, seq_len: int) -> Samples:
 def _load(name: str) -> npt.NDArray[np.integer[Any]]:
     """The file's integers, memory-mapped; nothing in it is run."""
     try:
-        ids = np.load(name, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        ids = np.lib.format.open_memmap(name, mode="r")  # `load` takes archives too
+    except (OSError, ValueError) as error:
         raise InputError(f"dataset {name}: not a .npy file of tokens: {one_line(error)}") from error
     is_sound = ids.dtype.kind in "iu" and ids.ndim in {1, 2} and ids.size > 0
     if is_sound and ids.ndim == 2 and ids.shape[1] < _LEAST_TOKENS:
