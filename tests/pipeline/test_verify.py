@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gradpipe import GradpipeError, InputError, collect, prune, verify
+from gradpipe import (
+    GradpipeError,
+    InputError,
+    apply_masks,
+    collect,
+    export_masks,
+    prune,
+    verify,
+)
 from tests.support.cases import collecting, pruning, tensors_of, written
 from tests.support.models import save_tiny
 from tests.support.workplace import Pipe, Refused, edit_config, edit_weights
@@ -48,6 +56,17 @@ def test_what_pruning_writes_is_verified(
     alone, beside = verify(str(out)), verify(str(out), str(tmp_path / "model"))
     assert alone.num_layers == beside.num_layers > 0
     assert beside.num_tensors == len(list(tensors_of(tmp_path / "model")))
+
+
+def test_a_tensor_without_values_is_no_layer_and_is_verified(tmp_path: Path) -> None:
+    """It has no bytes to compare, no zeros to count, and nothing to prune."""
+    written(tmp_path, "llama")
+    edit_weights(tmp_path / "model", lambda x: x.update({"extra.weight": torch.empty(0, 3)}))
+    collect(collecting(tmp_path, statistics=("act_l2",)))
+    prune(pruning(tmp_path, tmp_path / "out", method="wanda"))
+    assert verify(str(tmp_path / "out"), str(tmp_path / "model")).num_layers == 14
+    export_masks(str(tmp_path / "out"), tmp_path / "masks.safetensors")
+    apply_masks(str(tmp_path / "model"), tmp_path / "masks.safetensors", tmp_path / "again")
 
 
 @pytest.fixture(scope="module")

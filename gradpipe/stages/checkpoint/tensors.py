@@ -46,8 +46,8 @@ class TensorInfo:
 
     @property
     def is_matrix(self) -> bool:
-        """True for a 2-D float tensor, which is what can be pruned."""
-        return len(self.shape) == 2 and self.dtype in FLOAT_TYPES
+        """True for a 2-D float tensor with values, which is what can be pruned."""
+        return len(self.shape) == 2 and 0 not in self.shape and self.dtype in FLOAT_TYPES
 
     def part(self, index: int, count: int) -> TensorInfo:
         """The `index`-th of `count` equal parts along the first dimension: a place of shape (a, b).
@@ -78,6 +78,8 @@ def check_type(layer: str, info: TensorInfo) -> None:
 
 def as_tensor(data: bytearray | memoryview, info: TensorInfo) -> Tensor:
     """`data` seen as the tensor that `info` describes, without a copy."""
+    if not data:  # which torch takes for no buffer
+        return torch.empty(info.shape, dtype=TYPES[info.dtype])
     return torch.frombuffer(data, dtype=TYPES[info.dtype]).view(info.shape)
 
 
