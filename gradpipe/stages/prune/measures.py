@@ -1,6 +1,6 @@
 """What a pruned layer is told by: masks as pictures, scores by what became of them, errors.
 
-Shapes: O out, I in, N either; R, C cells of a picture.
+Shapes: O out, I in, N either; G groups of N scores; R, C cells of a picture.
 """
 
 from typing import Any
@@ -48,14 +48,16 @@ def cuts(score_OI: Tensor, pruned_share: float, group: Group) -> tuple[float, fl
 
     The threshold of a group is the highest score among the share that goes.
     """
-    if group.axis == 1:
-        score_OI = score_OI.T
-    size = len(score_OI) if group.axis is None else group.size
+    lines = score_OI.T if group.axis == 1 else score_OI
+    size = len(lines) if group.axis is None else group.size
+    count = len(lines) // size
+    head, tail = lines[: count * size], lines[count * size :]
+    groups = (head.reshape(count, size * lines.shape[1]), tail.reshape(1, -1))
     found = []
-    for part in score_OI.split(size):
-        rank = max(1, round(pruned_share * part.numel()))
-        found.append(float(part.flatten().kthvalue(rank).values))
-    logs = np.log10(np.maximum(found, np.finfo(np.float32).tiny))
+    for scores_GN in (some for some in groups if some.numel()):  # the last one may be smaller
+        rank = max(1, round(pruned_share * scores_GN.shape[1]))
+        found.append(scores_GN.kthvalue(rank, dim=1).values.double().cpu())
+    logs = np.log10(np.maximum(torch.cat(found).numpy(), np.finfo(np.float32).tiny))
     low, middle, high = np.percentile(logs, _PERCENTILES)
     return float(low), float(middle), float(high)
 

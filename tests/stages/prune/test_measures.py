@@ -47,7 +47,9 @@ def test_a_histogram_of_nothing_but_zeros_has_no_weight() -> None:
     assert (kept.sum(), pruned.sum()) == (0, 0)
 
 
-@pytest.mark.parametrize("group", ["layer", "output", "input", "output:2"])
+@pytest.mark.parametrize(
+    "group", ["layer", "output", "input", "output:2", "output:4", "output:9", "input:3"]
+)
 def test_a_cut_is_the_highest_score_that_goes(group: str) -> None:
     """Of each group, as the masks have it."""
     score, half = torch.rand(6, 8) + 0.1, Fraction(1, 2)
