@@ -18,6 +18,9 @@ _CREDENTIALS = re.compile(
     re.VERBOSE,
 )
 
+# What reading a JSON document may raise whose contents are others; an infinite count overflows.
+ODD_DOCUMENT = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+
 
 class GradpipeError(Exception):
     """Something went wrong that gradpipe can name: a full disk, a model that yields NaN."""

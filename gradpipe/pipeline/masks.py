@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gradpipe.errors import GradpipeError, InputError
+from gradpipe.errors import ODD_DOCUMENT, GradpipeError, InputError
 from gradpipe.options import recorded_command
 from gradpipe.pipeline.places import check_local, check_out
 from gradpipe.pipeline.progress import QUIET, progress_bar
@@ -136,7 +136,7 @@ def _understood(checkpoint: Checkpoint, file: MaskFile) -> tuple[Recorded, Prune
     try:
         recorded = Recorded.of(file.report)
         return recorded, _order(checkpoint, file.path, recorded.document)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except ODD_DOCUMENT as error:
         raise InputError(
             f"{file.path}: its report is no pruning.json: export the masks again"
         ) from error
@@ -197,20 +197,21 @@ def _report(
 ) -> PruneReport:
     """What the written files hold, read back."""
     out = Checkpoint.open(str(folder))
-    layers, places = dict[str, LayerResult](), _places(recorded, out)
+    layers, by_key = dict[str, LayerResult](), dict[str, list[tuple[str, TensorInfo]]]()
+    for name, place in _places(recorded, out).items():
+        by_key.setdefault(place.key, []).append((name, place))
     blocks, outside = list[Zeros](), list[Zeros]()
-    lists = {list_of(place.key) for place in places.values()} - {None}
+    lists = set(map(list_of, by_key)) - {None}
     for info in out.tensors.values():
         if info.dtype not in FLOAT_TYPES:
             continue
         data = out.read_bytes(info.key)
         if digest(data) != written.get(info.key, digest(data)):
             raise GradpipeError(f"{info.key} reads back otherwise than it was written")
-        for name, place in places.items():
-            if place.key == info.key:
-                part = data[place.start - info.start : place.stop - info.start]
-                zeros = count_zeros(as_tensor(part, place))
-                layers[name] = replace(recorded.layers[name], zeros=zeros)
+        for name, place in by_key.get(info.key, ()):
+            part = data[place.start - info.start : place.stop - info.start]
+            zeros = count_zeros(as_tensor(part, place))
+            layers[name] = replace(recorded.layers[name], zeros=zeros)
         tensor = as_tensor(data, info)
         found = Zeros(zeros=count_zeros(tensor), size=tensor.numel())
         (blocks if list_of(info.key) in lists else outside).append(found)

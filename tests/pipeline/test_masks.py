@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,9 +121,12 @@ def test_what_is_no_file_of_masks_is_refused(files: Path, refused: Refused) -> N
     [
         ("shapes", lambda x: x | {LAYER + ".weight": [32, 33]}),
         ("shapes", lambda x: x | {LAYER + ".weight": [-32, -32]}),
+        ("shapes", lambda x: x | {LAYER + ".weight": [math.inf]}),
         ("shapes", lambda _: []),
         ("digests", lambda _: {}),
         ("report", lambda _: []),
+        ("report", lambda x: x | {"layers": {}}),
+        ("report", lambda x: x | {"dense_weights": {"a": math.inf}}),
         ("report", lambda x: {k: v for k, v in x.items() if k != "store"}),
         ("report", lambda x: x | {"layers": {"elsewhere": x["layers"][LAYER]}}),
     ],
@@ -137,6 +141,15 @@ def test_metadata_that_lie_are_refused(
     metadata[name] = json.dumps(change(json.loads(metadata[name])))
     save_file(weights, files / "lies", metadata)
     refused(f"mask apply model {files}/lies new")
+
+
+def test_metadata_that_nest_without_end_are_refused(files: Path, refused: Refused) -> None:
+    """Python's parser of JSON gives up on them."""
+    with safe_open(files / "masks.safetensors", framework="pt") as file:
+        metadata = file.metadata() | {"report": "[" * 100_000}
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    save_file(weights, files / "deep", metadata)
+    refused(f"mask apply model {files}/deep new", says=("is no whole file of masks",))
 
 
 def test_masks_of_another_model_are_refused(files: Path, refused: Refused) -> None:

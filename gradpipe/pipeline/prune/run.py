@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from gradpipe.errors import GradpipeError, InputError, Interrupted
+from gradpipe.errors import ODD_DOCUMENT, GradpipeError, InputError, Interrupted
 from gradpipe.options import refuse_given
 from gradpipe.pipeline.launch import Launch
 from gradpipe.pipeline.places import REPORT, check_out, check_scratch
@@ -247,6 +247,6 @@ def _is_published(config: PruneConfig, plan: PrunePlan) -> bool:
             found = json.loads((plan.folder(config.out, target) / REPORT).read_bytes())
             if any(found[key] != value for key, value in identity.items()):
                 return False
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, *ODD_DOCUMENT):
             return False
     return True

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from gradpipe.errors import InputError
+from gradpipe.errors import ODD_DOCUMENT, InputError
 from gradpipe.pipeline.places import REPORT
 from gradpipe.pipeline.reports.results import LayerResult
 
@@ -35,7 +35,7 @@ class Recorded:
             )
         try:
             return cls.of(json.loads(path.read_bytes()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, *ODD_DOCUMENT) as error:
             raise InputError(
                 f"{path} is not what pipe prune wrote ({type(error).__name__}: "
                 f"{str(error)[:80]}): restore it"
@@ -43,10 +43,13 @@ class Recorded:
 
     @classmethod
     def of(cls, document: Any) -> Self:
-        """The report that a document holds; ValueError, KeyError or TypeError if it is none."""
+        """The report that a document holds; one of `ODD_DOCUMENT` if it is none."""
+        layers = {name: _layer(name, x) for name, x in document["layers"].items()}
+        if not layers:
+            raise ValueError("it names no layers")
         return cls(
             document=document,
-            layers={name: _layer(name, x) for name, x in document["layers"].items()},
+            layers=layers,
             unseen=frozenset(map(str, document["unseen_layers"])),
             method=str(document["method"]),
             update=str(document["update"]),

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gradpipe.errors import InputError, one_line
+from gradpipe.errors import ODD_DOCUMENT, InputError, one_line
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.store.objects import digest, replacing
 
@@ -42,7 +42,7 @@ class MaskFile:
             raise InputError(f"{path}: no such file, expected one that pipe mask export wrote")
         try:
             return cls._parse(path)
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (SafetensorError, OSError, *ODD_DOCUMENT) as error:
             raise InputError(
                 f"{path} is no whole file of masks ({one_line(error)}): expected what pipe mask "
                 f"export writes ({FORMAT}): export or copy it again"

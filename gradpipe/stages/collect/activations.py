@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gradpipe.errors import ODD_DOCUMENT
 from gradpipe.store.objects import disk_errors
 
 _LENGTH_BYTES = 8  # the size of the index, at the very end
@@ -51,7 +52,7 @@ class TensorFile:
         """True if it is whole, and of these micro-batches."""
         try:
             self._read_index()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, *ODD_DOCUMENT):
             return False
         return True
 
