@@ -18,7 +18,7 @@ from gradpipe.pipeline.reports.recorded import Recorded
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.layer_names import find_layer
 from gradpipe.stages.checkpoint.place import EMBEDDED_NAME
-from gradpipe.stages.checkpoint.tensors import as_tensor
+from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, as_tensor, matrix_shape
 from gradpipe.stages.device import memory_errors, resolve_device
 from gradpipe.stages.prune.allocation_rules import OWL_OUTLIERS
 from gradpipe.stages.prune.decode import decode_norms
@@ -52,6 +52,12 @@ class _Sources:
         if layer.weight_key not in checkpoint.tensors:
             raise InputError(f"{checkpoint.name} has no {layer.weight_key}: it is another model's")
         place = checkpoint.place(layer)
+        shape = matrix_shape(place, transposed=layer.transposed)
+        if shape != layer.shape or place.dtype not in FLOAT_TYPES:
+            raise InputError(
+                f"{checkpoint.name}: layer {layer.name} is {place.dtype} {shape}, in the store "
+                f"{layer.shape}: it is another model's"
+            )
         data = checkpoint.read_place(place)
         if checkpoint is self.dense and layer.digest not in ("", digest(data)):
             raise InputError(
@@ -272,5 +278,7 @@ def _cuts(report: Recorded, spec: LayerSpec, score_OI: Tensor) -> tuple[float, f
         return None
     if layer.pattern is not None:
         pattern = Pattern.parse(layer.pattern)
+        if score_OI.shape[1] % pattern.m:
+            return None
         return cuts(score_OI.reshape(-1, pattern.m), float(pattern.sparsity), Group(0))
     return cuts(score_OI, layer.achieved, Group.parse("layer" if group == "global" else group))

@@ -1,9 +1,12 @@
 """`pipe report`: what it finds and measures, what it writes, and what it refuses."""
 
 import json
+import math
 import re
+import shutil
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from gradpipe.store.reader import GradientStore
 from tests.support.cases import tensors_of, written
 from tests.support.models import save_tiny
 from tests.support.reported import HOSTILE, grid, point, write_points
-from tests.support.workplace import succeed
+from tests.support.workplace import edit_weights, succeed
 
 KEY = "model.layers.0.self_attn.k_proj"
 
@@ -300,6 +303,47 @@ def test_what_cannot_be_meant_is_refused(
         report(ReportConfig(out=tuple(str(here / name) for name in out), **options))
     assert sorted(Path().rglob("*")) == before
     assert Path("there.html").read_text() == "mine"
+
+
+def test_an_output_of_another_model_than_the_store_is_refused(here: Path) -> None:
+    """Its layers have the names of the store's, and other shapes."""
+    shutil.copytree(here / "owl", "cut")
+    key = f"{KEY}.weight"
+    edit_weights(Path("cut"), lambda x: x.update({key: x[key][:, :-4].contiguous()}))
+    out = ("cut", str(here / "store"))
+    with pytest.raises(InputError, match=rf"cut: layer {re.escape(KEY)} is F32 .*another model's"):
+        report(ReportConfig(out=out, model=str(here / "model")))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"layers": {}}, "it names no layers"),
+        ({"dense_weights": {"a": math.inf}}, "OverflowError"),
+    ],
+)
+def test_a_record_that_lies_is_refused(here: Path, change: dict[str, Any], said: str) -> None:
+    """Of nothing, or of infinitely many weights."""
+    shutil.copytree(here / "owl", "lies")
+    edit_record(Path("lies"), lambda x: x.update(change))
+    with pytest.raises(InputError, match=said):
+        report(ReportConfig(out=("lies",)))
+
+
+def test_a_pattern_that_does_not_divide_the_inputs_has_no_cut(here: Path) -> None:
+    """It is somebody's word for how weights were picked; the rest is shown all the same."""
+    shutil.copytree(here / "owl", "odd")
+    edit_record(Path("odd"), lambda x: x["layers"][KEY].update(pattern="5:7"))
+    config = ReportConfig(out=("odd", str(here / "store")), model=str(here / "model"))
+    report(config)
+    assert "The cut lies at" not in Path("report.html").read_text()
+
+
+def edit_record(out: Path, edit: Callable[[dict[str, Any]], object]) -> None:
+    """Change an output's `pruning.json`."""
+    document = json.loads((out / "pruning.json").read_text())
+    edit(document)
+    (out / "pruning.json").write_text(json.dumps(document))
 
 
 def test_without_its_libraries_a_report_says_what_to_install(
