@@ -177,6 +177,7 @@ def right_answers(folder: Path) -> int:
     [
         ("process_docs: !function os.system", "cannot read it"),
         ("include: other.yaml", "`include` would run code"),
+        ("use_prompt: '/tmp/prompts.yaml:first'", "`use_prompt` would run code, or read from"),
         ("class: !!python/name:os.system", "cannot read it"),
         ("metric_list: [{metric: /tmp/evil}]", "metric /tmp/evil"),
         ("metric_list: [{metric: acc, hf_evaluate: true}]", "metric acc"),

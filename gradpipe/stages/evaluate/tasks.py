@@ -21,7 +21,9 @@ import yaml
 
 from gradpipe.errors import GradpipeError, InputError, did_you_mean, one_line
 
-_RUNS_CODE = ("include", "class", "custom_dataset", "unsafe_code", "process_docs")
+_FROM_ELSEWHERE = (  # what of a task would run code, or read it or a prompt from elsewhere
+    *("include", "class", "custom_dataset", "unsafe_code", "process_docs", "use_prompt"),
+)
 _LOCAL = ("json", "csv", "parquet", "text")  # builders of `datasets`: they read files
 
 
@@ -88,15 +90,17 @@ class Tasks:
 
 
 def _read_file(path: Path) -> dict[str, Any]:
-    """A task's file; InputError if it is none, or would run code."""
+    """A task's file; InputError if it is none, would run code, or read from elsewhere."""
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"--tasks {path}: cannot read it: {one_line(error)}") from error
     if not isinstance(document, dict) or not isinstance(document.get("task"), str):
         raise InputError(f"--tasks {path}: expected a mapping with a `task`, its name")
-    if odd := [key for key in _RUNS_CODE if key in document]:
-        raise InputError(f"--tasks {path}: `{odd[0]}` would run code: leave it out")
+    if odd := [key for key in _FROM_ELSEWHERE if key in document]:
+        raise InputError(
+            f"--tasks {path}: `{odd[0]}` would run code, or read from elsewhere: leave it out"
+        )
     _check_metrics(path, document)
     if document.get("dataset_path") not in _LOCAL:
         raise InputError(
