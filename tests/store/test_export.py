@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from gradpipe import GradientStore, InputError, collect
 from gradpipe.pipeline.stores.config import ExportConfig
 from gradpipe.pipeline.stores.export import export
+from gradpipe.pipeline.stores.imatrix import Imatrix
 from gradpipe.store.statistics import STATISTICS
 from tests.support.cases import collecting, written
 from tests.support.workplace import run_pipe
@@ -115,6 +117,24 @@ def test_experts_lie_in_one_tensor_with_a_count_each(family: str, tmp_path: Path
                 assert (count == 0) == (not sums.any())
     again = exported(tmp_path / "store", tmp_path / "again.gguf", "imatrix")
     assert again.read_bytes() == (tmp_path / "imatrix.gguf").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.layers.0.block_sparse_moe.experts.123456789.w1", None),
+        ("model.layers.0.mlp.experts.down_proj.1", (1, 2**30)),
+    ],
+)
+def test_a_store_cannot_ask_for_any_number_of_experts(
+    tmp_path: Path, name: str, part: tuple[int, int] | None
+) -> None:
+    """Each takes a row in the file, stored or not: names and parts are somebody's word."""
+    store = collected("mixtral", tmp_path)
+    key = name if part is None else name.removesuffix(".1")
+    layer = replace(store.spec.layers[0], name=name, weight_key=key, part=part)
+    with pytest.raises(InputError, match=r"one of \d{9,} experts, expected at most 4096"):
+        Imatrix.of(store, [layer])
 
 
 def test_norms_are_read_by_safetensors(tmp_path: Path) -> None:

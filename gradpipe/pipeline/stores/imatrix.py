@@ -26,6 +26,7 @@ except ImportError as error:
     raise InputError("--format imatrix needs gguf: pip install 'gradpipe[gguf]'") from error
 
 _STATISTIC = "act_l2"
+_MOST_EXPERTS = 1 << 12  # of one tensor: a store may say any number, and each takes a row
 _ARCHITECTURES = {  # of transformers -> of llama.cpp
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
@@ -71,6 +72,11 @@ class Imatrix:
         for layer in layers:
             name, expert = _name_of(layer, names)
             weights.setdefault(name, {})[expert] = layer
+            if (count := _num_experts(weights[name])) > _MOST_EXPERTS:
+                raise InputError(
+                    f"--format imatrix: layer {layer.name} is one of {count} experts, expected at "
+                    f"most {_MOST_EXPERTS}: leave it out with --layer"
+                )
         return cls(store=store, weights=dict(sorted(weights.items())))
 
     def write(self, path: Path) -> None:
@@ -92,9 +98,8 @@ class Imatrix:
 
     def _sums(self, experts: dict[int, LayerSpec]) -> tuple[Sums, Sums]:
         """Squares (experts, inputs) and tokens (experts, 1); 0 for an expert that is not stored."""
-        first = next(iter(experts.values()))
-        count = first.part[1] if first.part is not None else 1 + max(experts)
-        sums = np.zeros((count, first.shape[1]), dtype=np.float32)
+        count, width = _num_experts(experts), next(iter(experts.values())).shape[1]
+        sums = np.zeros((count, width), dtype=np.float32)
         counts = np.zeros((count, 1), dtype=np.float32)
         for expert, layer in experts.items():
             item = self.store.read(layer, [_STATISTIC])[_STATISTIC]
@@ -103,6 +108,12 @@ class Imatrix:
             sums[expert] = item.parts["values"] if is_exact else np.square(norms)
             counts[expert] = item.spec.num_tokens
         return sums, counts
+
+
+def _num_experts(experts: dict[int, LayerSpec]) -> int:
+    """Of one weight: as many as its tensor has parts, or as the numbers of those stored need."""
+    part = next(iter(experts.values())).part
+    return 1 + max(experts) if part is None else part[1]
 
 
 def _names(architecture: str, num_blocks: int) -> Any:
