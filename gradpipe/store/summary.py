@@ -19,6 +19,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from gradpipe.errors import StoreError
 from gradpipe.store.codec import HIGHEST, LOWEST, STEPS, level_table, triangle_rows, triangle_width
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import LayerSpec
@@ -112,6 +113,11 @@ def summary_of(store: GradientStore, layer: LayerSpec) -> Summary:
     own = layer.own(store.spec.statistics)
     for name in own:
         norms = store.read_norms(layer, name)
+        if np.isnan(norms).any():  # a hostile store's squares may be negative
+            raise StoreError(
+                f"store {store.url}: {name} of {layer.name} holds what is no number: the store is "
+                "damaged"
+            )
         if STATISTICS[name].is_symmetric:
             ranks[name] = effective_rank(norms)
         else:
@@ -163,6 +169,7 @@ def effective_rank(packed: Sums) -> float:
     trace = float(packed[diagonal(len(packed))].sum(dtype=np.float64))
     if trace <= 0:
         return 0.0
-    shares = packed / np.float32(trace)
+    fits = trace <= float(np.finfo(np.float32).max)  # its summands do, their sum need not
+    shares = packed / (np.float32(trace) if fits else np.float64(trace))
     on_it = shares[diagonal(len(packed))]
     return 1 / (2 * float(np.dot(shares, shares)) - float(np.dot(on_it, on_it)))

@@ -1,6 +1,7 @@
 """What a store's statistics look like, against numpy on the whole arrays; two ways to read it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gradpipe import GradientStore, InputError
+from gradpipe import GradientStore, InputError, StoreError
 from gradpipe.pipeline.stores.config import StatsConfig
 from gradpipe.pipeline.stores.stats import stats
 from gradpipe.store.codec import square
 from gradpipe.store.summary import OUTLIER_TIMES, QUANTILES, Spread, effective_rank
+from gradpipe.store.writer import StoreWriter
 from tests.support.workplace import run_pipe
 
 STORE = Path(__file__).parents[1] / "data" / "store-v2"
@@ -59,6 +61,27 @@ def test_effective_rank_is_the_eigenvalues(seed: int, width: int, samples: int) 
     values = np.linalg.eigvalsh(moment.astype(np.float64))
     assert effective_rank(packed) == pytest.approx(values.sum() ** 2 / (values**2).sum(), rel=1e-4)
     np.testing.assert_array_equal(square(packed), np.triu(moment) + np.triu(moment, 1).T)
+
+
+def test_effective_rank_of_the_largest_numbers() -> None:
+    """Their sum is beyond a float32."""
+    packed = np.array([3e38, 0, 0, 3e38, 0, 3e38], dtype=np.float32)
+    assert effective_rank(packed) == pytest.approx(3)
+
+
+def test_a_statistic_that_is_no_number_is_damage(tmp_path: Path) -> None:
+    """The root of a negative sum of squares, in a store whose digests fit."""
+    golden = GradientStore.open(STORE)
+    layer = golden.spec.layers[0]
+    item = golden.read(layer, ["act_l2"])["act_l2"]
+    spec = replace(golden.spec, layers=(layer,), statistics=("act_l2",), couplings=())
+    writer = StoreWriter(tmp_path / "store", spec)
+    writer.begin(golden.calibration())
+    parts = {"values": -np.ones_like(item.parts["values"])}
+    writer.write_encoded(layer, {"act_l2": replace(item, parts=parts)})
+    writer.commit()
+    with pytest.raises(StoreError, match=f"act_l2 of {layer.name} holds what is no number"):
+        stats(StatsConfig(store=str(tmp_path / "store")))
 
 
 def test_effective_rank_of_nothing_is_nothing() -> None:
