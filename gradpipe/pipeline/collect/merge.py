@@ -47,6 +47,8 @@ def merge(stores: Sequence[Path]) -> GradientStore:
         4
 
     """
+    if not stores:
+        raise InputError("no stores to merge: give the one to finish first")
     target = stores[0]
     _check_unfinished(target)
     for store in stores:

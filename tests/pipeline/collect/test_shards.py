@@ -159,6 +159,8 @@ def test_shards_survive_the_loss_of_the_samples_record(
     inputs: Path, thirds: Sequence[Path], tmp_path: Path
 ) -> None:
     """A record that vanished is no reason to throw finished shards away."""
+    with pytest.raises(InputError, match="no stores to merge"):
+        merge([])
     (first,) = gathered(thirds, tmp_path, "01")
     record = first / "partial" / "calibration.json"
     data = record.read_bytes()
