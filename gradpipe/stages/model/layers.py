@@ -74,10 +74,10 @@ def find_layers(
     for pattern in exclude:
         for name in _matches("exclude", pattern, wanted, keys, sources):
             reasons[name] = f"left out by --exclude {pattern}"
-    layers = []
+    layers, chosen = [], set(wanted) - reasons.keys()  # of experts there are thousands
     for name, module in linears.items():
         key = keys[name]
-        if name in wanted and name not in reasons and key is not None:
+        if name in chosen and key is not None:
             place = InCheckpoint(key=key, transposed=isinstance(module, Conv1D))
             if isinstance(module, RoutedLinear):
                 place = module.place
