@@ -77,12 +77,11 @@ def _begin(
     config: CollectConfig, shard: Shard, skeleton: Skeleton, held: ExitStack, console: Console
 ) -> tuple[StoreSpec, Calibration] | None:
     folder = config.store
-    if not config.overwrite and is_complete(folder):
-        _check_finished(config, skeleton, GradientStore.open(folder))
+    if _is_finished(config, skeleton):
         return None
     drawn = None if _is_to_go_on(config) else _draw(config, skeleton, console)
     with locked(folder / LOCK_NAME, of=folder, wait=True):
-        if not config.overwrite and is_complete(folder):
+        if _is_finished(config, skeleton):
             return None  # another process was faster
         if not _is_to_go_on(config):
             if drawn is None:
@@ -131,13 +130,16 @@ def _take(
     return spec, calibration
 
 
-def _check_finished(config: CollectConfig, skeleton: Skeleton, store: GradientStore) -> None:
-    """Raises InputError unless a finished store is what this command would make."""
-    if _expected(config, skeleton, store.spec) == store.spec:
+def _is_finished(config: CollectConfig, skeleton: Skeleton) -> bool:
+    """Whether this command's store is complete; InputError if another command's is there."""
+    if config.overwrite or not is_complete(config.store):
+        return False
+    spec = GradientStore.open(config.store).spec
+    if _expected(config, skeleton, spec) == spec:
         layers = measured(skeleton.layers, skeleton.checkpoint)
-        if _spec(config, replace(skeleton, layers=layers), store.spec.samples) == store.spec:
+        if _spec(config, replace(skeleton, layers=layers), spec.samples) == spec:
             tidy(config.store)
-            return
+            return True
     raise InputError(
         f"store {config.store} exists and is complete: give another name or --overwrite"
     )

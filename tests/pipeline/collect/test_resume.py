@@ -1,6 +1,7 @@
 """Interrupted collections: the same call again ends with the bytes of an uninterrupted one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -236,6 +237,22 @@ def test_auto_goes_on_as_it_was_begun(
     assert len(count) == 1
     assert collect(replace(run, store=tmp_path / "other")).digest == digest
     assert len(count) == 1  # which is streamed
+
+
+def test_a_store_that_another_command_finished_meanwhile_is_not_this_one_s(
+    inputs: Path, tmp_path: Path, digest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the same command is."""
+    run = config(inputs, tmp_path / "store")
+    for other in (replace(run, statistics=("act_l2",)), run):
+        with monkeypatch.context() as patched:
+            interfere(patched, "tokenising", lambda: (patched.undo(), collect(other)))  # noqa: B023
+            if other != run:
+                with pytest.raises(InputError, match="exists and is complete"):
+                    collect(run)
+                shutil.rmtree(run.store)
+            else:
+                assert collect(run).digest == digest
 
 
 def test_a_run_that_overwrites_goes_on_without_the_option(
