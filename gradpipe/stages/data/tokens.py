@@ -89,4 +89,4 @@ def _load(name: str) -> npt.NDArray[np.integer[Any]]:
             f"dataset {name}: expected token ids, non-negative integers in one or two dimensions, "
             f"got {ids.dtype} {ids.shape}"
         )
-    return ids  # type: ignore[no-any-return]
+    return ids
