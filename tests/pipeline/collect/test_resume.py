@@ -1,7 +1,6 @@
 """Interrupted collections: the same call again ends with the bytes of an uninterrupted one."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -239,20 +238,27 @@ def test_auto_goes_on_as_it_was_begun(
     assert len(count) == 1  # which is streamed
 
 
-def test_a_store_that_another_command_finished_meanwhile_is_not_this_one_s(
-    inputs: Path, tmp_path: Path, digest: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changes", [{}, {"statistics": ("act_l2",)}])
+def test_a_store_that_was_finished_meanwhile_is_taken_if_it_is_this_command_s(
+    inputs: Path,
+    tmp_path: Path,
+    digest: str,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
 ) -> None:
-    """One of the same command is."""
+    """Another process was faster, with the same command or another one."""
     run = config(inputs, tmp_path / "store")
-    for other in (replace(run, statistics=("act_l2",)), run):
-        with monkeypatch.context() as patched:
-            interfere(patched, "tokenising", lambda: (patched.undo(), collect(other)))  # noqa: B023
-            if other != run:
-                with pytest.raises(InputError, match="exists and is complete"):
-                    collect(run)
-                shutil.rmtree(run.store)
-            else:
-                assert collect(run).digest == digest
+
+    def finish() -> None:
+        monkeypatch.undo()
+        collect(replace(run, **changes))
+
+    interfere(monkeypatch, "tokenising", finish)
+    if changes:
+        with pytest.raises(InputError, match="exists and is complete"):
+            collect(run)
+    else:
+        assert collect(run).digest == digest
 
 
 def test_a_run_that_overwrites_goes_on_without_the_option(
