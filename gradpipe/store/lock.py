@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gradpipe.errors import GradpipeError, InputError
+from gradpipe.errors import InputError
+from gradpipe.store.objects import disk_errors
 
 
 @contextmanager
@@ -17,14 +18,9 @@ def locked(path: Path, *, of: Path, wait: bool) -> Iterator[None]:
     The kernel releases it when its holder dies, on network file systems too. Raises InputError
     that names the holder if it is taken and `wait` is False.
     """
-    try:
+    with disk_errors(f"cannot lock {path}", "make room or give another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(path, of, wait=wait)
-    except OSError as error:
-        raise GradpipeError(
-            f"cannot lock {path}: {error.strerror or error}: make room or give another folder, "
-            "then run the same command again"
-        ) from error
     try:
         yield
     finally:

@@ -8,10 +8,11 @@ import json
 import os
 from pathlib import Path
 
-from gradpipe.errors import GradpipeError, InputError
+from gradpipe.errors import InputError
 from gradpipe.pipeline.places import check_apart, check_local
 from gradpipe.pipeline.reports.points import RESULTS, PointResult, read_points
 from gradpipe.store.lock import locked
+from gradpipe.store.objects import disk_errors
 
 _LOCK = ".results.lock"
 
@@ -48,20 +49,16 @@ class ResultsFile:
         GradpipeError if the disk fails.
         """
         line = json.dumps(result.to_json(), allow_nan=False, ensure_ascii=False)
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            lock = locked(self._folder / _LOCK, of=self._folder, wait=True)
-            with lock, self.path.open("a+b") as file:
-                _cut_torn_line(file.fileno())
-                if result.key not in self.read():
-                    file.write(line.encode() + b"\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-        except OSError as error:
-            raise GradpipeError(
-                f"cannot write {self.path}: {error.strerror}: make room or mend it, then run the "
-                "same command again"
-            ) from error
+        with (
+            disk_errors(f"cannot write {self.path}", "make room or mend it"),
+            locked(self._folder / _LOCK, of=self._folder, wait=True),
+            self.path.open("a+b") as file,
+        ):
+            _cut_torn_line(file.fileno())
+            if result.key not in self.read():
+                file.write(line.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
 
 
 def _cut_torn_line(descriptor: int) -> None:
