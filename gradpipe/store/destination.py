@@ -21,6 +21,7 @@ from gradpipe.store.lock import locked
 from gradpipe.store.objects import (
     COMMIT_KEY,
     COPY_KEY,
+    MAX_RECORD_BYTES,
     CommitRecord,
     ObjectReader,
     ObjectWriter,
@@ -31,7 +32,6 @@ ROOT_KEY = "zarr.json"
 _AT_ONCE, _LARGE_AT_ONCE = 8, 2  # objects under way, each in memory as a whole
 _LARGE_BYTES = 1 << 26
 _TRIES = 3  # of writing an object that does not arrive as it was sent
-_RECORD_BYTES = 1 << 28
 Advance = Callable[[int], None]
 
 
@@ -64,7 +64,7 @@ class Destination(ABC):
         with self._reached():
             try:
                 path = self._path(key)
-                data: bytes = self._files.cat_file(path, start=0, end=_RECORD_BYTES)
+                data: bytes = self._files.cat_file(path, start=0, end=MAX_RECORD_BYTES)
             except FileNotFoundError:
                 return None
         return data

@@ -29,8 +29,8 @@ from gradpipe.store.nearby import ObjectCache, ReadAhead
 
 T = TypeVar("T")
 COMMIT_KEY = "commit.json"
-COPY_KEY = "partial/copy.json"  # the record of a copy that is under way: see `store.copying`
-_MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
+COPY_KEY = "partial/copy.json"  # the record of a copy that is under way: `store/destination.py`
+MAX_RECORD_BYTES = 1 << 28  # 256 MiB: about 2 million objects
 _BLOCK_BYTES = 1 << 23  # read at a time where nothing is kept
 _REMEDY = "make room or give another folder"
 _FSYNC_THREADS = 16
@@ -63,7 +63,7 @@ class CommitRecord:
         return (json.dumps(document)[:-1] + ', "objects": ' + body + "}\n").encode()
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Self:
+    def from_bytes(cls, data: bytes, key: str = COMMIT_KEY) -> Self:
         """The record in `data`; StoreError unless it is, to the byte, what `to_bytes` writes.
 
         Entries are looked for, not parsed as JSON, so that no document can take more memory than
@@ -73,7 +73,7 @@ class CommitRecord:
         record = cls({key: (size, hexes) for key, size, hexes in found})
         if record.to_bytes() != data:
             raise StoreError(
-                f"object {COMMIT_KEY} is damaged, or holds what is no object's key, size and "
+                f"object {key} is damaged, or holds what is no object's key, size and "
                 "digest: restore it from a copy, or remove the store and collect again"
             )
         return record
@@ -206,9 +206,9 @@ class ObjectReader:
 
     def _read_record(self, key: str) -> tuple[CommitRecord, str]:
         """The commit record, and its digest, which names the store's whole content."""
-        data = self._read_file(key, _MAX_RECORD_BYTES)
+        data = self._read_file(key, MAX_RECORD_BYTES)
         try:
-            return CommitRecord.from_bytes(data), digest(data)
+            return CommitRecord.from_bytes(data, key), digest(data)
         except StoreError as error:
             raise StoreError(f"store {self.url}: {error}") from error
 

@@ -80,7 +80,8 @@ class Snapshots:
 
     def record(self, name: str) -> CommitRecord:
         """The objects of a committed snapshot; StoreError if the record is damaged."""
-        return CommitRecord.from_bytes((self.folder / f"{name}.json").read_bytes())
+        key = f"{self.prefix}/{name}.json"
+        return CommitRecord.from_bytes((self.store / key).read_bytes(), key)
 
     def names(self) -> list[str]:
         """Names of the committed snapshots, in order."""
