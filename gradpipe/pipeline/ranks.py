@@ -187,7 +187,7 @@ def shared_out(costs: Sequence[int], count: int) -> list[int]:
     return owners
 
 
-def common_facts(config: Any, checkpoint: Checkpoint, *, but: Sequence[str] = ()) -> dict[str, Any]:
+def common_facts(config: Any, checkpoint: Checkpoint) -> dict[str, Any]:
     """What ranks must have in common before they work: libraries, model, options.
 
     Paths may differ between hosts; options that are not recorded shape no result.
@@ -202,7 +202,7 @@ def common_facts(config: Any, checkpoint: Checkpoint, *, but: Sequence[str] = ()
     values = [getattr(config, field.name) for field in dataclasses.fields(config)]
     for owner in (config, *(x for x in values if dataclasses.is_dataclass(x))):
         for name, field in fields_of(owner).items():
-            if name not in but and name not in _OF_A_HOST and not field.option.is_argument:
+            if name not in _OF_A_HOST and not field.option.is_argument:
                 facts[field.flag] = getattr(owner, name)
     return facts
 

@@ -18,10 +18,10 @@ from gradpipe.errors import InputError
 from gradpipe.stages.checkpoint.place import EMBEDDED_NAME, locate
 from gradpipe.stages.checkpoint.tensors import (
     TensorInfo,
-    _read_header,
     as_tensor,
     check_type,
     matrix_shape,
+    read_header,
 )
 from gradpipe.store.objects import digest
 from gradpipe.store.schema import LayerSpec, ModelSpec
@@ -65,7 +65,7 @@ class Checkpoint:
         files = _weight_files(name, outline.folder)
         tensors: dict[str, TensorInfo] = {}
         for file in files:
-            tensors.update(_read_header(outline.folder / file))
+            tensors.update(read_header(outline.folder / file))
         if files != (SINGLE_NAME,):
             _check_index(name, outline.folder, tensors)
         return replace(outline, files=files, tensors=tensors)
@@ -265,7 +265,7 @@ def _check_index(name: str, folder: Path, tensors: dict[str, TensorInfo]) -> Non
             )
         if (other := tensors[key].file) == file:
             continue
-        if key in _read_header(folder / file):
+        if key in read_header(folder / file):
             raise InputError(
                 f"{name}: {key} is in {file}, which {INDEX_NAME} names, and in {other}, which is "
                 "what transformers reads: leave it in one of them"

@@ -88,7 +88,7 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return tensor.view(torch.uint8).numpy().data
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
     """Every tensor of one safetensors file, once the library has found the file sound."""
     try:
         with path.open("rb"), safe_open(path, framework="pt"):

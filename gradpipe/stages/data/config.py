@@ -11,13 +11,13 @@ Use = Literal["calibration", "evaluation"]
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".jsonl.gz": "json", ".parquet": "parquet"}
 TOKENS = ".npy"  # how the name of a file of tokens ends
 
-_SPLITS: dict[str, dict[Use, str]] = {
+SPLITS: dict[str, dict[Use, str]] = {  # of each preset
     "c4": {"calibration": "train", "evaluation": "validation"},
     "wikitext2": {"calibration": "train", "evaluation": "test"},
     "stdlib": {"calibration": "train", "evaluation": "heldout"},
 }
 
-PRESETS = tuple(_SPLITS)
+PRESETS = tuple(SPLITS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +67,8 @@ class DataConfig:
 
 def split_name(data: DataConfig, use: Use) -> str | None:
     """The split that is read of `data`; None for a local file or folder, which has none."""
-    if data.name in _SPLITS:
-        return _SPLITS[data.name][use]
+    if data.name in SPLITS:
+        return SPLITS[data.name][use]
     if Path(data.name).exists():
         return None
     return data.split or ("train" if use == "calibration" else "test")

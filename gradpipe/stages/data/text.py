@@ -19,7 +19,7 @@ import pyarrow.parquet
 from gradpipe.errors import InputError, did_you_mean, one_line
 from gradpipe.options import is_given, refuse_given
 from gradpipe.stages.data.chat import CHAT_COLUMNS, ChatTemplate
-from gradpipe.stages.data.config import _SPLITS, FILE_KINDS, PRESETS, DataConfig, Use, split_name
+from gradpipe.stages.data.config import FILE_KINDS, PRESETS, SPLITS, DataConfig, Use, split_name
 from gradpipe.stages.data.documents import Column, Documents, Reader
 from gradpipe.stages.data.stdlib import DOCUMENT_SEPARATOR, stdlib_documents
 
@@ -61,7 +61,7 @@ def load_text(data: DataConfig, use: Use, tokenizer: Any) -> Text:
 def _load_c4(use: Use) -> Text:
     """One shard of C4, as the field uses it."""
     hub_id, revision = _C4
-    split = _SPLITS["c4"][use]
+    split = SPLITS["c4"][use]
     num_files = 1024 if use == "calibration" else 8
     file = f"en/c4-{split}.00000-of-{num_files:05d}.json.gz"
     rows = _load_file(hub_id, file, revision)
@@ -80,7 +80,7 @@ def _load_c4(use: Use) -> Text:
 def _load_wikitext2(use: Use) -> Text:
     """WikiText-2 raw; train rows joined by spaces to calibrate, test rows by blank lines."""
     hub_id, revision = _WIKITEXT
-    split, separator = _SPLITS["wikitext2"][use], " " if use == "calibration" else "\n\n"
+    split, separator = SPLITS["wikitext2"][use], " " if use == "calibration" else "\n\n"
     rows = _load_file(hub_id, f"wikitext-2-raw-v1/{split}-00000-of-00001.parquet", revision)
     return Text(documents=rows["text"], revision=revision, separator=separator, joined=True)
 
