@@ -24,7 +24,7 @@ Masks = Mapping[str, Tensor]  # by parameter; True = kept
 def find_masks(model: nn.Module) -> dict[str, Tensor]:
     """Where the matrices of a model are not zero, by their names.
 
-    A matrix without zeros has no mask, nor has one of nothing else: it is new, as an adapter's is.
+    A matrix without zeros has no mask, nor has one of zeros alone: it is new, as an adapter's is.
     """
     kept = {name: x.detach() != 0 for name, x in model.named_parameters() if x.ndim >= 2}
     return {name: mask for name, mask in kept.items() if mask.any() and not mask.all()}

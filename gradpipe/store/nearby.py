@@ -62,7 +62,7 @@ class ObjectCache:
 class ReadAhead:
     """Objects that are being fetched, or have been a short while ago: the latest, by their bytes.
 
-    To be used with `with`: no thread outlives it.
+    No thread outlives `close`.
     """
 
     def __init__(self, fetch: Callable[[str], bytes], size_of: Callable[[str], int]) -> None:

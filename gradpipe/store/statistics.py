@@ -54,7 +54,7 @@ class Statistic:
     axes: tuple[str, ...]  # of OUT and IN; twice the same: a symmetric matrix, kept as a triangle
     add: Callable[[Any, Any], object]
     merge: Callable[[Sums, Sums], Sums] = operator.add  # of some samples and of others
-    uses_up: bool = False  # `add` overwrites the values: it is called last
+    uses_up: bool = False  # of weight gradients alone: `add` overwrites them, and is called last
     is_squared: bool = False  # sums of squares, whose roots are the norms
     compact: str = "float32"  # its encoding in a compact store: see `gradpipe.store.codec`
     compact_bytes: float = 4.0  # a value's, in that encoding

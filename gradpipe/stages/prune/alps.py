@@ -1,4 +1,4 @@
-"""Least squares on a mask, and the masks that least squares would choose.
+"""The masks that least squares would choose, and the weights on them.
 
 `alps` looks for the support: ADMM between the cost and the constraint (ALPS: Meng et al., 2024), in
 the eigenbasis of both second moments, where each step is four products of matrices (two under

@@ -4,7 +4,7 @@
     X       ‖X‖₂ of each input, (I,)
     G1, G2  ‖G‖₁ and ‖G‖₂ over samples, (O, I)
     GS      ΣG over samples, with its sign, (O, I)
-    G       the one that --grad-norm names, of the last its size
+    G       the one of these three that --grad-norm names; |GS| for `sum`
     a       --alpha
     ri(W)   relative importance: |W| / Σ of its row's + |W| / Σ of its column's (RIA)
 

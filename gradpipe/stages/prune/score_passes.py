@@ -19,7 +19,7 @@ ComputeScore = Callable[[str], Tensor]  # of the layer of a name, float32 (O, I)
 
 @dataclass(frozen=True, slots=True)
 class ScorePasses:
-    """The scores of all layers, looked at in passes; the `Scores` that rules ask."""
+    """The scores of all layers, looked at in passes: what rules ask."""
 
     layers: Mapping[str, LayerSpec]  # by name
     compute: ComputeScore
