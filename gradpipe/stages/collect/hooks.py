@@ -118,8 +118,14 @@ class LayerHooks:
         if spec.name in self._inputs:
             raise GradpipeError(runs_twice(spec.name))
         self._inputs[spec.name] = ref(tensor)
-        if spec.input_of is not None and self._inputs[spec.input_of]() is not tensor:
-            raise GradpipeError(f"layers {spec.input_of} and {spec.name} read different inputs")
+        if spec.input_of is None:
+            return
+        first = self._inputs.get(spec.input_of)
+        if first is None or first() is not tensor:
+            raise GradpipeError(
+                f"layer {spec.name} does not read the input of {spec.input_of}, as it did without "
+                "values: leave one of them out by --exclude"
+            )
 
     def _by_sample(self, module: nn.Module, inputs: tuple[Any, ...]) -> _BySample:
         """What takes a layer's inputs, or its output's gradient, apart: one tensor a sample."""

@@ -1,5 +1,6 @@
 """Stage one as a whole: samples, the store it writes, and what it refuses to do quietly."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,31 @@ def test_a_layer_that_runs_twice_is_refused() -> None:
     ids = torch.zeros((1, 3), dtype=torch.long)
     with pytest.raises(GradpipeError, match=r"runs twice.*by --blocks.*not supported"):
         resident_batch(model, sums, Batch.of_tokens(ids))
+
+
+class _Apart(nn.Module):
+    """Two linear maps, run in this order; the second reads a copy of what the first does."""
+
+    def __init__(self, *order: str) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 4)
+        self.maps = nn.ModuleDict({name: nn.Linear(4, 4) for name in order})
+        self.dtype = torch.float32
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> object:
+        hidden = self.embed(input_ids)
+        found = [layer(hidden.clone()) for layer in self.maps.values()]
+        return type("Output", (), {"loss": (found[0] * found[1]).mean()})
+
+
+@pytest.mark.parametrize("order", [("q", "k"), ("k", "q")])
+def test_layers_that_do_not_share_their_input_after_all_are_named(order: tuple[str, str]) -> None:
+    """They would keep one Hessian: whichever of them runs first."""
+    q = toy_layer("maps.q", (4, 4))
+    k = replace(toy_layer("maps.k", (4, 4)), input_of=q.name)
+    sums = {x.name: LayerAccumulator(x, ("grad_l1",), torch.device("cpu")) for x in (q, k)}
+    with pytest.raises(GradpipeError, match=r"layer maps\.k does not read the input of maps\.q"):
+        resident_batch(_Apart(*order), sums, Batch.of_tokens(torch.ones(1, 3, dtype=torch.long)))
 
 
 def test_a_layer_that_never_ran_is_named() -> None:
