@@ -30,7 +30,8 @@ class Launch:
             return cls()
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         texts = [environ.get(name, default) for name, default in zip(names, "0101", strict=True)]
-        if not all(text.isdecimal() for text in texts) or int(texts[0]) >= int(texts[1]):
+        is_odd = not all(text.isdecimal() for text in texts) or int(texts[3]) < 1
+        if is_odd or int(texts[0]) >= int(texts[1]):
             told = ", ".join(f"{name} {text}" for name, text in zip(names, texts, strict=True))
             raise InputError(f"{told}: expected ranks from 0: start the command with torchrun")
         index, count, local_index, local_count = map(int, texts)

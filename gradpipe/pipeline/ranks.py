@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from gradpipe.errors import GradpipeError, InputError, Interrupted
+from gradpipe.errors import GradpipeError, InputError, Interrupted, one_line
 from gradpipe.options import fields_of
 from gradpipe.pipeline.launch import Launch
 from gradpipe.stages.checkpoint.folder import Checkpoint
@@ -148,7 +148,13 @@ def _meet(ranks: Ranks) -> None:
     find the addresses of dead ones in it, and call those until the time-out.
     """
     waiting = timedelta(seconds=ranks.timeout)
-    store, index, count = next(rendezvous("env://", timeout=waiting))
+    try:
+        store, index, count = next(rendezvous("env://", timeout=waiting))
+    except ValueError as error:  # MASTER_ADDR or MASTER_PORT is not set, or no number
+        raise InputError(
+            f"RANK and WORLD_SIZE are set, and ranks cannot meet ({one_line(error)}): start the "
+            "command with torchrun, or unset the two"
+        ) from error
     name = _greet(store, ranks) if ranks.is_first else _introduce(store, index)
     options = {"store": PrefixStore(name, store), "rank": index, "world_size": count}
     dist.init_process_group("gloo", timeout=waiting, **options)

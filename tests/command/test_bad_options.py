@@ -213,6 +213,32 @@ def test_a_scratch_folder_that_cannot_be_made_is_refused(refused: Refused) -> No
         refused(f"{COLLECT} --scratch tmp/x", says=("--scratch tmp/x", "can be created"))
 
 
+# ---- what a launcher says ----
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, ("MASTER_ADDR", "start the command with torchrun")),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, ("RANK 2, WORLD_SIZE 2", "expected ranks from 0")),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"},
+            ("LOCAL_WORLD_SIZE 0", "expected ranks from 0"),
+        ),
+    ],
+)
+def test_an_environment_of_ranks_that_makes_no_sense_is_refused(
+    refused: Refused,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    says: tuple[str, ...],
+) -> None:
+    """Left over from another program, say: what is set, and what to do."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refused("prune model store new", says=says)
+
+
 # ---- as a process of its own ----
 
 
