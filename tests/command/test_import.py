@@ -1,13 +1,16 @@
 """Gradients that GBLM-Pruner's own code wrote: imported, they prune as collected ones."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from gradpipe import GradientStore, ImportConfig, StoreError, import_gblm
+from gradpipe import GradientStore, ImportConfig, InputError, StoreError, import_gblm
+from gradpipe.pipeline.collect import import_gblm as importing
 from tests.support.cases import tensors_of
 from tests.support.models import tiny_model
 from tests.support.reference import reference_score, reference_statistics
@@ -62,6 +65,27 @@ def test_an_import_that_cannot_be_finished_removes_nothing(pipe: Pipe) -> None:
     with pytest.raises(StoreError, match="is damaged"):
         import_gblm(config)
     pipe("store verify imported")
+
+
+def test_a_store_that_another_process_finished_meanwhile_is_kept(
+    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --overwrite an import replaces no complete store, be it a moment old."""
+    pipe(COLLECT)
+    _gblm_files()
+    config = ImportConfig(model="model", store=Path("new"), l1=Path("l1.pth"))
+    real = importing.locked
+
+    @contextmanager
+    def waited(path: Path, *, of: Path, wait: bool) -> Iterator[None]:
+        pipe(COLLECT.replace(" store ", " new "))  # the other one, while this one waits
+        with real(path, of=of, wait=wait):
+            yield
+
+    monkeypatch.setattr(importing, "locked", waited)
+    with pytest.raises(InputError, match="exists and is complete"):
+        import_gblm(config)
+    assert GradientStore.open("new").spec.samples.num_samples == SAMPLES
 
 
 @pytest.mark.parametrize("grad_norm", ["l1", "l2"])

@@ -44,10 +44,7 @@ def import_gblm(config: ImportConfig) -> GradientStore:
     taken_from = None if activations is None else activations.local_folder
     sources = (config.l1, config.l2, Path(config.model), taken_from)
     check_store(config.store, tuple(source for source in sources if source is not None))
-    if is_complete(config.store) and not config.overwrite:
-        raise InputError(
-            f"store {config.store} exists and is complete: give another name or --overwrite"
-        )
+    _check_replaceable(config)
     checkpoint = Checkpoint.open(config.model)
     sums = _read_files(config)
     keys = set.union(*(set(arrays) for arrays in sums.values()))
@@ -58,6 +55,7 @@ def import_gblm(config: ImportConfig) -> GradientStore:
         activations.verify()  # before anything is removed for what would stop halfway
     spec = _spec(config, checkpoint, layers, (*sums, *taken))
     with locked(config.store / LOCK_NAME, of=config.store, wait=False):
+        _check_replaceable(config)  # another process may have been faster
         clear(config.store)
         writer = StoreWriter(config.store, spec)
         writer.begin(None)
@@ -70,6 +68,13 @@ def import_gblm(config: ImportConfig) -> GradientStore:
                 writer.write_encoded(layer, activations.read(layer, taken))
         writer.commit()
     return GradientStore.open(config.store)
+
+
+def _check_replaceable(config: ImportConfig) -> None:
+    if is_complete(config.store) and not config.overwrite:
+        raise InputError(
+            f"store {config.store} exists and is complete: give another name or --overwrite"
+        )
 
 
 def _read_files(config: ImportConfig) -> dict[str, dict[str, Sums]]:
