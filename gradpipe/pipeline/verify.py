@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from gradpipe.errors import GradpipeError, InputError
+from gradpipe.pipeline.places import REPORT
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.pipeline.reports.recorded import Recorded
 from gradpipe.pipeline.reports.results import LayerResult, Zeros
@@ -48,7 +49,7 @@ def verify(model: str, base: str | None = None, console: Console = QUIET) -> Ver
     """Read every tensor of a pruned checkpoint, and hold it against its record and its base.
 
     Args:
-        model: A folder that `prune` or `apply_masks` wrote.
+        model: A folder that `prune` or `apply_masks` wrote, or a Hub id of one.
         base: The dense checkpoint that it was made from: what was kept is compared with it.
         console: Where progress is shown; nowhere by default.
 
@@ -68,7 +69,7 @@ def verify(model: str, base: str | None = None, console: Console = QUIET) -> Ver
         >>> verify("verified", base="embedded").num_layers
         28
     """
-    recorded = Recorded.read(locate(model)[0])
+    recorded = Recorded.read(locate(model, ("config.json", REPORT))[0])
     pruned, dense = _open(model), None if base is None else Checkpoint.open(base)
     checks = _Checks(recorded, pruned, dense)
     problems = [*_index_problems(pruned), *checks.names()]

@@ -69,6 +69,7 @@ def test_a_pruned_checkpoint_goes_to_the_hub_with_what_was_measured(
     )
     assert files_of(hub.resolve(repo, "main")[1]) == files_of(out)
     assert repo in hub.private
+    run(client, "verify", "me/pruned", "--base", "someone/tiny")
     first = metadata(out)
     assert first["base_model"] == "someone/tiny"
     assert "model-index" not in first
