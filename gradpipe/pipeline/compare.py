@@ -47,6 +47,8 @@ def compare(
     Those of text share the first one's tokenizer. Raises InputError if models, data and options do
     not fit together, GradpipeError for a loss that is not finite.
     """
+    if extras.scratch is not None:
+        check_scratch(extras.scratch)
     checkpoints = [Checkpoint.open(name) for name in models]
     for checkpoint in checkpoints if extras.card else ():
         check_card(checkpoint.folder)
@@ -123,7 +125,6 @@ class _Bench:
         check_tokens(self._text.windows, checkpoint, skeleton.model)
         probe(skeleton, self._device)
         if self._extras.scratch is not None:
-            check_scratch(self._extras.scratch)
             self._extras.scratch.mkdir(parents=True, exist_ok=True)
         with (
             TemporaryDirectory(dir=self._extras.scratch) as folder,

@@ -141,7 +141,7 @@ def _inside(path: Path, files: Any) -> Any:
 
 @contextlib.contextmanager
 def _tamed(*, quiet: bool) -> Iterator[None]:
-    """The harness with its templates in a sandbox, its seeds put back, its messages left out."""
+    """The harness with its templates in a sandbox, torch's seed put back, its messages left out."""
     import lm_eval.utils as harness  # noqa: PLC0415 (an extra, and slow)
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # noqa: PLC0415
 
