@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradpipe import GradientStore, ImportConfig, InputError, StoreError, import_gblm
 from gradpipe.pipeline.collect import import_gblm as importing
+from gradpipe.store.lock import locked
 from tests.support.cases import tensors_of
 from tests.support.models import tiny_model
 from tests.support.reference import reference_score, reference_statistics
@@ -74,12 +75,11 @@ def test_a_store_that_another_process_finished_meanwhile_is_kept(
     pipe(COLLECT)
     _gblm_files()
     config = ImportConfig(model="model", store=Path("new"), l1=Path("l1.pth"))
-    real = importing.locked
 
     @contextmanager
     def waited(path: Path, *, of: Path, wait: bool) -> Iterator[None]:
         pipe(COLLECT.replace(" store ", " new "))  # the other one, while this one waits
-        with real(path, of=of, wait=wait):
+        with locked(path, of=of, wait=wait):
             yield
 
     monkeypatch.setattr(importing, "locked", waited)
