@@ -43,7 +43,7 @@ def is_begun(folder: Path) -> bool:
 
 
 def is_free(folder: Path) -> bool:
-    """True if the folder is free for a store: empty, or left by a run that was killed."""
+    """True if a store may be collected there: empty, begun, or left by a run that was killed."""
     if not folder.exists() or is_begun(folder):
         return True
     if {path.name for path in folder.iterdir()} <= {LOCK_NAME, ".zarr.json.tmp"}:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 from gradpipe import GradientStore, ImportConfig, InputError, StoreError, import_gblm
 from gradpipe.pipeline.collect import import_gblm as importing
 from gradpipe.store.lock import locked
+from gradpipe.store.writer import StoreWriter
 from tests.support.cases import tensors_of
 from tests.support.models import tiny_model
 from tests.support.reference import reference_score, reference_statistics
@@ -86,6 +88,18 @@ def test_a_store_that_another_process_finished_meanwhile_is_kept(
     with pytest.raises(InputError, match="exists and is complete"):
         import_gblm(config)
     assert GradientStore.open("new").spec.samples.num_samples == SAMPLES
+
+
+def test_an_unfinished_collection_is_not_thrown_away(pipe: Pipe) -> None:
+    """It may be days of work, which the same command would go on with."""
+    pipe(COLLECT)
+    _gblm_files()
+    store = GradientStore.open("store")
+    StoreWriter(Path("begun"), store.spec).begin(store.calibration())
+    config = ImportConfig(model="model", store=Path("begun"), l1=Path("l1.pth"))
+    with pytest.raises(InputError, match="store begun exists and was begun by collect-grads"):
+        import_gblm(config)
+    import_gblm(replace(config, overwrite=True)).validate()
 
 
 @pytest.mark.parametrize("grad_norm", ["l1", "l2"])

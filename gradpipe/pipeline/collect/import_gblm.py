@@ -11,7 +11,7 @@ from gradpipe.pipeline.places import check_store
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.checkpoint.gblm_files import match_layers, read_gblm_file
 from gradpipe.stages.model.tasks import find_task
-from gradpipe.store.folder import LOCK_NAME, clear, is_complete
+from gradpipe.store.folder import LOCK_NAME, clear, is_begun, is_complete
 from gradpipe.store.lock import locked
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.schema import FORMAT_VERSION, LayerSpec, SampleSpec, StoreSpec
@@ -71,9 +71,11 @@ def import_gblm(config: ImportConfig) -> GradientStore:
 
 
 def _check_replaceable(config: ImportConfig) -> None:
-    if is_complete(config.store) and not config.overwrite:
+    """InputError for a store, finished or begun, unless it may be overwritten."""
+    state = "is complete" if is_complete(config.store) else "was begun by collect-grads"
+    if (is_complete(config.store) or is_begun(config.store)) and not config.overwrite:
         raise InputError(
-            f"store {config.store} exists and is complete: give another name or --overwrite"
+            f"store {config.store} exists and {state}: give another name or --overwrite"
         )
 
 
