@@ -109,9 +109,8 @@ class Summary:
 def summary_of(store: GradientStore, layer: LayerSpec) -> Summary:
     """One layer; StoreError if a statistic is damaged."""
     counted = bool(store.spec.samples.digest)
-    spreads, ranks, dead, num_tokens = {}, {}, None, 0
-    own = layer.own(store.spec.statistics)
-    for name in own:
+    spreads, ranks, dead = {}, {}, None
+    for name in layer.own(store.spec.statistics):
         norms = store.read_norms(layer, name)
         if np.isnan(norms).any():  # a hostile store's squares may be negative
             raise StoreError(
@@ -125,7 +124,7 @@ def summary_of(store: GradientStore, layer: LayerSpec) -> Summary:
         if name in {"act_l2", "hessian"}:
             of_inputs = norms if name == "act_l2" else norms[diagonal(len(norms))]
             dead = int((of_inputs == 0).sum())
-        num_tokens = store.counts(layer, name).num_tokens
+    num_tokens = store.counts(layer, store.spec.statistics[-1]).num_tokens
     return Summary(
         name=layer.name,
         num_layers=1,
@@ -166,10 +165,11 @@ def diagonal(length: int) -> npt.NDArray[np.int64]:
 
 def effective_rank(packed: Sums) -> float:
     """(Σλ)² / Σλ² of the matrix of a packed upper triangle; 0 of one that is all 0."""
-    trace = float(packed[diagonal(len(packed))].sum(dtype=np.float64))
+    on_diagonal = diagonal(len(packed))
+    trace = float(packed[on_diagonal].sum(dtype=np.float64))
     if trace <= 0:
         return 0.0
     fits = trace <= float(np.finfo(np.float32).max)  # its summands do, their sum need not
     shares = packed / (np.float32(trace) if fits else np.float64(trace))
-    on_it = shares[diagonal(len(packed))]
-    return 1 / (2 * float(np.dot(shares, shares)) - float(np.dot(on_it, on_it)))
+    own = shares[on_diagonal]
+    return 1 / (2 * float(np.dot(shares, shares)) - float(np.dot(own, own)))

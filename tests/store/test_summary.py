@@ -84,6 +84,22 @@ def test_a_statistic_that_is_no_number_is_damage(tmp_path: Path) -> None:
         stats(StatsConfig(store=str(tmp_path / "store")))
 
 
+def test_a_layer_whose_one_statistic_another_keeps_was_seen(tmp_path: Path) -> None:
+    """Its tokens are those of the layer that keeps the hessian of their input."""
+    golden = GradientStore.open(STORE)
+    assert any(layer.input_of for layer in golden.spec.layers)
+    writer = StoreWriter(tmp_path / "store", replace(golden.spec, statistics=("hessian",)))
+    writer.begin(golden.calibration())
+    for layer in golden.spec.layers:
+        writer.write_encoded(layer, golden.read(layer, layer.own(("hessian",))))
+    writer.commit()
+    found = stats(StatsConfig(store=str(tmp_path / "store")))
+    for layer, described in zip(golden.spec.layers, found.layers, strict=True):
+        tokens = golden.counts(layer, "act_l2").num_tokens
+        assert (described.name, described.num_tokens) == (layer.name, tokens)
+        assert described.unseen == int(tokens == 0)
+
+
 def test_effective_rank_of_nothing_is_nothing() -> None:
     """An input that was always zero has no directions."""
     assert effective_rank(np.zeros(6, dtype=np.float32)) == 0
