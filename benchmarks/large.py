@@ -4,9 +4,9 @@
     python benchmarks/large.py --divisors 8,4,2              # nearer, and 8 times as long
 
 A block of a LLaMA-2-7B is solved with both widths divided, on one thread: each shape once, from its
-second moments to its pruned weights. All that is dear is products, decompositions and factors, of
+second moments to its pruned weights. All that takes time is products, decompositions and factors, of
 O I (O + I), N³ and N³ operations, so that the block itself takes the cube of the divisor times as
-long, memory its square. Each divisor says what the one before it would have foretold. Then the same
+long, memory its square. Each divisor says what the one before it would have said. Then the same
 by operations, for a GPU: assumptions stand beside the numbers.
 
 Shapes: O out, I in, N either.
@@ -77,10 +77,10 @@ def solved(size: LlamaSize, chosen: ChosenMethod) -> tuple[float, int]:
 
 
 def measured(divisors: Sequence[int]) -> Iterator[list[str]]:
-    """Of each solver and divisor: what it took, what was foretold, and what it foretells."""
+    """Of each solver and divisor: what it took, what was predicted, and what it predicts."""
     full = FULL.block
     for name, chosen in SOLVERS.items():
-        foretold = ""
+        predicted = ""
         for divisor in divisors:
             size = replace(
                 full, hidden=full.hidden // divisor, intermediate=full.intermediate // divisor
@@ -90,13 +90,13 @@ def measured(divisors: Sequence[int]) -> Iterator[list[str]]:
             yield [
                 f"{name}, ÷ {divisor}",
                 f"{seconds:.1f}",
-                foretold,
+                predicted,
                 f"{peak / 1e6:,.0f}",
                 f"{whole / 60:,.0f}",
                 f"{peak * divisor**2 / 1e9:,.1f}",
             ]
             following = next((x for x in divisors if x < divisor), divisor)
-            foretold = f"{whole / following**3:.1f}"
+            predicted = f"{whole / following**3:.1f}"
 
 
 def estimated() -> Iterator[list[str]]:
@@ -123,7 +123,7 @@ def estimated() -> Iterator[list[str]]:
 def main(divisors: Annotated[str, typer.Option(help="Of both widths, falling.")] = "8,4") -> None:
     """Measure small blocks, foretell large ones; print tables."""
     torch.set_num_threads(1)
-    header = ["block of 7 B", "CPU s", "foretold", "peak, MB", "whole, min", "whole, GB"]
+    header = ["block of 7 B", "CPU s", "predicted", "peak, MB", "whole, min", "whole, GB"]
     print(heading("Large layers"))
     print(table(header, list(measured([int(x) for x in divisors.split(",")]))), "\n")
     header = ["recipe's solver, one target", "products, P", "decompositions, P",

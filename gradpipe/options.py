@@ -185,7 +185,7 @@ def _declared(kind: Any, value: Any) -> Any:
 
 
 def is_given(config: Any, name: str) -> bool:
-    """Whether a field's value was asked for, be it the default's."""
+    """Whether a field's value was asked for, even if it is the default."""
     value, default = getattr(config, name), fields_of(config)[name].default
     assert isinstance(default, _Unasked) or not default, f"{name}: its default is not marked"
     return (

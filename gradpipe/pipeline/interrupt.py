@@ -35,7 +35,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Libraries are imported inside; a signal ends that, be its exception lost in their finalisers.
+    """Libraries are imported inside; a signal ends that, even if a finaliser loses its exception.
 
     For the main thread alone.
     """

@@ -90,7 +90,7 @@ def test_the_same_points_give_the_same_plot(tmp_path: Path) -> None:
     assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
 
 
-def test_a_block_is_foretold_from_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_predicted_from_smaller_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the cube of the widths; what a solver needs is counted from its shapes."""
     monkeypatch.setattr(large, "solved", lambda size, _: (size.hidden**3 / 1e6, size.hidden**2))
     rows = [row for row in large.measured([8, 4]) if row[0].startswith("sparsegpt")]

@@ -1,6 +1,6 @@
 """What stage two is asked to do: options, checked alone and against each other.
 
-An option that would be ignored is refused, be it given as its default.
+An option that would be ignored is refused, even if it is given as its default.
 """
 
 from dataclasses import dataclass

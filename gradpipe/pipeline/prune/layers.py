@@ -93,7 +93,7 @@ def _check_tied(
 def _towers(checkpoint: Checkpoint, store: GradientStore) -> set[str]:
     """What holds a list of blocks that the store has nothing of, and none that it has.
 
-    Such is a vision tower, with its head, and a head that foretells further tokens.
+    Such is a vision tower, with its head, and a head that predicts further tokens.
     """
     measured = {
         owner for x in store.spec.layers if x.block is not None for owner in owners(x.weight_key)

@@ -1,8 +1,8 @@
 """Pictures: drawn once by matplotlib, shown as SVG in a page and written as SVG and PNG.
 
-In a page, lines and letters take the colour of the text around them, be the page light or dark;
-text stays text, and a screen reader finds title and description. Series have the colours of Okabe
-and Ito (2008), which the colour-blind can tell apart, and markers of their own.
+In a page, lines and letters take the colour of the text around them, light or dark; text stays
+text, and a screen reader finds title and description. Series have the colours of Okabe and Ito
+(2008), which the colour-blind can tell apart, and markers of their own.
 """
 
 import io

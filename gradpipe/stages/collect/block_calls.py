@@ -52,10 +52,7 @@ class _Answer:
         places = [place for place, _ in self.kinds()]
         returned, put = replaced(self.tree, dict(zip(places, tensors, strict=True)))
         for (place, key), value in zip(self.targets, put, strict=True):
-            mapping: Any = call
-            for step in place:
-                mapping = mapping[step]
-            mapping[key] = value
+            _at(call, place)[key] = value
         return returned
 
 

@@ -6,7 +6,7 @@ of the others tell by how much they moved. One row of a batch shifts all outputs
 index has bit k, for each k, and one each output by a random amount. An input that follows a single
 output i moves with the k-th row where i has bit k, and not at all elsewhere; one that follows two
 (a fused gate and up) moves by two amounts and their sum, which tells the two indices apart. What
-was read so must then foretell all rows, the random one too: an input that mixes outputs, as after
+was read so must then predict all rows, the random one too: an input that mixes outputs, as after
 a norm, fails that, and is no coupling.
 
 Shapes: N rows; O outputs of all sources that are shifted at once, I inputs of a target.

@@ -63,7 +63,7 @@ class Eigenbasis:
 
     @classmethod
     def of(cls, curvature: Curvature) -> Self:
-        """Decompose a layer's curvature; dear, and the same for every sparsity."""
+        """Decompose a layer's curvature; expensive, and the same for every sparsity."""
         values_I, right_II = _eigen(curvature.hessian)
         scale_OI = curvature.diagonal().sqrt()
         if curvature.cov is None:

@@ -41,7 +41,7 @@ class Method:
     group: str = "output"  # the weights compared, unless the user says otherwise
     compares: str | None = None  # in words, by a solver whose grouping is its own: no --group
     whole_counts: bool = False  # counts are of single weights, whatever the group
-    decomposes: bool = False  # its second moments, into eigenvectors: dear where they are wide
+    decomposes: bool = False  # its second moments, into eigenvectors: expensive where wide
 
     def __post_init__(self) -> None:
         """Refuse an entry that says nothing, or two things, of how to pick: no name falls through.
