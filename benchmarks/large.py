@@ -4,7 +4,7 @@
     python benchmarks/large.py --divisors 8,4,2              # nearer, and 8 times as long
 
 A block of a LLaMA-2-7B is solved with both widths divided, on one thread: each shape once, from its
-second moments to its pruned weights. All that takes time is products, decompositions and factors, of
+second moments to its pruned weights. What takes time is products, decompositions and factors, of
 O I (O + I), N³ and N³ operations, so that the block itself takes the cube of the divisor times as
 long, memory its square. Each divisor says what the one before it would have said. Then the same
 by operations, for a GPU: assumptions stand beside the numbers.
