@@ -206,7 +206,7 @@ def is_given(config: Any, name: str) -> bool:
 
 def spelled(config: Any, name: str) -> str:
     """A field as the command line has it: `--seed 1`, `--finalize`."""
-    return " ".join(_spelled(fields_of(config)[name].flag, getattr(config, name)))
+    return " ".join(words(fields_of(config)[name].flag, getattr(config, name)))
 
 
 def refuse_given(config: Any, names: Collection[str], why: str) -> None:
@@ -233,14 +233,15 @@ def recorded_command(verb: str, arguments: tuple[str, ...], options: dict[str, A
     Paths of outputs are placeholders among the arguments: the same work gives the same bytes
     anywhere.
     """
-    words = (word for flag, value in options.items() for word in _spelled(flag, value))
-    return shlex.join(["pipe", *verb.split(), *arguments, *words])
+    given = (word for flag, value in options.items() for word in words(flag, value))
+    return shlex.join(["pipe", *verb.split(), *arguments, *given])
 
 
-def _spelled(flag: str, value: Any) -> Iterator[str]:
-    if value is True:
+def words(flag: str, value: Any) -> Iterator[str]:
+    """An option as the command line has it; of a dict, which it cannot hold, its flag."""
+    if value is True or isinstance(value, dict):
         yield flag
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         for item in value:
             yield from (flag, str(item))
     elif value is not None and value is not False:
