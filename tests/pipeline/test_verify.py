@@ -172,6 +172,27 @@ def test_an_update_that_rounds_to_nothing_leaves_plus_zero(
     verify(str(tmp_path / "out"), str(tmp_path / "model"))
 
 
+def test_a_tensor_without_values_is_like_others(tmp_path: Path) -> None:
+    """Some savers of sharded models leave such."""
+    written(tmp_path, "llama")
+    edit_weights(tmp_path / "model", lambda x: x.update(none=torch.zeros(0, 4)))
+    collect(collecting(tmp_path, statistics=("act_l2",)))
+    prune(pruning(tmp_path, tmp_path / "out", method="wanda"))
+    verify(str(tmp_path / "out"), str(tmp_path / "model"))
+    export_masks(str(tmp_path / "out"), tmp_path / "masks")
+    apply_masks(str(tmp_path / "model"), tmp_path / "masks", tmp_path / "again")
+    verify(str(tmp_path / "again"), str(tmp_path / "out"))
+
+
+def test_the_folder_of_several_targets_is_told_what_is_in_it(tmp_path: Path) -> None:
+    """It is no checkpoint."""
+    pruned(tmp_path, "llama", method="magnitude", sparsities=(0.5,), patterns=("2:4",))
+    with pytest.raises(
+        InputError, match=r"no config\.json: give one of the 2 in it, such as .*2-4"
+    ):
+        verify(str(tmp_path / "out"))
+
+
 def test_another_tensor_that_changed_is_seen_beside_the_base(made: Path, tmp_path: Path) -> None:
     """A norm's weight is no layer, and pruning leaves it alone."""
     out = shutil.copytree(made / "out", tmp_path / "out")

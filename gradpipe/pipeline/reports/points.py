@@ -174,7 +174,7 @@ def told_apart(results: Sequence[PointResult], x: str) -> dict[str, str]:
     of_name: dict[str, list[PointResult]] = defaultdict(list)
     for result in results:
         of_name[called(result)].append(result)
-    told = {}
+    told: dict[str, str] = {}
     for alike in of_name.values():
         fields = [*_fields(alike, x)]
         told |= {one.key: " ".join(filter(None, map(partial(_word, one), fields))) for one in alike}

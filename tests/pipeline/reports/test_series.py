@@ -156,10 +156,11 @@ def test_what_does_not_compare_is_not_one_sweep(tmp_path: Path) -> None:
     """Points of another text, or of another model, in the same folder."""
     text, other = {"--dataset": "stdlib"}, {"--dataset": "notes.txt"}
     model = {"name": "other", "digest": "ef" * 16}
+    given: list[dict[str, Any]] = [{"measure": text}, {"measure": other}, {"model": model}]
     lines = [
         point(spec, value + n, **more)
         for spec, value in ((None, 8.0), ({"method": "wanda", "sparsity": 0.5}, 9.0))
-        for n, more in enumerate(({"measure": text}, {"measure": other}, {"model": model}))
+        for n, more in enumerate(given)
     ]
     write_points(tmp_path / "mixed", lines)
     sweeps = Sweep.read(tmp_path / "mixed", "mixed")
