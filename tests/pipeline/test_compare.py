@@ -267,7 +267,7 @@ def test_what_cannot_be_compared_is_refused(refused: Refused) -> None:
 def test_a_token_is_timed_whatever_the_model_keeps(kind: str) -> None:
     """A state under another name than attention's, or nothing: then all is read again."""
     options = {"mamba": {"state_size": 4}, "openai-gpt": {"n_positions": 32}}.get(kind, {})
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = AutoConfig.for_model(kind, vocab_size=64, **sizes, **options)
     prefill, decode = measure_speed(
         AutoModelForCausalLM.from_config(config).eval(), torch.arange(8)

@@ -15,9 +15,7 @@ from safetensors.torch import load_file, save_file
 from gradpipe import (
     GradpipeError,
     InputError,
-    apply_masks,
     collect,
-    export_masks,
     prune,
     verify,
 )
@@ -170,18 +168,6 @@ def test_an_update_that_rounds_to_nothing_leaves_plus_zero(
     collect(collecting(tmp_path, statistics=("act_l2", "hessian")))
     prune(pruning(tmp_path, tmp_path / "out", sparsities=(0.5,), **options))
     verify(str(tmp_path / "out"), str(tmp_path / "model"))
-
-
-def test_a_tensor_without_values_is_like_others(tmp_path: Path) -> None:
-    """Some savers of sharded models leave such."""
-    written(tmp_path, "llama")
-    edit_weights(tmp_path / "model", lambda x: x.update(none=torch.zeros(0, 4)))
-    collect(collecting(tmp_path, statistics=("act_l2",)))
-    prune(pruning(tmp_path, tmp_path / "out", method="wanda"))
-    verify(str(tmp_path / "out"), str(tmp_path / "model"))
-    export_masks(str(tmp_path / "out"), tmp_path / "masks")
-    apply_masks(str(tmp_path / "model"), tmp_path / "masks", tmp_path / "again")
-    verify(str(tmp_path / "again"), str(tmp_path / "out"))
 
 
 def test_the_folder_of_several_targets_is_told_what_is_in_it(tmp_path: Path) -> None:
