@@ -15,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from gradpipe import (
     GradpipeError,
     InputError,
+    apply_masks,
     collect,
+    export_masks,
     prune,
     verify,
 )
