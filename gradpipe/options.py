@@ -13,7 +13,7 @@ import dataclasses
 import re
 import shlex
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -165,7 +165,8 @@ def fields_of(config: Any) -> dict[str, OptionField]:
 def check_options(config: Any) -> None:
     """Raises InputError for a field whose value can be meant in no combination.
 
-    A path may be given as text, and text as a path: the field gets what it is declared as.
+    The field gets what it is declared as: a path for text, text for a path, a tuple for a list or
+    for one of its values, Python's own number for NumPy's.
     """
     for field in fields_of(config).values():
         value = _declared(field.kind, getattr(config, field.name))
@@ -176,12 +177,22 @@ def check_options(config: Any) -> None:
 
 
 def _declared(kind: Any, value: Any) -> Any:
-    """A path for text and text for a path, where a field is of the other kind."""
+    """A value as its field is declared."""
+    if typing.get_origin(kind) is not tuple or isinstance(value, _Unasked | None):
+        return _item(kind, value)
+    several = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+    return tuple(_item(typing.get_args(kind)[0], item) for item in several)
+
+
+def _item(kind: Any, value: Any) -> Any:
+    """One value as it is declared; `item` is what NumPy's scalars give their own by."""
     kinds = typing.get_args(kind) or (kind,)
     if isinstance(value, str) and Path in kinds and str not in kinds:
         return Path(value)
     is_path = isinstance(value, Path) and str in kinds and Path not in kinds
-    return str(value) if is_path else value
+    if is_path:
+        return str(value)
+    return value.item() if hasattr(value, "item") else value
 
 
 def is_given(config: Any, name: str) -> bool:
@@ -195,7 +206,7 @@ def is_given(config: Any, name: str) -> bool:
 
 def spelled(config: Any, name: str) -> str:
     """A field as the command line has it: `--seed 1`, `--finalize`."""
-    return " ".join(_spelled(fields_of(config)[name].flag, getattr(config, name)))
+    return " ".join(words(fields_of(config)[name].flag, getattr(config, name)))
 
 
 def refuse_given(config: Any, names: Collection[str], why: str) -> None:
@@ -222,14 +233,15 @@ def recorded_command(verb: str, arguments: tuple[str, ...], options: dict[str, A
     Paths of outputs are placeholders among the arguments: the same work gives the same bytes
     anywhere.
     """
-    words = (word for flag, value in options.items() for word in _spelled(flag, value))
-    return shlex.join(["pipe", *verb.split(), *arguments, *words])
+    given = (word for flag, value in options.items() for word in words(flag, value))
+    return shlex.join(["pipe", *verb.split(), *arguments, *given])
 
 
-def _spelled(flag: str, value: Any) -> Iterator[str]:
-    if value is True:
+def words(flag: str, value: Any) -> Iterator[str]:
+    """An option as the command line has it; of a dict, which it cannot hold, its flag."""
+    if value is True or isinstance(value, dict):
         yield flag
-    elif isinstance(value, tuple):
+    elif isinstance(value, tuple | list):
         for item in value:
             yield from (flag, str(item))
     elif value is not None and value is not False:

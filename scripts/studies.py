@@ -103,7 +103,8 @@ def write_page(study: Study, config: SweepConfig) -> None:
     assert isinstance(console.file, StringIO)
     table = "\n".join(x for x in console.file.getvalue().splitlines() if x.strip())
     note = f"Reconstructed: {study.reconstructed}.\n\n" if study.reconstructed else ""
-    picture = figures.sweep(Sweep.read(config.out, str(config.study)), "picture")
+    [found] = Sweep.read(config.out, str(config.study))
+    picture = figures.sweep(found, "picture")
     picture.save(config.out, ("svg",))
     (config.out / "table.md").write_text(
         f"# {study.title}\n\n```console\n$ {command(config)}\n```\n\n{note}{table}\n\n"

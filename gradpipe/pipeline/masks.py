@@ -36,7 +36,7 @@ from gradpipe.store.objects import digest
 METHOD = "mask"  # in `pruning.json`: zeros by a file, all other weights as they were
 
 
-def export_masks(model: str, file: Path) -> int:
+def export_masks(model: str, file: str | Path) -> int:
     """Write where the layers of a pruned checkpoint are not zero: one bit a weight.
 
     Args:
@@ -57,15 +57,16 @@ def export_masks(model: str, file: Path) -> int:
         >>> export_masks("exported", Path("exported.safetensors"))
         28
     """
-    check_local("masks", file)
-    if file.exists() or not file.parent.is_dir():
+    path = Path(file)
+    check_local("masks", path)
+    if path.exists() or not path.parent.is_dir():
         raise InputError(f"masks {file}: expected a new file, in a folder that exists")
     checkpoint = Checkpoint.open(model)
     recorded = Recorded.read(checkpoint.folder)
     places = _places(recorded, checkpoint)
     keys = dict.fromkeys(place.key for place in places.values())
     try:
-        write_masks(file, checkpoint, keys, dict(recorded.document))
+        write_masks(path, checkpoint, keys, dict(recorded.document))
     except OSError as error:
         raise GradpipeError(
             f"cannot write masks {file}: {error.strerror or error}: make room, or give another name"
@@ -74,7 +75,12 @@ def export_masks(model: str, file: Path) -> int:
 
 
 def apply_masks(
-    model: str, masks: Path, out: Path, *, overwrite: bool = False, console: Console = QUIET
+    model: str,
+    masks: str | Path,
+    out: str | Path,
+    *,
+    overwrite: bool = False,
+    console: Console = QUIET,
 ) -> PruneResult:
     """Give a fine-tuned checkpoint the zeros of a pruned one. On any error nothing is left behind.
 
@@ -100,12 +106,13 @@ def apply_masks(
         >>> apply_masks("embedded", Path("masks.safetensors"), Path("masked-again")).achieved
         0.5
     """
-    checkpoint, file = Checkpoint.open(model), MaskFile.open(masks)
+    checkpoint, file = Checkpoint.open(model), MaskFile.open(Path(masks))
+    folder = Path(out)
     recorded, order = _understood(checkpoint, file)
     _check_fit(checkpoint, file)
     _places(recorded, checkpoint)  # or it refuses
-    sources = (checkpoint.folder, masks)
-    staging = Staging(out, lambda: check_out(out, overwrite=overwrite, sources=sources))
+    sources = (checkpoint.folder, file.path)
+    staging = Staging(folder, lambda: check_out(folder, overwrite=overwrite, sources=sources))
     staging.check()
     with staging.begun():
         with progress_bar(console, "applying masks", len(file.shapes), "tensors") as advance:
@@ -114,7 +121,7 @@ def apply_masks(
         report = _report(order, recorded, staging.folder, written)
         write_report(staging.folder, report)
         staging.publish()
-    return PruneResult(folder=out, label=out.name, report=report)
+    return PruneResult(folder=folder, label=folder.name, report=report)
 
 
 def _places(recorded: Recorded, checkpoint: Checkpoint) -> dict[str, TensorInfo]:

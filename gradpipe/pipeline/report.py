@@ -84,7 +84,7 @@ def _found(config: ReportConfig, console: Console) -> Found:
         folders = _outputs_in(given)
         outputs |= {str(folder): Recorded.read(folder) for folder in folders}
         if (Path(given) / RESULTS).is_file():
-            sweeps.append(Sweep.read(Path(given), Path(given).resolve().name))
+            sweeps += Sweep.read(Path(given), Path(given).resolve().name)
         elif not folders:
             stores[given] = _open_store(given)
     return Found(

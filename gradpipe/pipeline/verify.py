@@ -186,9 +186,11 @@ class _Checks:
         pattern = None if layer.pattern is None else Pattern.parse(layer.pattern)
         if pattern is not None and not soundness.has_pattern(weight, pattern.n, pattern.m):
             yield f"{layer.name} is not {layer.pattern} sparse, as it is recorded to be"
+        if dense is None:
+            return
         if negative := soundness.count_negative_zeros(weight, dense):
             yield f"{layer.name} holds −0.0 in {negative} places"
-        if dense is None or self._is_updated(layer.name):
+        if self._is_updated(layer.name):
             return
         if changed := soundness.count_changed(weight, dense):
             yield (

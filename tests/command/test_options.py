@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import gradpipe
@@ -16,6 +17,7 @@ from gradpipe import CollectConfig, DataConfig, EvalConfig, ImportConfig, InputE
 from gradpipe.options import is_given, option_fields, unasked
 from gradpipe.pipeline.evaluate_config import EvalExtras
 from gradpipe.pipeline.publish import PushConfig
+from gradpipe.stages.prune.target import parse_targets
 from tests.support.commands import COMMANDS, FLAGS
 from tests.support.workplace import COLLECT, EVAL, IMPORT, PRUNE, Refused
 
@@ -342,3 +344,15 @@ def test_a_path_may_be_given_as_text_and_text_as_a_path(tmp_path: Path) -> None:
     paths: Any = {"model": tmp_path / "model", "store": tmp_path}
     pruned = PruneConfig(**paths, out=Path("out"))
     assert (pruned.model, pruned.store) == (str(tmp_path / "model"), str(tmp_path))
+
+
+def test_values_may_be_given_as_a_list_or_one_alone_and_as_numpys_numbers() -> None:
+    """From Python: `include="mlp"` is one pattern, not three of a letter."""
+    given: Any = {"include": "mlp", "exclude": ["up", "down"], "sparsities": np.array([0.5, 1 / 3])}
+    config = PruneConfig(**FEWEST[PruneConfig], **given)
+    assert (config.include, config.exclude) == (("mlp",), ("up", "down"))
+    labels = [target.label for target in parse_targets(config.sparsities, config.patterns)]
+    assert labels == ["s0.50", "s0.3333333333333333"]
+    one: Any = {"sparsities": 0.5, "alpha": np.float32(10)}
+    config = PruneConfig(**FEWEST[PruneConfig], **one)
+    assert (config.sparsities, type(config.alpha)) == ((0.5,), float)

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gradpipe import DataConfig, EvalConfig, InputError, evaluate
 from gradpipe.pipeline.compare import compare
 from gradpipe.pipeline.evaluate_config import EvalExtras
 from gradpipe.pipeline.reports.results import Metrics
+from gradpipe.stages.evaluate.latency import measure_speed
 from gradpipe.stages.evaluate.tasks import Tasks
 from tests.support.architectures import save_architecture
 from tests.support.models import save_tiny
@@ -260,3 +261,15 @@ def test_what_cannot_be_compared_is_refused(refused: Refused) -> None:
     refused(f"eval model nothing {text}", says=("nothing",))
     refused(f"eval model {text} --compare nothing", says=("nothing",))
     refused(f"eval model {text} --tasks none.yaml", says=("none.yaml",))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "rwkv", "openai-gpt"])
+def test_a_token_is_timed_whatever_the_model_keeps(kind: str) -> None:
+    """A state under another name than attention's, or nothing: then all is read again."""
+    options = {"mamba": {"state_size": 4}, "openai-gpt": {"n_positions": 32}}.get(kind, {})
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(kind, vocab_size=64, **sizes, **options)
+    prefill, decode = measure_speed(
+        AutoModelForCausalLM.from_config(config).eval(), torch.arange(8)
+    )
+    assert min(prefill, decode) > 0

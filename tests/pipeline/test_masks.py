@@ -53,7 +53,8 @@ def test_masks_are_bits(made: Path) -> None:
 
 def test_another_checkpoint_gets_the_zeros_and_nothing_else(made: Path, tmp_path: Path) -> None:
     """Zeros where the pruned one has them; every other value and tensor as it was, to the bit."""
-    result = apply_masks(str(made / "tuned"), made / "masks.safetensors", tmp_path / "new")
+    file, out = str(made / "masks.safetensors"), str(tmp_path / "new")  # text is a path, too
+    result = apply_masks(str(made / "tuned"), file, out)
     masks = read_masks(made / "masks.safetensors")
     before, after = tensors_of(made / "tuned"), tensors_of(tmp_path / "new")
     assert before.keys() == after.keys()
@@ -83,7 +84,7 @@ KINDS = ("requested", "achieved", "blocks", "file")
 def test_masks_are_the_same_bytes_each_time(made: Path, tmp_path: Path) -> None:
     """And those taken from what they were put on are the same bits."""
     first, second = (made / "masks.safetensors", tmp_path / "second.safetensors")
-    export_masks(str(made / "out"), second)
+    export_masks(str(made / "out"), str(second))
     assert first.read_bytes() == second.read_bytes()
     apply_masks(str(made / "tuned"), first, tmp_path / "new")
     export_masks(str(tmp_path / "new"), tmp_path / "third.safetensors")

@@ -85,6 +85,8 @@ def test_a_pruned_checkpoint_goes_to_the_hub_with_what_was_measured(
     data = DataConfig(name=str(text))
     own = evaluate(EvalConfig(model=str(out), data=data, seq_len=16, max_windows=2))
     assert metrics["perplexity"] == own.perplexity
+    names = {x["type"]: x["name"] for result in entry["results"] for x in result["metrics"]}
+    assert names["perplexity"] == "perplexity, 2 windows of 16 tokens"
     assert metadata(out)["base_model"] == "someone/tiny"
     assert (out / "README.md").read_text().count("# someone/tiny, pruned") == 1
 

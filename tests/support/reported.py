@@ -13,12 +13,12 @@ _NOTHING = dict.fromkeys(
 
 
 def point(
-    spec: dict[str, Any] | None, value: float | None, samples: int | None = None
+    spec: dict[str, Any] | None, value: float | None, samples: int | None = None, **more: Any
 ) -> dict[str, Any]:
-    """A line of `results.jsonl`."""
-    return {
+    """A line of `results.jsonl`; `more` are fields of it."""
+    line = {
         "format": 1,
-        "key": json.dumps([spec, samples]),
+        "key": json.dumps([spec, samples, more]),
         "study": None,
         "point": None if spec is None else _NOTHING | spec,
         "options": {} if samples is None else {"--num-samples": samples},
@@ -30,6 +30,7 @@ def point(
         "seconds": {"prune": 0.1, "evaluate": 1.5},
         "versions": {"gradpipe": "0.1.0"},
     }
+    return line | more
 
 
 def write_points(folder: Path, points: Iterable[dict[str, Any]], torn: str = "") -> None:

@@ -70,6 +70,8 @@ class PrunePlan:
         looked_at = () if score is None else score.statistics
         statistics = tuple(dict.fromkeys((*chosen.statistics, *looked_at)))
         layers = select_layers(config, checkpoint, store)
+        if file is not None and not (config.include or config.exclude):
+            file.check_names(layers)
         places = {x.name: place_of(config, checkpoint, store, x) for x in layers.values()}
         check_statistics(config, store, layers.values(), statistics)
         check_widths(layers.values(), targets)

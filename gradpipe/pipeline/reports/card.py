@@ -91,7 +91,7 @@ def _results(evaluation: Evaluation) -> Iterator[EvalResult]:
     if isinstance(metrics, Accuracy):
         yield _result(metrics, _IMAGES, "accuracy", "top-1 accuracy", metrics.top1)
         return
-    name = f"perplexity, windows of {metrics.seq_len} tokens"
+    name = f"perplexity, {metrics.num_windows} windows of {metrics.seq_len} tokens"
     if math.isfinite(metrics.perplexity):  # JSON and the Hub have no infinity
         yield _result(metrics, _TEXT, "perplexity", name, metrics.perplexity)
     if (beside := evaluation.comparison) is not None:

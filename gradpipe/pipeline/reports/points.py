@@ -4,8 +4,10 @@ A line is one JSON object, of these fields in this order; `docs/sweeps.md` says 
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,6 +15,7 @@ from rich import box
 from rich.table import Table
 
 from gradpipe.errors import InputError, StoreError
+from gradpipe.options import words
 from gradpipe.pipeline.reports.tables import as_text
 from gradpipe.store.schema import JsonSpec
 
@@ -81,6 +84,7 @@ class PointResult(JsonSpec):
     layers: Mapping[str, float]  # shares of zeros
     seconds: Mapping[str, float]
     versions: Mapping[str, str]
+    measure: Mapping[str, Any] | None = None  # on what, and how: by flag; older lines have none
 
     def to_json(self) -> dict[str, Any]:
         """The line, as plain JSON values."""
@@ -104,13 +108,20 @@ class PointResult(JsonSpec):
             return "dense"
         return self.point.pattern or f"{100 * (self.point.sparsity or 0):g} %"
 
-    def value_of(self, field: str) -> str | None:
-        """A field as tables have it; `target` and `samples` beside those of the point."""
-        value = {"target": self.target, "samples": self.options.get(SAMPLES)}.get(field)
-        value = getattr(self.point, field, None) if value is None else value
+    def value_of(self, name: str) -> str | None:
+        """A field as tables have it; beside those of the point `target`, `samples`, the store's.
+
+        Of a flag the option as it was given.
+        """
+        if name in self.options and name != SAMPLES:
+            return " ".join(words(name, self.options[name]))
+        of_store = {"store": self.store.name, "digest": self.store.digest[:8]}
+        others = of_store | {"target": self.target, "samples": self.options.get(SAMPLES)}
+        value = others.get(name)
+        value = getattr(self.point, name, None) if value is None else value
         if value is None:
             return None
-        return f"α {value:g}" if field == "alpha" else str(value)
+        return f"α {value:g}" if name == "alpha" else str(value)
 
 
 def read_points(path: Path, remedy: str) -> list[PointResult]:
@@ -131,13 +142,12 @@ def sweep_table(results: Sequence[PointResult], x: str = "target", *, plain: boo
     A field is named where points of one method differ in it.
     """
     pruned = [result for result in results if result.point is not None]
-    told = _told_apart(pruned, x)
+    told = told_apart(pruned, x)
     columns = dict.fromkeys(result.value_of(x) or "" for result in pruned)
     cells: dict[str, dict[str, str]] = {}
     for result in pruned:
-        row = " ".join(value for f in told[called(result)] if (value := result.value_of(f)))
         first = f"`{called(result)}`" if plain and "*" in called(result) else called(result)
-        name = f"{first} {row}".strip()  # a formula is no emphasis
+        name = f"{first} {told[result.key]}".strip()  # a formula is no emphasis
         cells.setdefault(name, {})[result.value_of(x) or ""] = result.metric.shown
     table = Table(box=box.MARKDOWN if plain else box.HEAVY_HEAD)
     table.add_column(next((result.metric.name for result in results), ""))
@@ -155,14 +165,39 @@ def called(result: PointResult) -> str:
     return "" if result.point is None else result.point.recipe or result.point.method
 
 
-def _told_apart(results: Iterable[PointResult], x: str) -> dict[str, list[str]]:
-    """The fields, beside `x`, in which points of the same name differ."""
-    values: dict[str, dict[str, set[str]]] = {}
+def told_apart(results: Sequence[PointResult], x: str) -> dict[str, str]:
+    """By key, what tells a point from others of its name, beside the field `x`.
+
+    The fields of `NAMED` in which they differ, and of all others those without which two points
+    would still be one.
+    """
+    of_name: dict[str, list[PointResult]] = defaultdict(list)
     for result in results:
-        of_row = values.setdefault(called(result), {field: set() for field in NAMED if field != x})
-        for field in of_row:
-            of_row[field] |= {value} if (value := result.value_of(field)) else set()
-    return {
-        row: [field for field, found in of_row.items() if len(found) > 1]
-        for row, of_row in values.items()
-    }
+        of_name[called(result)].append(result)
+    told: dict[str, str] = {}
+    for alike in of_name.values():
+        fields = [*_fields(alike, x)]
+        told |= {one.key: " ".join(filter(None, map(partial(_word, one), fields))) for one in alike}
+    return told
+
+
+def _fields(alike: Sequence[PointResult], x: str) -> Iterator[str]:
+    """The fields that tell these apart."""
+    cells = {result.key: [result.value_of(x)] for result in alike}
+    others = sorted({flag for result in alike for flag in result.options} - {SAMPLES})
+    for name in (*NAMED, "target", *others, "store", "digest"):
+        values = {result.key: result.value_of(name) for result in alike}
+        if name in NAMED:
+            is_told = name != x and len({*values.values()} - {None}) > 1
+        else:
+            found = {(*cells[key], value) for key, value in values.items()}
+            is_told = len(found) > len({*map(tuple, cells.values())})
+        if is_told:
+            yield name
+            for key, cell in cells.items():
+                cell.append(values[key])
+
+
+def _word(result: PointResult, name: str) -> str | None:
+    value = result.value_of(name)
+    return f"{value} samples" if value and name == "samples" else value

@@ -3,14 +3,16 @@
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 
+from gradpipe.options import words
 from gradpipe.pipeline.reports import figures
 from gradpipe.pipeline.reports.document import Cell, DataTable, Document, Section
 from gradpipe.pipeline.reports.facts import Found
 from gradpipe.pipeline.reports.kinds import block_of, summary
 from gradpipe.pipeline.reports.pictures import Picture
+from gradpipe.pipeline.reports.points import PointResult
 from gradpipe.pipeline.reports.recorded import Recorded
 from gradpipe.pipeline.reports.results import Zeros
-from gradpipe.pipeline.reports.series import Sweep, place_of, series_name
+from gradpipe.pipeline.reports.series import Sweep, names_of, place_of
 from gradpipe.store.reader import GradientStore
 
 _ERRORS = (
@@ -112,7 +114,7 @@ def _sweep(number: int, sweep: Sweep) -> Section:
 
 
 def _sweep_rows(sweep: Sweep) -> Iterator[tuple[Cell, ...]]:
-    pruned = [result for result in sweep.results if result.point is not None]
+    names = names_of([x for x in sweep.results if x.point is not None], sweep.axis)
     for result in sweep.results:
         seconds = [x for x in result.seconds.values() if isinstance(x, int | float)]
         rest = (_number(result.zeros.get("blocks")), sum(map(float, seconds)))
@@ -120,11 +122,10 @@ def _sweep_rows(sweep: Sweep) -> Iterator[tuple[Cell, ...]]:
             x = 0.0 if sweep.axis == "sparsity" else None
             yield ("dense", x, "dense", result.metric.value, *rest)
             continue
-        name = series_name(result, pruned, without=sweep.axis)
         x = place_of(result, sweep.axis)
         if x is not None and sweep.axis in {"α", "samples"} and x.is_integer():
             x = int(x)
-        yield (name, x, result.target, result.metric.value, *rest)
+        yield (names[result.key], x, result.target, result.metric.value, *rest)
 
 
 def _pruned(found: Found) -> Section:
@@ -265,7 +266,7 @@ def _sweep_origin(sweep: Sweep) -> Iterator[tuple[str, str]]:
         ("model", (f"{x.model.name} {x.model.digest}" for x in sweep.results)),
         ("store", (f"{x.store.name} {x.store.digest}" for x in sweep.results)),
         ("versions", (_pairs(x.versions) for x in sweep.results)),
-        ("measured on", (_measured(x.metric.tokens, x.metric.images) for x in sweep.results)),
+        ("measured on", map(_measured, sweep.results)),
     ):
         yield from ((what, value) for value in dict.fromkeys(values) if value)
 
@@ -274,8 +275,11 @@ def _pairs(values: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-def _measured(tokens: int | None, images: int | None) -> str:
-    return f"{tokens:,} tokens" if tokens else f"{images:,} images" if images else ""
+def _measured(result: PointResult) -> str:
+    tokens, images = result.metric.tokens, result.metric.images
+    much = f"{tokens:,} tokens" if tokens else f"{images:,} images" if images else ""
+    options = [(f, x) for f, x in (result.measure or {}).items() if f.startswith("--")]
+    return " ".join([much, *(word for option in options for word in words(*option))]).strip()
 
 
 def _warnings(found: Found) -> Section:

@@ -1,12 +1,13 @@
 """A sweep's points as lines: for each way to prune, the measure against what was varied."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Self
 
 from gradpipe.errors import InputError
-from gradpipe.pipeline.reports.points import NAMED, RESULTS, PointResult, called, read_points
+from gradpipe.pipeline.reports.points import RESULTS, PointResult, called, read_points, told_apart
 
 _MEASURES = {"perplexity": "perplexity", "top1": "top-1 accuracy"}
 _ENOUGH = 3  # values that make an axis
@@ -24,7 +25,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """All that a sweep's folder holds."""
+    """What a sweep's folder holds of one model on one measure."""
 
     title: str
     results: tuple[PointResult, ...]
@@ -35,12 +36,19 @@ class Sweep:
     dense: float | None
 
     @classmethod
-    def read(cls, folder: Path, title: str) -> Self:
-        """The points in a folder; InputError if one line is none, or all are torn."""
+    def read(cls, folder: Path, title: str) -> tuple[Self, ...]:
+        """The points in a folder, those that compare with each other in one sweep.
+
+        InputError if one line is none, or all are torn.
+        """
         found = read_points(folder / RESULTS, "mend or remove that line")
         if not found:
             raise InputError(f"{folder / RESULTS} holds no point: let pipe sweep go on")
-        return cls.of(title, found)
+        alike: dict[str, list[PointResult]] = {}
+        for result in found:
+            alike.setdefault(_measured(result), []).append(result)
+        numbers = (f" ({n} of {len(alike)})" if len(alike) > 1 else "" for n in count(1))
+        return tuple(cls.of(title + n, x) for n, x in zip(numbers, alike.values(), strict=False))
 
     @classmethod
     def of(cls, title: str, results: Sequence[PointResult]) -> Self:
@@ -48,14 +56,15 @@ class Sweep:
         pruned = [result for result in results if result.point is not None]
         dense = [x.metric.value for x in results if x.point is None and x.metric.value is not None]
         axis = _axis_of(pruned)
-        rows = () if axis else tuple(dict.fromkeys(series_name(x, pruned) for x in pruned))
+        names = names_of(pruned, axis)
+        rows = () if axis else tuple(dict.fromkeys(names.values()))
         return cls(
             title=title,
             results=tuple(results),
             axis=axis,
             rows=rows,
             measure=_MEASURES.get(results[0].metric.name, results[0].metric.name),
-            series=tuple(_lines(pruned, axis) if axis else _dots(pruned, rows)),
+            series=tuple(_lines(pruned, axis, names) if axis else _dots(pruned, rows, names)),
             dense=dense[0] if dense else None,
         )
 
@@ -98,41 +107,45 @@ def share_of(result: PointResult) -> float | None:
     return 1 - int(n) / int(m) if is_pattern else None
 
 
-def _lines(results: Sequence[PointResult], axis: str) -> Iterator[Series]:
-    found: dict[tuple[str, bool], dict[float, float]] = {}
+def _lines(results: Sequence[PointResult], axis: str, names: Mapping[str, str]) -> Iterator[Series]:
+    found: dict[tuple[str, bool], list[tuple[float, float]]] = {}
     for result in results:
         x, value = place_of(result, axis), result.metric.value
         if x is not None and value is not None:
             assert result.point is not None
             is_pattern = result.point.pattern is not None and axis == "sparsity"
-            name = series_name(result, results, without=axis)
-            found.setdefault((name, is_pattern), {})[x] = value
+            found.setdefault((names[result.key], is_pattern), []).append((x, value))
     for (name, is_pattern), values in found.items():
         yield Series(name, *_sorted(values), is_pattern)
 
 
-def _dots(results: Sequence[PointResult], rows: Sequence[str]) -> Iterator[Series]:
-    found: dict[str, dict[float, float]] = {}
+def _dots(
+    results: Sequence[PointResult], rows: Sequence[str], names: Mapping[str, str]
+) -> Iterator[Series]:
+    found: dict[str, list[tuple[float, float]]] = {}
     for result in results:
         if result.metric.value is not None:
-            row = rows.index(series_name(result, results))
-            found.setdefault(result.target, {})[float(row)] = result.metric.value
+            row = float(rows.index(names[result.key]))
+            found.setdefault(result.target, []).append((row, result.metric.value))
     for target, values in found.items():
         yield Series(target, *_sorted(values))
 
 
-def _sorted(values: dict[float, float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    points = tuple(sorted(values))
-    return points, tuple(values[point] for point in points)
+def _sorted(
+    values: Sequence[tuple[float, float]],
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    points, found = zip(*sorted(values), strict=True)
+    return points, found
 
 
-def series_name(result: PointResult, among: Sequence[PointResult], without: str = "") -> str:
-    """Recipe or method, and what tells it from other points of that name but for an axis."""
-    alike = [x for x in among if called(x) == called(result)]
-    words = [called(result)]
-    for field in NAMED:
-        value = result.value_of(field)
-        is_axis = without == {"alpha": "α"}.get(field, field)
-        if value and not is_axis and len({x.value_of(field) for x in alike} - {None}) > 1:
-            words.append(f"{value} samples" if field == "samples" else value)
-    return " ".join(words)
+def names_of(results: Sequence[PointResult], axis: str) -> dict[str, str]:
+    """By key, recipe or method, and what tells it from other points of that name but an axis."""
+    told = told_apart(results, {"α": "alpha", "samples": "samples"}.get(axis, "target"))
+    return {x.key: f"{called(x)} {told[x.key]}".strip() for x in results}
+
+
+def _measured(result: PointResult) -> str:
+    """What is the same for points that compare with each other."""
+    metric = result.metric
+    on = (metric.name, metric.tokens, metric.images, sorted((result.measure or {}).items()))
+    return repr((result.model.digest, *on))

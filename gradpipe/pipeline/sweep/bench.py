@@ -150,6 +150,7 @@ class Bench:
                 "evaluate": round(perf_counter() - start, 3),
             },
             versions={name: version(name) for name in _VERSIONS},
+            measure=self._measure.identity,
         )
 
 

@@ -9,6 +9,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gradpipe.errors import printable
+from gradpipe.options import words
 from gradpipe.pipeline.progress import peak_memory, tell
 from gradpipe.pipeline.reports.points import SAMPLES, PointResult, sweep_table
 
@@ -78,7 +79,7 @@ def named(result: PointResult) -> str:
     if result.point is None:
         return "dense"
     options = {flag: x for flag, x in result.options.items() if flag != SAMPLES}
-    return " ".join(f"{flag} {x}" for flag, x in options.items() if not isinstance(x, dict))
+    return " ".join(w for f, x in options.items() if not isinstance(x, dict) for w in words(f, x))
 
 
 def _found(result: PointResult) -> str:

@@ -15,7 +15,7 @@ from gradpipe.pipeline.evaluate import LESS_MEMORY, evaluation_tokens
 from gradpipe.pipeline.evaluate_config import EvalConfig
 from gradpipe.pipeline.reports.points import Metric
 from gradpipe.stages.checkpoint.folder import Checkpoint
-from gradpipe.stages.data.images import Processor, load_images
+from gradpipe.stages.data.images import Images, Processor, load_images
 from gradpipe.stages.device import memory_errors
 from gradpipe.stages.evaluate.perplexity import perplexity
 from gradpipe.stages.evaluate.top1 import top1
@@ -79,10 +79,16 @@ def _of_images(config: EvalConfig, checkpoint: Checkpoint, model: Any) -> Measur
     measure = Measure(
         metric=Metric(name="top1", value=None, images=len(labels)),
         steps=len(labels),
-        identity={"labels": [len(labels), digest(labels.data)]},
+        identity={"labels": [len(labels), digest(labels.data)], "images": _digest(images)},
         compute=partial(top1, model, images, processor, config.batch_size),
     )
     return _told(measure, config, images.revision)
+
+
+def _digest(images: Images) -> str:
+    """Of the files' bytes, in order."""
+    files = (images.read(index)[1] for index in range(len(images.labels)))
+    return digest("".join(map(digest, files)).encode())
 
 
 def _told(measure: Measure, config: EvalConfig, revision: str | None) -> Measure:

@@ -21,7 +21,9 @@ def locate(name: str, fetched: tuple[str, ...] = ("config.json",)) -> tuple[Path
                     f"{name} is an adapter alone (adapter_config.json): merge it into the model "
                     "that it is for, and give the result"
                 )
-            raise InputError(f"{name} is not a model directory: it has no config.json")
+            inside = sorted(path.parent for path in folder.glob("*/config.json"))
+            hint = f": give one of the {len(inside)} in it, such as {inside[0]}" if inside else ""
+            raise InputError(f"{name} is not a model directory: it has no config.json{hint}")
         return folder, None
     if folder.exists():
         raise InputError(f"{name} is a file, expected a model directory or a Hub id")

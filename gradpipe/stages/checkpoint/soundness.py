@@ -14,10 +14,9 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def count_negative_zeros(tensor: Tensor, dense: Tensor | None = None) -> int:
+def count_negative_zeros(tensor: Tensor, dense: Tensor) -> int:
     """How many values are −0.0, but for those that are so in `dense` as well."""
-    found = _is_negative_zero(tensor)
-    return int((found if dense is None else found & ~_is_negative_zero(dense)).sum())
+    return int((_is_negative_zero(tensor) & ~_is_negative_zero(dense)).sum())
 
 
 def count_changed(tensor: Tensor, dense: Tensor) -> int:

@@ -17,6 +17,7 @@ from gradpipe.stages.checkpoint.folder import Checkpoint
 
 _REPEATS = 3
 NEW_TOKENS = 16  # decoded after the prompt
+_CACHES = ("past_key_values", "cache_params", "state")  # of attention, Mamba, RWKV
 _FIRST_CAPABILITY = (8, 0)  # Ampere
 _MULTIPLE = 64  # of both widths: the sparse kernels' tiles
 _CHUNK_BYTES = 16 << 20
@@ -36,13 +37,20 @@ def _round(model: Any, ids_1T: Tensor) -> tuple[float, float]:
     output, prefill = _timed(model.device, lambda: model(input_ids=ids_1T, use_cache=True))
 
     def decode() -> None:
-        cache, next_11 = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        step, read_1T = output, ids_1T
         for _ in range(NEW_TOKENS):
-            step = model(input_ids=next_11, past_key_values=cache, use_cache=True)
-            cache, next_11 = step.past_key_values, step.logits[:, -1:].argmax(-1)
+            next_11, cache = step.logits[:, -1:].argmax(-1), _cache_of(step)
+            read_1T = torch.cat((read_1T, next_11), dim=1)
+            step = model(input_ids=next_11 if cache else read_1T, use_cache=True, **cache)
 
     _, seconds = _timed(model.device, decode)
     return prefill, seconds / NEW_TOKENS
+
+
+def _cache_of(output: Any) -> dict[str, Any]:
+    """What a model keeps of the tokens it has read, as it takes it; nothing if it keeps nothing."""
+    found = {name: getattr(output, name, None) for name in _CACHES}
+    return {name: cache for name, cache in found.items() if cache is not None}
 
 
 def _timed(device: torch.device, work: Callable[[], Any]) -> tuple[Any, float]:

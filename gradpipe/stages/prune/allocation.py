@@ -17,7 +17,7 @@ from fractions import Fraction
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, did_you_mean
 from gradpipe.stages.prune.allocation_rules import (
     OWL_LAMBDA,
     OWL_OUTLIERS,
@@ -124,6 +124,15 @@ class AllocationFile:
                 )
             wish[name] = float(value)
         return wish
+
+    def check_names(self, layers: Layers) -> None:
+        """Raises InputError for a name of none of these layers: its sparsity would be ignored."""
+        names = self.document if isinstance(self.document, dict) else {}
+        for name in (x for x in names if x not in layers):
+            raise InputError(
+                f"--allocation {self.path}: {name:.80} is none of the layers that are pruned: take "
+                f"it out{did_you_mean(name, layers)}"
+            )
 
     def wish(self, layers: Layers, targets: Sequence[Target], _: ScorePasses) -> list[Wish]:
         """The file's sparsities, moved to each target."""

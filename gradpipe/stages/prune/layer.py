@@ -99,11 +99,13 @@ class SolvedLayer:
         """The pruned weight on the CPU, as the checkpoint keeps it; GradpipeError if infinite."""
         updated_OI, mask_OI = self.solver.to(budget)
         pruned_OI = _masked(updated_OI.to(self.weight.dtype), mask_OI)
-        if updated_OI is not self.weight and not is_finite(pruned_OI):
-            raise GradpipeError(
-                f"layer {self.name}: an updated weight is beyond {self.weight.dtype}: choose "
-                "one that leaves weights as they are"
-            )
+        if updated_OI is not self.weight:
+            pruned_OI += 0.0  # what was rounded to −0 becomes +0
+            if not is_finite(pruned_OI):
+                raise GradpipeError(
+                    f"layer {self.name}: an updated weight is beyond {self.weight.dtype}: choose "
+                    "one that leaves weights as they are"
+                )
         return (pruned_OI.T if self.transposed else pruned_OI).contiguous().cpu()
 
 

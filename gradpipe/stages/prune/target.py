@@ -60,7 +60,7 @@ class Group:
             return cls(None)
         near = did_you_mean(text, ("output", "input", "layer", "global"))
         raise InputError(
-            f"group {text!r}: expected output, input, layer, output:K or input:K{near}"
+            f"group {text!r}: expected output, input, layer, global, output:K or input:K{near}"
         )
 
 

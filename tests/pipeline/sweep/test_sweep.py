@@ -29,7 +29,7 @@ from gradpipe import (
 from gradpipe.pipeline.sweep import alpha as choosing
 from gradpipe.pipeline.sweep.bench import CHOSEN, Bench
 from gradpipe.pipeline.sweep.in_memory import PrunedModel
-from tests.support.cases import LLAMA, MECHANISMS, TOKENS, Case, Shelf, files_of
+from tests.support.cases import LLAMA, MECHANISMS, TOKENS, VIT, Case, Shelf, files_of
 from tests.support.fused import save_fused
 
 
@@ -207,6 +207,18 @@ def test_a_point_is_known_by_what_it_follows_from(root: Path, tmp_path: Path) ->
     assert {line["key"] for line in lines(config.out)} == keys
     moved = shutil.copytree(root / "store", tmp_path / "moved")
     assert {result.key for result in sweep(replace(config, store=str(moved)))} <= keys
+
+
+def test_other_images_under_the_same_names_are_another_point(shelf: Shelf, tmp_path: Path) -> None:
+    """Their number and labels alone tell nothing."""
+    root = shelf.root(VIT)
+    images = shutil.copytree(root / VIT.data, tmp_path / "images")
+    data = DataConfig(name=str(images))
+    config = sweeping(root, tmp_path / "out", methods=("wanda",), patterns=(), data=data)
+    keys = {result.key for result in sweep(config)}
+    one, other, *_ = sorted(images.rglob("*.png"))
+    one.write_bytes(other.read_bytes())
+    assert not {result.key for result in sweep(config)} & keys
 
 
 def test_kept_checkpoints_are_prune_s_own(root: Path, tmp_path: Path) -> None:

@@ -271,14 +271,16 @@ def test_a_file_of_sparsities_is_moved_to_the_target(root: Path, tmp_path: Path)
         ('{"model.layers.0.self_attn.q_proj": "x"}', "got x"),
         ('{"model.layers.0.self_attn.q_proj": 1.5}', "got 1.5"),
         ("all", "leaves no weight"),
+        ("more", "lm_head is none of the layers that are pruned: take it out"),
         (None, "expected one of uniform"),
     ],
 )
 def test_a_bad_file_is_one_line(root: Path, tmp_path: Path, content: str | None, said: str) -> None:
     """And nothing is written."""
     path = tmp_path / "wish.json"
-    if content == "all":
+    if content in {"all", "more"}:
         names = [x.name for x in open_store(root / "store").spec.layers]
+        names += ["lm_head"] * (content == "more")
         path.write_text(json.dumps(dict.fromkeys(names, 1)))
     elif content is not None:
         path.write_text(content)
