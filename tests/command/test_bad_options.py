@@ -49,7 +49,7 @@ from tests.support.workplace import (
         (f"{PRUNE} --grad-norm l3", ("--grad-norm l3", "l1, l2, sum")),
         (f"{PRUNE} --alpha nan", ("--alpha nan", "finite")),
         (f"{PRUNE} --alpha=-1", ("--alpha -1", "0 or more")),
-        (f"{PRUNE} --group rows", ("group 'rows'", "output, input, layer, output:K")),
+        (f"{PRUNE} --group rows", ("group 'rows'", "output, input, layer, global, output:K")),
         (f"{PRUNE} --group output:0", ("group 'output:0'", "output:K")),
         (f"{PRUNE} --device tpu", ("--device tpu", "auto, cpu or cuda")),
         (f"{PRUNE} --sparsity 1.0", ("--sparsity 1.0", "[0, 1)")),
