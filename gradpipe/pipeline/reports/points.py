@@ -23,6 +23,7 @@ RESULTS = "results.jsonl"  # in a sweep's folder
 FORMAT = 1  # of a line
 SAMPLES = "--num-samples"  # among a line's options: how many the store is of
 NAMED = ("grad_norm", "alpha", "group", "allocation", "update", "samples")  # after the method
+_TOLD = {SAMPLES, *(f"--{name.replace('_', '-')}" for name in NAMED)}  # of options, by those
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,7 @@ def told_apart(results: Sequence[PointResult], x: str) -> dict[str, str]:
 def _fields(alike: Sequence[PointResult], x: str) -> Iterator[str]:
     """The fields that tell these apart."""
     cells = {result.key: [result.value_of(x)] for result in alike}
-    others = sorted({flag for result in alike for flag in result.options} - {SAMPLES})
+    others = sorted({flag for result in alike for flag in result.options} - _TOLD)
     for name in (*NAMED, "target", *others, "store", "digest"):
         values = {result.key: result.value_of(name) for result in alike}
         if name in NAMED:

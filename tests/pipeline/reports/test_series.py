@@ -133,6 +133,14 @@ def test_points_of_two_commands_are_told_apart_by_their_options(tmp_path: Path) 
         ("alps --curvature kfac", (6.0, 8.0)),
         ("alps --curvature kfac --include mlp", (7.0, 9.0)),
     ]
+    gblm = {"method": "gblm", "sparsity": 0.5, "alpha": 100.0}
+    lines = [
+        point(gblm, 9.0),
+        point(gblm, 9.0, options={"--alpha": 100.0, "--alpha auto": {"windows": 16}}),
+    ]
+    write_points(tmp_path / "auto", lines)
+    [sweep] = Sweep.read(tmp_path / "auto", "auto")
+    assert sweep.rows == ("gblm", "gblm --alpha auto")
     lines = [
         point({"method": "wanda", "sparsity": 0.5}, 9.0),
         point({"method": "wanda", "pattern": "2:4"}, 9.5, options={"--mixed-patterns": True}),
