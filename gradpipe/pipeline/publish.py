@@ -18,7 +18,7 @@ class PushConfig:
 
     push_to_hub: Annotated[
         str | None,
-        Option(help="Then upload OUT to this model repository.", metavar="OWNER/NAME"),
+        Option(help="Then upload the checkpoint to this model repository.", metavar="OWNER/NAME"),
     ] = None
     private: Annotated[bool, Option(help="Create it for yourself alone.")] = False
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from gradpipe.errors import InputError
+from gradpipe.errors import InputError, one_line
 from gradpipe.pipeline.places import REPORT
 from gradpipe.pipeline.reports.evaluations import Evaluation
 from gradpipe.pipeline.reports.results import Accuracy, Metrics, PruneReport
@@ -61,18 +61,31 @@ Sparsity of each layer: `pruning.json`. The weights are dense tensors with zeros
 
 
 def check_card(folder: Path) -> None:
-    """InputError unless the folder is a pruned checkpoint whose card can be written."""
+    """InputError unless the folder is a pruned checkpoint whose card can be read and written."""
     for name in (REPORT, CARD):
         if not (folder / name).is_file():
             raise InputError(
                 f"--card: {folder} has no {name}, expected a folder that pipe prune wrote: "
                 "leave --card out"
             )
+    _read_card(folder)
+
+
+def _read_card(folder: Path) -> Any:
+    """The card, which may be anybody's by now; InputError for metadata that would be lost."""
+    path = folder / CARD
+    try:
+        return ModelCard(path.read_text(encoding="utf-8"))
+    except Exception as error:  # of YAML, and of what the Hub's client expects in it
+        raise InputError(
+            f"--card: the metadata of {path} cannot be read ({one_line(error)}): mend or remove "
+            "them, or leave --card out"
+        ) from error
 
 
 def add_results(folder: Path, evaluation: Evaluation) -> None:
     """Put what was measured into the card, in place of what was measured before on the same."""
-    card: Any = ModelCard((folder / CARD).read_text(encoding="utf-8"), ignore_metadata_errors=True)
+    card = _read_card(folder)
     new = list(_results(evaluation))
     kept = [
         old
