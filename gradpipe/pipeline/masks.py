@@ -64,9 +64,8 @@ def export_masks(model: str, file: str | Path) -> int:
     checkpoint = Checkpoint.open(model)
     recorded = Recorded.read(checkpoint.folder)
     places = _places(recorded, checkpoint)
-    keys = dict.fromkeys(place.key for place in places.values())
     try:
-        write_masks(path, checkpoint, keys, dict(recorded.document))
+        write_masks(path, checkpoint, places.values(), dict(recorded.document))
     except OSError as error:
         raise GradpipeError(
             f"cannot write masks {file}: {error.strerror or error}: make room, or give another name"

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM
 from gradpipe import InputError, apply_masks, collect, export_masks, prune, verify
 from gradpipe.masks import read_masks
 from tests.support.cases import collecting, pruning, tensors_of, written
+from tests.support.fused import save_fused
 from tests.support.models import save_tiny
+from tests.support.texts import write_text
 from tests.support.workplace import Refused, contents, edit_weights
 
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -64,6 +66,22 @@ def test_another_checkpoint_gets_the_zeros_and_nothing_else(made: Path, tmp_path
     assert result.achieved == pytest.approx(0.7, abs=0.03)
     verify(str(tmp_path / "new"), str(made / "tuned"))
     AutoModelForCausalLM.from_pretrained(tmp_path / "new")
+
+
+def test_of_experts_in_one_tensor_those_that_were_pruned_alone_are_masked(tmp_path: Path) -> None:
+    """Be the others of the pruned checkpoint zero as they may."""
+    key = "model.layers.0.mlp.experts.gate_up_proj"
+    save_fused("gpt_oss", tmp_path / "model")
+    shutil.copytree(tmp_path / "model", tmp_path / "tuned")
+    edit_weights(tmp_path / "model", lambda x: x[key][0].zero_())
+    write_text(tmp_path / "text.txt")
+    collect(collecting(tmp_path, statistics=("act_l2",)))
+    prune(pruning(tmp_path, tmp_path / "out", method="magnitude", include=(rf"{key}\.3$",)))
+    export_masks(str(tmp_path / "out"), tmp_path / "masks")
+    apply_masks(str(tmp_path / "tuned"), tmp_path / "masks", tmp_path / "new")
+    zeros = (tensors_of(tmp_path / "new")[key] == 0).flatten(1).float().mean(1)
+    assert zeros.tolist() == [0, 0, 0, 0.5]
+    verify(str(tmp_path / "new"), str(tmp_path / "tuned"))
 
 
 def test_a_pruned_checkpoint_with_its_own_masks_is_itself(made: Path, tmp_path: Path) -> None:

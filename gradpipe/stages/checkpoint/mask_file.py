@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gradpipe.errors import ODD_DOCUMENT, InputError, one_line
 from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.checkpoint.tensors import TensorInfo
 from gradpipe.store.objects import digest, replacing
 
 FORMAT = "gradpipe masks 1"
@@ -74,21 +75,37 @@ class MaskFile:
         return torch.from_numpy(np.unpackbits(bits, count=prod(shape)).view(bool)).view(shape)
 
 
-def write_masks(path: Path, checkpoint: Checkpoint, keys: Iterable[str], report: Any) -> None:
-    """Write where these tensors are not zero, one at a time; `path` appears once it is whole.
+def write_masks(
+    path: Path, checkpoint: Checkpoint, places: Iterable[TensorInfo], report: Any
+) -> None:
+    """Write where these layers are not zero, a tensor at a time; `path` appears once it is whole.
 
-    The header is as long as it will be from the start: digests have one length.
+    Of a tensor that holds other weights too, those are kept. The header is as long as it will be
+    from the start: digests have one length.
     """
-    shapes = {key: checkpoint.tensors[key].shape for key in keys}
+    layers: dict[str, list[TensorInfo]] = {}
+    for place in places:
+        layers.setdefault(place.key, []).append(place)
+    shapes = {key: checkpoint.tensors[key].shape for key in layers}
     digests = dict.fromkeys(shapes, "0" * 32)
     with replacing(path) as file:
         file.write(_header(shapes, digests, report))
         for key in shapes:
-            bits = np.packbits((checkpoint.read(key) != 0).flatten().numpy())
+            bits = np.packbits(_kept(checkpoint, key, layers[key]).numpy())
             digests[key] = digest(bits.data)
             file.write(bits.data)
         file.seek(0)
         file.write(_header(shapes, digests, report))
+
+
+def _kept(checkpoint: Checkpoint, key: str, layers: Iterable[TensorInfo]) -> Tensor:
+    """Per value of a tensor: True unless it is in one of its layers, and zero."""
+    values, start = checkpoint.read(key).flatten(), checkpoint.tensors[key].start
+    kept = torch.ones(len(values), dtype=torch.bool)
+    for layer in layers:
+        first, last = ((x - start) // values.element_size() for x in (layer.start, layer.stop))
+        kept[first:last] = values[first:last] != 0
+    return kept
 
 
 def _header(
