@@ -166,7 +166,7 @@ def check_options(config: Any) -> None:
     """Raises InputError for a field whose value can be meant in no combination.
 
     The field gets what it is declared as: a path for text, text for a path, a tuple for a list or
-    for one of its values, Python's own number for NumPy's.
+    for one of its values, Python's own number for NumPy's, a float for an int.
     """
     for field in fields_of(config).values():
         value = _declared(field.kind, getattr(config, field.name))
@@ -192,7 +192,8 @@ def _item(kind: Any, value: Any) -> Any:
     is_path = isinstance(value, Path) and str in kinds and Path not in kinds
     if is_path:
         return str(value)
-    return value.item() if hasattr(value, "item") else value
+    value = value.item() if hasattr(value, "item") else value
+    return float(value) if float in kinds and type(value) is int else value
 
 
 def is_given(config: Any, name: str) -> bool:

@@ -353,6 +353,11 @@ def test_values_may_be_given_as_a_list_or_one_alone_and_as_numpys_numbers() -> N
     assert (config.include, config.exclude) == (("mlp",), ("up", "down"))
     labels = [target.label for target in parse_targets(config.sparsities, config.patterns)]
     assert labels == ["s0.50", "s0.3333333333333333"]
-    one: Any = {"sparsities": 0.5, "alpha": np.float32(10)}
-    config = PruneConfig(**FEWEST[PruneConfig], **one)
-    assert (config.sparsities, type(config.alpha)) == ((0.5,), float)
+    for alpha in (np.float32(10), 10):
+        one: Any = {"sparsities": 0, "alpha": alpha}
+        config = PruneConfig(**FEWEST[PruneConfig], **one)
+        assert (config.sparsities, repr(config.sparsities[0]), repr(config.alpha)) == (
+            (0.0,),
+            "0.0",  # as the command line has them: files tell ints from floats
+            "10.0",
+        )
