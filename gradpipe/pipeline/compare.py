@@ -50,11 +50,12 @@ def compare(
     if extras.scratch is not None:
         check_scratch(extras.scratch)
     checkpoints = [Checkpoint.open(name) for name in models]
-    for checkpoint in checkpoints if extras.card else ():
-        check_card(checkpoint.folder)
+    cards = [Path(name) for name in models] if extras.card else []  # the Hub's are not ours
+    for folder in cards:
+        check_card(folder)
     found = _measured(checkpoints, config, extras, console)
-    for checkpoint, evaluation in zip(checkpoints, found, strict=True) if extras.card else ():
-        add_results(checkpoint.folder, evaluation)
+    for folder, evaluation in zip(cards, found, strict=False):
+        add_results(folder, evaluation)
     return found
 
 

@@ -40,8 +40,12 @@ Dtype = Annotated[
     Option(help="auto (the checkpoint's; float32 for float64), float32, bfloat16, float16."),
 ]
 
-Include = Annotated[
-    tuple[str, ...], Option(help="Regex on layer names; repeatable.", is_regex=True)
+Include = Annotated[  # of stage two: docs/decisions/0005
+    tuple[str, ...], Option(help="These layers alone; repeatable.", is_regex=True)
+]
+
+Exclude = Annotated[
+    tuple[str, ...], Option(help="Layers to leave dense; repeatable.", is_regex=True)
 ]
 
 RecipeName = Annotated[

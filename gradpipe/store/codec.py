@@ -121,7 +121,7 @@ def part_types(
 ) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of each part, by name: what a reader must insist on.
 
-    Raises StoreError for an encoding or a base that this version cannot decode.
+    Raises StoreError for an encoding, a base, a scale or escapes that the format does not allow.
     """
     _check_spec(spec, statistic)
     shape = layer.statistic_shape(statistic)
@@ -145,6 +145,12 @@ def _check_spec(spec: StatisticSpec, name: str) -> None:
         raise StoreError(
             f"{name}: unknown encoding {spec.encoding[:40]!r}, expected one of "
             f"{statistic.encodings}"
+        )
+    has_scale = spec.encoding == "float16" and math.frexp(spec.scale)[0] == 0.5  # a power of two
+    if (spec.scale != 1.0 and not has_scale) or (spec.num_escapes and spec.encoding != "log"):
+        raise StoreError(
+            f"{name}: a scale of {spec.scale} and {spec.num_escapes} escapes do not go with "
+            f"encoding {spec.encoding}"
         )
     bases = (None, statistic.base) if spec.encoding == "log" else (None,)
     if spec.base not in bases:

@@ -90,6 +90,10 @@ def test_a_pruned_checkpoint_goes_to_the_hub_with_what_was_measured(
     assert metadata(out)["base_model"] == "someone/tiny"
     assert (out / "README.md").read_text().count("# someone/tiny, pruned") == 1
 
+    code, said = client.submit(pipe, "eval", "me/pruned", *map(str, words)).result()
+    assert code == 2  # what is there is a copy in a cache
+    assert "--card: me/pruned has no pruning.json, expected a folder" in said
+
 
 def test_each_of_several_targets_has_a_repository(
     pushing: Path, hub: hubs.Hub, client: ProcessPoolExecutor

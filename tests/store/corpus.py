@@ -122,7 +122,7 @@ STATISTIC_EDITS: dict[str, list[object]] = {
     "encoding": ["pickle", "float64", "", "../log", None, "x" * 10_000],
     "num_samples": [0, -1, 10**300, 1.0, "2", True],
     "num_tokens": [-1, 10**300, None],
-    "scale": [float("nan"), float("inf"), 0.0, -1.0, 1e300, 1, "1.0"],
+    "scale": [float("nan"), float("inf"), 0.0, -1.0, 1e300, 1, "1.0", 2.0],
     "num_escapes": [-1, 10**9, 10**300, 10**4, 0.0],
     "base": ["act_l2", "grad_l1", "../x", "/etc", "", 1, ["grad_l2"]],
     "extra": [None],
@@ -155,6 +155,7 @@ def kinds() -> Iterator[tuple[str, Mutation]]:
     places: tuple[tuple[str, str, tuple[str, ...], dict[str, list[object]]], ...] = (
         ("root", ROOT, ATTRIBUTES, ROOT_EDITS),
         ("statistic", f"{L1}/zarr.json", ATTRIBUTES, STATISTIC_EDITS),
+        ("plain", f"{ACT}/zarr.json", ATTRIBUTES, {"scale": [2.0], "num_escapes": [3]}),
         ("array", f"{VALUES}/zarr.json", (), ARRAY_EDITS),
     )
     for name, key, prefix, edits in places:

@@ -24,6 +24,7 @@ from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.prune.decode import decode_norms
 from gradpipe.store import codec
 from gradpipe.store.statistics import ENCODINGS, STATISTICS, Sums
+from tests.support.stores import toy_layer
 
 DATA = DataConfig(name="stdlib")
 CPU = torch.device("cpu")
@@ -91,8 +92,17 @@ def test_a_scale_that_makes_norms_infinite_is_not_sound() -> None:
     """Values that are finite as they are stored, and not as they are read."""
     item = codec.encode_layer("float16", sums_of((4, 6, 1, [])), 3, 9)["grad_l1"]
     assert codec.is_sound("grad_l1", item)
-    item = replace(item, spec=replace(item.spec, scale=2.0**120))
-    assert not codec.is_sound("grad_l1", item)
+    large = replace(item, spec=replace(item.spec, scale=2.0**120))
+    assert not codec.is_sound("grad_l1", large)
+
+
+def test_a_scale_is_a_power_of_two() -> None:
+    """Any other rounds what it multiplies, and is nothing that the format writes."""
+    spec = codec.encode_layer("float16", sums_of((4, 6, 1, [])), 3, 9)["grad_l1"].spec
+    layer = toy_layer("up", (4, 6))
+    assert codec.part_types(spec, layer, "grad_l1") == {"values": ((4, 6), "float16")}
+    with pytest.raises(StoreError, match=r"a scale of 3\.0"):
+        codec.part_types(replace(spec, scale=3.0), layer, "grad_l1")
 
 
 def test_dead_rows_and_columns_stay_dead() -> None:

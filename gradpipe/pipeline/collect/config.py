@@ -10,7 +10,7 @@ from gradpipe.pipeline.options import (
     BatchSize,
     Device,
     Dtype,
-    Include,
+    Exclude,
     Model,
     Overwrite,
     RankTimeout,
@@ -47,8 +47,11 @@ class CollectConfig:
     blocks: Annotated[
         str | None, Option(help="Path of the block list, as model.layers.", default="found")
     ] = None
-    include: Include = ()
-    exclude: Include = ()
+    include: Annotated[
+        tuple[str, ...],
+        Option(help="Of layers outside the blocks, these too; repeatable.", is_regex=True),
+    ] = ()
+    exclude: Exclude = ()
     schedule: Annotated[
         str,
         Option(

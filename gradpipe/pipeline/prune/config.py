@@ -20,6 +20,7 @@ from gradpipe.options import (
 )
 from gradpipe.pipeline.options import (
     Device,
+    Exclude,
     Include,
     Model,
     Overwrite,
@@ -133,7 +134,7 @@ class PruneConfig:
         ),
     ] = None
     include: Include = ()
-    exclude: Include = ()
+    exclude: Exclude = ()
     device: Device = "auto"
     workers: Annotated[
         int | None,

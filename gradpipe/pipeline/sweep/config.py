@@ -9,7 +9,16 @@ from typing import Annotated
 from gradpipe.errors import InputError
 from gradpipe.options import Option, check_options, number, option_fields, refuse_given, spelled
 from gradpipe.pipeline.evaluate_config import EvalConfig
-from gradpipe.pipeline.options import BatchSize, Device, Dtype, Include, Model, SeqLen, Task
+from gradpipe.pipeline.options import (
+    BatchSize,
+    Device,
+    Dtype,
+    Exclude,
+    Include,
+    Model,
+    SeqLen,
+    Task,
+)
 from gradpipe.pipeline.prune.config import PruneConfig
 from gradpipe.pipeline.studies import STUDIES
 from gradpipe.stages.data.config import DataConfig
@@ -82,7 +91,7 @@ class SweepConfig:
         Option(flag="with-store", help="Prune by this store too; repeatable.", metavar="STORE"),
     ] = ()
     include: Include = ()
-    exclude: Include = ()
+    exclude: Exclude = ()
     allow_mismatch: Annotated[bool, _same("allow_mismatch")] = False
     workers: Annotated[int | None, _same("workers")] = None
     cache: Annotated[Path | None, _same("cache")] = None

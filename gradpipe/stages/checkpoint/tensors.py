@@ -54,14 +54,14 @@ class TensorInfo:
 
         Of a tensor (count · a, b) or (count, a, b). Raises InputError if it has no such part.
         """
-        first, *others = self.shape
-        shape = (first // count, *others) if len(others) == 1 else tuple(others)
-        fits = first % count == 0 if len(others) == 1 else first == count and len(others) == 2
-        if not fits or not 0 <= index < count:
+        rank, first = len(self.shape), self.shape[0] if self.shape else 0
+        is_stack = rank == 3 and first == count
+        if not 0 <= index < count or not (is_stack or (rank == 2 and first % count == 0)):
             raise InputError(
                 f"{self.key} of shape {self.shape} has no part {index} of {count}: give the model "
                 "that the store was collected from"
             )
+        shape = self.shape[1:] if is_stack else (first // count, self.shape[1])
         num_bytes = (self.stop - self.start) // count
         start = self.start + index * num_bytes
         return replace(self, shape=shape, start=start, stop=start + num_bytes)

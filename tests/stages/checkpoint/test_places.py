@@ -16,6 +16,8 @@ TENSORS = {
     "flat": torch.arange(24, dtype=torch.float32).reshape(6, 4),
     "fused": torch.arange(30, dtype=torch.bfloat16).reshape(3, 2, 5),
     "norm": torch.ones(7),
+    "scale": torch.tensor(2.0),
+    "empty": torch.ones(0, 4),
 }
 
 
@@ -38,12 +40,16 @@ def test_a_part_is_a_run_of_the_tensors_rows(checkpoint: Checkpoint, key: str, c
 
 
 @pytest.mark.parametrize(
-    ("key", "index", "count"), [("flat", 0, 4), ("fused", 0, 2), ("flat", 3, 3), ("norm", 0, 7)]
+    ("key", "index", "count"),
+    [
+        *(("flat", 0, 4), ("fused", 0, 2), ("flat", 3, 3), ("norm", 0, 7)),
+        *(("scale", 0, 1), ("empty", 0, 0), ("flat", 0, 0)),
+    ],
 )
 def test_parts_that_a_tensor_does_not_have_are_refused(
     checkpoint: Checkpoint, key: str, index: int, count: int
 ) -> None:
-    """Unequal ones, one beyond the last, parts of a vector."""
+    """Unequal ones, one beyond the last, parts of a vector or a number, no parts at all."""
     with pytest.raises(InputError, match=f"{key} of shape .* has no part {index} of {count}"):
         checkpoint.tensors[key].part(index, count)
 
