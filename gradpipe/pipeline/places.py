@@ -61,9 +61,14 @@ def _has_report(folder: Path) -> bool:
 
 
 def check_local(what: str, path: Path) -> None:
-    """Refuse a URL where a local folder is to be created, and a folder inside a file."""
+    """Refuse a URL where something local is to be created, `~`, and a folder inside a file."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has turned :// into :/
         raise InputError(f"{what} {path} is a URL, expected a local folder: copy it to a URL after")
+    if path.parts[:1] and path.parts[0].startswith("~"):  # of --scratch=~/x, no shell does
+        raise InputError(
+            f"{what} {path}: only a shell knows ~, at the start of a word: give the whole "
+            f"path, or ./{path}"
+        )
     if (length := len(os.fsencode(path.name))) > _MAX_NAME_BYTES:
         raise InputError(
             f"{what} {path.name[:20]}…: a name of {length} bytes, expected at most "

@@ -26,6 +26,7 @@ from gradpipe.store.objects import (
     ObjectReader,
     ObjectWriter,
     digest,
+    located,
 )
 
 ROOT_KEY = "zarr.json"
@@ -42,8 +43,7 @@ class Destination(ABC):
         """Nothing is looked at yet; InputError for a URL that no file system knows."""
         self.url = without_credentials(url)
         with self._reached():
-            self._files, root = fsspec.core.url_to_fs(url)
-        self._root = root.rstrip("/")
+            self._files, self._root = located(url)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Keep other copies away, where that can be done."""

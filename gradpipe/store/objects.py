@@ -166,6 +166,21 @@ def remove_strays(folder: Path, among: Iterable[str], keep: Iterable[str]) -> No
                 path.unlink(missing_ok=True)
 
 
+def located(url: str, options: dict[str, Any] | None = None) -> tuple[Any, str]:
+    """The file system behind a URL, and the place in it. What has no `://` is a path.
+
+    To fsspec `a::b` is a chain of file systems, and `data:x` is data: both may be folders' names.
+    """
+    if not url:
+        raise InputError("store '': expected a path or a URL")
+    if "://" in url:
+        files, root = fsspec.core.url_to_fs(url, **(options or {}))
+    else:
+        files = fsspec.implementations.local.LocalFileSystem(**(options or {}))
+        root = files._strip_protocol(url)  # noqa: SLF001 (made absolute)
+    return files, root.rstrip("/")
+
+
 class ObjectReader:
     """Reads a complete store's objects from a path or any fsspec URL, each one verified.
 
@@ -189,8 +204,7 @@ class ObjectReader:
         self.url = without_credentials(url)
         self._ahead: ReadAhead | None = None
         try:
-            self._files, root = fsspec.core.url_to_fs(url, **(options or {}))
-            self._root = root.rstrip("/")
+            self._files, self._root = located(url, options)
             self._files.invalidate_cache()  # what another process has written since is there
             self._plain = {self._root or "/"}  # folders in the store that are no links
             self._check_complete(record_key)

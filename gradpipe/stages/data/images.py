@@ -22,7 +22,7 @@ from gradpipe.options import refuse_given
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.data.config import PRESETS, DataConfig, Use
 from gradpipe.stages.data.samples import Samples
-from gradpipe.stages.data.text import load_rows
+from gradpipe.stages.data.text import bars_on_terminals, load_rows
 from gradpipe.stages.model.trial import image_shape
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -66,13 +66,20 @@ class Processor:
         """One image, (channels, height, width); InputError names it if it is broken."""
         name, data = images.read(index)
         try:
-            with self._pillow.open(io.BytesIO(data), formats=tuple(KINDS.values())) as image:
-                decoded = image.convert("RGB")
+            kinds = tuple(KINDS.values())
+            with self._pillow.Image.open(io.BytesIO(data), formats=kinds) as image:
+                mode = image.mode
+                decoded = self._pillow.ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # decoders raise from many families
             raise InputError(
                 f"dataset {images.name}: {name} is not an image that can be read, one of "
                 f"{', '.join(KINDS)}: {one_line(error)}"
             ) from error
+        if mode.startswith(("I", "F")):
+            raise InputError(
+                f"dataset {images.name}: {name} has more than 8 bits a pixel (Pillow's mode "
+                f"{mode}), of which all beyond 255 would become white: convert it to 8 bits"
+            )
         made = self._processor(
             np.asarray(decoded), input_data_format="channels_last", return_tensors="np"
         )["pixel_values"][0]
@@ -87,7 +94,8 @@ class Processor:
 def load_images(data: DataConfig, use: Use, checkpoint: Checkpoint, model: Any) -> Images:
     """The images behind `data` with the model's labels; InputError if there are none."""
     refuse_given(data, ("text_column",), "images are read, and no text")
-    classes = _Classes(checkpoint.name, model.config.label2id, model.config.num_labels)
+    ids = model.config.label2id or {name: i for i, name in model.config.id2label.items()}
+    classes = _Classes(checkpoint.name, ids, model.config.num_labels)
     path = Path(data.name)
     if data.name in PRESETS:
         raise InputError(
@@ -185,6 +193,13 @@ def _folder_images(folder: Path, classes: _Classes) -> Images:
     labels = classes.labels(names)
     if labels is None:
         raise classes.mismatch(str(folder), names)
+    is_numbered = all(name.isdecimal() and name not in classes.ids for name in names)
+    if is_numbered and names != sorted(names, key=int):
+        raise InputError(
+            f"dataset {folder}: its classes are numbers, whose order by name ({_some(names)}) is "
+            f"not that of their values: name them as {classes.model} does "
+            f"({_some([*classes.ids])}), or of one length, as 00, 01"
+        )
     by_name = dict(zip(names, labels, strict=True))
 
     def read(index: int) -> tuple[str, bytes]:
@@ -198,7 +213,8 @@ def _parquet_rows(path: Path) -> Any:
     if path.suffix != ".parquet":
         raise InputError(f"dataset {path}: expected a folder of images, or a .parquet file")
     try:
-        return datasets.Dataset.from_parquet(str(path))
+        with bars_on_terminals():
+            return datasets.Dataset.from_parquet(str(path))
     except Exception as error:  # datasets and pyarrow raise from many families
         raise InputError(f"dataset {path}: cannot read it as parquet: {one_line(error)}") from error
 
@@ -221,7 +237,8 @@ def _table_images(name: str, rows: Any, revision: str | None, classes: _Classes)
         raise InputError(
             f"dataset {name}: row {unlabelled[0] + 1} has no label: choose another with --split"
         )
-    encoded = rows.cast_column(images[0], datasets.Image(decode=False))
+    with bars_on_terminals():
+        encoded = rows.cast_column(images[0], datasets.Image(decode=False))
 
     def read(index: int) -> tuple[str, bytes]:
         image = encoded[index][images[0]] or {}
@@ -235,7 +252,8 @@ def _table_images(name: str, rows: Any, revision: str | None, classes: _Classes)
 
 def _pillow() -> Any:
     try:
-        from PIL import Image  # noqa: PLC0415 (an extra: text needs none)
+        import PIL.Image  # noqa: PLC0415 (an extra: text needs none)
+        import PIL.ImageOps  # noqa: PLC0415
     except ImportError as error:
         raise InputError("images need Pillow: pip install 'gradpipe[images]'") from error
-    return Image
+    return PIL
