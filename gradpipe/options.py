@@ -15,7 +15,7 @@ import shlex
 import textwrap
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -183,8 +183,8 @@ def fields_of(config: Any) -> dict[str, OptionField]:
 @lru_cache
 def _configs_in(config: type) -> dict[str, type]:
     """By name, a config's fields that are configs themselves."""
-    hints = typing.get_type_hints(config)
-    return {name: hint for name, hint in hints.items() if dataclasses.is_dataclass(hint)}
+    hints = typing.get_type_hints(config).items()
+    return {x: kind for x, kind in hints if isinstance(kind, type) and is_dataclass(kind)}
 
 
 def check_options(config: Any) -> None:
@@ -193,7 +193,8 @@ def check_options(config: Any) -> None:
     The field gets what it is declared as: a path for text, text for a path, a tuple for a list or
     for one of its values, Python's own number for NumPy's.
     """
-    for name, kind in _configs_in(type(config)).items():
+    own: Any = type(config)
+    for name, kind in _configs_in(own).items():
         if not isinstance(value := getattr(config, name), kind):
             raise InputError(f"{name} {_shown(value)}: expected a {kind.__name__}")
     for field in fields_of(config).values():

@@ -12,9 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-import fsspec
-import fsspec.implementations.local
-
 from gradpipe.errors import GradpipeError, InputError, one_line, without_credentials
 from gradpipe.store.folder import LOCK_NAME, PARTIAL, tidy
 from gradpipe.store.lock import locked
@@ -26,8 +23,8 @@ from gradpipe.store.objects import (
     ObjectReader,
     ObjectWriter,
     digest,
-    located,
 )
+from gradpipe.store.urls import located
 
 ROOT_KEY = "zarr.json"
 _AT_ONCE, _LARGE_AT_ONCE = 8, 2  # objects under way, each in memory as a whole
@@ -236,9 +233,3 @@ def _side_by_side(count: int, work: Callable[[str], None], keys: Iterable[str]) 
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def is_local(url: str) -> bool:
-    """Whether a URL, or a path, names a folder of this machine."""
-    protocol, _ = fsspec.core.split_protocol(url)
-    return protocol in (None, *fsspec.implementations.local.LocalFileSystem.protocol)

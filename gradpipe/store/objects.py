@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
-import fsspec
-import fsspec.implementations.local
 import xxhash
 
 from gradpipe.errors import GradpipeError, InputError, StoreError, one_line, without_credentials
 from gradpipe.store.nearby import ObjectCache, ReadAhead
+from gradpipe.store.urls import local_place, located
 
 T = TypeVar("T")
 COMMIT_KEY = "commit.json"
@@ -166,21 +165,6 @@ def remove_strays(folder: Path, among: Iterable[str], keep: Iterable[str]) -> No
                 path.unlink(missing_ok=True)
 
 
-def located(url: str, options: dict[str, Any] | None = None) -> tuple[Any, str]:
-    """The file system behind a URL, and the place in it. What has no `://` is a path.
-
-    To fsspec `a::b` is a chain of file systems, and `data:x` is data: both may be folders' names.
-    """
-    if not url:
-        raise InputError("store '': expected a path or a URL")
-    if "://" in url:
-        files, root = fsspec.core.url_to_fs(url, **(options or {}))
-    else:
-        files = fsspec.implementations.local.LocalFileSystem(**(options or {}))
-        root = files._strip_protocol(url)  # noqa: SLF001 (made absolute)
-    return files, root.rstrip("/")
-
-
 class ObjectReader:
     """Reads a complete store's objects from a path or any fsspec URL, each one verified.
 
@@ -229,8 +213,7 @@ class ObjectReader:
     @property
     def local_folder(self) -> Path | None:
         """The folder behind the URL, also behind `file://`; None if it is remote."""
-        is_local = isinstance(self._files, fsspec.implementations.local.LocalFileSystem)
-        return Path(self._root) if is_local else None
+        return local_place(self._files, self._root)
 
     def _check_complete(self, record_key: str) -> None:
         """Look for the commit record, and where there is none, for what there is instead."""

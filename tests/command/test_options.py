@@ -380,7 +380,8 @@ def test_a_field_gets_what_was_meant(field: str, given: object, meant: object) -
 
 def test_numbers_of_an_array_are_sparsities() -> None:
     """Plain ones, as an output's record holds them."""
-    config = PruneConfig(**FEWEST[PruneConfig], sparsities=np.array([0.29, 0.5]))
+    shares: Any = np.array([0.29, 0.5])
+    config = PruneConfig(**FEWEST[PruneConfig], sparsities=shares)
     assert config.sparsities == (0.29, 0.5)
     assert {type(x) for x in config.sparsities} == {float}
 

@@ -82,7 +82,7 @@ def test_a_home_folder_that_no_shell_has_put_in_is_refused(
 ) -> None:
     """Before a folder called `~` is made."""
     monkeypatch.chdir(tmp_path)
-    settings = {"store": tmp_path / "store", "schedule": "streamed", field: Path("~/x")}
+    settings: dict[str, Any] = {"schedule": "streamed", field: Path("~/x")}
     with pytest.raises(InputError, match=r"~/x: only a shell knows ~"):
         collect(collecting(Path(plain.url).parent, **settings))
     assert not list(tmp_path.iterdir())

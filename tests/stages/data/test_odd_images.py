@@ -19,8 +19,9 @@ ORIENTATION, TURNED = 0x0112, 6  # the EXIF tag of an image to be turned right t
 
 def collected(root: Path, images: Path, num_samples: int) -> GradientStore:
     """A store of the root's model."""
-    data, options = DataConfig(name=str(images)), {"statistics": ("act_l2",), "seq_len": None}
-    return collect(collecting(root, data=data, num_samples=num_samples, **options))
+    data = DataConfig(name=str(images))
+    changes = {"data": data, "num_samples": num_samples, "seq_len": None}
+    return collect(collecting(root, None, **changes, statistics=("act_l2",)))
 
 
 def test_classes_are_known_by_their_names_of_ids_alone(tmp_path: Path) -> None:
