@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,3 +88,17 @@ def test_a_table_leaves_no_bars_where_there_is_no_terminal(
     assert [x.split()[0] for x in capfd.readouterr().err.splitlines()] == ["schedule"]
     assert run_pipe(monkeypatch, *shlex.split(command.format("more", 13))) == 2
     assert [x.split()[0] for x in capfd.readouterr().err.splitlines()] == ["pipe:"]
+
+
+@pytest.mark.parametrize("schedule", ["resident", "streamed"])
+@pytest.mark.parametrize("family", ["vit", "deit"])  # deit's loss is ours, vit's its own
+def test_a_large_batch_fits_float16(tmp_path: Path, schedule: str, family: str) -> None:
+    """Its loss, a number of float16 too, is not multiplied by what is beyond them all."""
+    save_classifier(family, tmp_path / "model")
+    data = DataConfig(name=str(write_images(tmp_path / "images", count=6)))
+    run = collecting(tmp_path, data=data, num_samples=18, seq_len=None, schedule=schedule)
+    whole = collect(replace(run, dtype="float16", batch_size=17))
+    single = collect(replace(run, dtype="float16", store=tmp_path / "single"))
+    for layer in whole.spec.layers:
+        got, expected = (x.read_norms(layer, "grad_l1") for x in (whole, single))
+        assert np.abs(got - expected).max() < 0.05 * np.sqrt((expected**2).mean())
