@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from gradpipe.errors import InputError
-from gradpipe.store.folder import is_complete, is_free
+from gradpipe.store.folder import is_complete, is_free, links_in
 
 _MAX_NAME_BYTES = 200  # of the 255 that file systems have: locks and staging folders add theirs
 REPORT = "pruning.json"  # what every pruned checkpoint holds
@@ -22,6 +22,11 @@ def check_store(folder: Path, sources: tuple[Path, ...]) -> None:
     for source in sources:
         if folder.exists() and source.exists() and holds(folder, source):
             raise InputError(f"store {folder} holds {source}, which is read: give another name")
+    if links := links_in(folder):
+        raise InputError(
+            f"store {folder}: {links[0]} in it is a link, and a store is no more than its own "
+            "folder: move there what it leads to, or give another name"
+        )
     if not is_free(folder) and not is_complete(folder):
         raise InputError(f"store {folder} holds files of another kind: give another name")
 

@@ -127,7 +127,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A sibling file to write, which becomes `path` once it is whole, or is gone."""
     temporary = path.with_name(_TEMPORARY.format(path.name))
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=_no_link) as file:
             yield file
             if durable:
                 file.flush()
@@ -136,6 +136,10 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)  # a stranger may have put one there
 
 
 @contextmanager
