@@ -15,6 +15,8 @@ from typing import Any
 import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet
+from datasets.table import InMemoryTable
 from transformers import AutoImageProcessor
 
 from gradpipe.errors import InputError, one_line
@@ -22,7 +24,7 @@ from gradpipe.options import refuse_given
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.data.config import PRESETS, DataConfig, Use
 from gradpipe.stages.data.samples import Samples
-from gradpipe.stages.data.text import bars_on_terminals, load_rows
+from gradpipe.stages.data.text import load_rows
 from gradpipe.stages.model.trial import image_shape
 
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -210,11 +212,11 @@ def _folder_images(folder: Path, classes: _Classes) -> Images:
 
 
 def _parquet_rows(path: Path) -> Any:
+    """The rows of a file; `from_parquet` would take them from a cache that goes by its date."""
     if path.suffix != ".parquet":
         raise InputError(f"dataset {path}: expected a folder of images, or a .parquet file")
     try:
-        with bars_on_terminals():
-            return datasets.Dataset.from_parquet(str(path))
+        return datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
     except Exception as error:  # datasets and pyarrow raise from many families
         raise InputError(f"dataset {path}: cannot read it as parquet: {one_line(error)}") from error
 
@@ -237,8 +239,7 @@ def _table_images(name: str, rows: Any, revision: str | None, classes: _Classes)
         raise InputError(
             f"dataset {name}: row {unlabelled[0] + 1} has no label: choose another with --split"
         )
-    with bars_on_terminals():
-        encoded = rows.cast_column(images[0], datasets.Image(decode=False))
+    encoded = rows.cast_column(images[0], datasets.Image(decode=False))
 
     def read(index: int) -> tuple[str, bytes]:
         image = encoded[index][images[0]] or {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -88,6 +89,20 @@ def test_a_table_leaves_no_bars_where_there_is_no_terminal(
     assert [x.split()[0] for x in capfd.readouterr().err.splitlines()] == ["schedule"]
     assert run_pipe(monkeypatch, *shlex.split(command.format("more", 13))) == 2
     assert [x.split()[0] for x in capfd.readouterr().err.splitlines()] == ["pipe:"]
+
+
+def test_a_table_is_what_is_in_the_file_now(tmp_path: Path) -> None:
+    """Also if another was there at the same hour, as files of an archive may be."""
+    save_classifier("vit", tmp_path / "model")
+    table, labels = image_table(write_images(tmp_path / "images")), list[list[int]]()
+    for name, rows in (("one", range(12)), ("other", range(11, -1, -1))):
+        table.select(rows).to_parquet(tmp_path / "images.parquet")
+        os.utime(tmp_path / "images.parquet", (0, 0))
+        run = collecting(tmp_path, tmp_path / name, num_samples=12, seq_len=None)
+        data = DataConfig(name=str(tmp_path / "images.parquet"))
+        store = collect(replace(run, data=data, statistics=("act_l2",)))
+        labels.append(store.calibration().arrays["labels"].tolist())
+    assert labels[1] == [2 - label for label in labels[0]]
 
 
 @pytest.mark.parametrize("schedule", ["resident", "streamed"])
