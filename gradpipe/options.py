@@ -12,9 +12,10 @@ from it by `is_given`.
 import dataclasses
 import re
 import shlex
+import textwrap
 import typing
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
@@ -122,6 +123,23 @@ class OptionField:
         shown = self.shown_default
         return text if shown is None else f"{text}  [default: {shown}]"
 
+    def declared(self, value: Any) -> Any:
+        """What was given as what the field is declared as; InputError for what cannot be that."""
+        if isinstance(value, _Unasked) or value is self.default:
+            return value
+        if typing.get_origin(self.kind) is not tuple:
+            return self._one(value, _kinds(self.kind))
+        is_one = isinstance(value, str) or not isinstance(value, Iterable)
+        kinds = _kinds(typing.get_args(self.kind)[0])
+        return tuple(self._one(item, kinds) for item in ((value,) if is_one else value))
+
+    def _one(self, value: Any, kinds: tuple[Any, ...]) -> Any:
+        found = _as_declared(value, kinds)
+        if not isinstance(found, (*kinds, int) if float in kinds else kinds):
+            names = " or ".join(x.__name__ for x in kinds if x is not type(None))
+            raise InputError(f"{self.flag} {_shown(value)}: expected {names}")
+        return found
+
     def check(self, value: Any) -> None:
         """Refuse what it may not be, seen alone."""
         option, got = self.option, f"{self.flag} {value}"
@@ -162,38 +180,53 @@ def fields_of(config: Any) -> dict[str, OptionField]:
     return option_fields(kind)
 
 
+@lru_cache
+def _configs_in(config: type) -> dict[str, type]:
+    """By name, a config's fields that are configs themselves."""
+    hints = typing.get_type_hints(config).items()
+    return {x: kind for x, kind in hints if isinstance(kind, type) and is_dataclass(kind)}
+
+
 def check_options(config: Any) -> None:
     """Raises InputError for a field whose value can be meant in no combination.
 
     The field gets what it is declared as: a path for text, text for a path, a tuple for a list or
     for one of its values, Python's own number for NumPy's, a float for an int.
     """
+    own: Any = type(config)
+    for name, kind in _configs_in(own).items():
+        if not isinstance(value := getattr(config, name), kind):
+            raise InputError(f"{name} {_shown(value)}: expected a {kind.__name__}")
     for field in fields_of(config).values():
-        value = _declared(field.kind, getattr(config, field.name))
+        value = field.declared(getattr(config, field.name))
         object.__setattr__(config, field.name, value)
         for item in value if isinstance(value, tuple) else (value,):
             if item is not None:
                 field.check(item)
 
 
-def _declared(kind: Any, value: Any) -> Any:
-    """A value as its field is declared."""
-    if typing.get_origin(kind) is not tuple or isinstance(value, _Unasked | None):
-        return _item(kind, value)
-    several = value if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
-    return tuple(_item(typing.get_args(kind)[0], item) for item in several)
+def _shown(value: object) -> str:
+    """A value of another type in one short line."""
+    return textwrap.shorten(repr(value), 80, placeholder=" …")
 
 
-def _item(kind: Any, value: Any) -> Any:
-    """One value as it is declared; `item` is what NumPy's scalars give their own by."""
-    kinds = typing.get_args(kind) or (kind,)
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that `int | None` is of."""
+    return typing.get_args(hint) or (hint,)
+
+
+def _as_declared(value: Any, kinds: tuple[Any, ...]) -> Any:
+    """What was meant by a value, if it is not of these types, and can be of one."""
+    if getattr(value, "ndim", None) == 0:  # one of NumPy's numbers
+        value = value.item()
     if isinstance(value, str) and Path in kinds and str not in kinds:
         return Path(value)
-    is_path = isinstance(value, Path) and str in kinds and Path not in kinds
-    if is_path:
-        return str(value)
-    value = value.item() if hasattr(value, "item") else value
-    return float(value) if float in kinds and type(value) is int else value
+    if type(value) is int and float in kinds and int not in kinds:
+        return float(value)
+    if str not in kinds or isinstance(value, (*kinds, int, float)):
+        return value
+    is_word = isinstance(value, Path) or re.fullmatch(r"[\w.:]{1,40}", str(value))
+    return str(value) if is_word else value  # as of a torch.device
 
 
 def is_given(config: Any, name: str) -> bool:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from gradpipe.errors import InputError
-from gradpipe.store.folder import is_complete, is_free
+from gradpipe.store.folder import is_complete, is_free, links_in
 
 _MAX_NAME_BYTES = 200  # of the 255 that file systems have: locks and staging folders add theirs
 REPORT = "pruning.json"  # what every pruned checkpoint holds
@@ -22,6 +22,11 @@ def check_store(folder: Path, sources: tuple[Path, ...]) -> None:
     for source in sources:
         if folder.exists() and source.exists() and holds(folder, source):
             raise InputError(f"store {folder} holds {source}, which is read: give another name")
+    if links := links_in(folder):
+        raise InputError(
+            f"store {folder}: {links[0]} in it is a link, and a store is no more than its own "
+            "folder: move there what it leads to, or give another name"
+        )
     if not is_free(folder) and not is_complete(folder):
         raise InputError(f"store {folder} holds files of another kind: give another name")
 
@@ -61,9 +66,14 @@ def _has_report(folder: Path) -> bool:
 
 
 def check_local(what: str, path: Path) -> None:
-    """Refuse a URL where a local folder is to be created, and a folder inside a file."""
+    """Refuse a URL where something local is to be created, `~`, and a folder inside a file."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has turned :// into :/
         raise InputError(f"{what} {path} is a URL, expected a local folder: copy it to a URL after")
+    if path.parts[:1] and path.parts[0].startswith("~"):  # of --scratch=~/x, no shell does
+        raise InputError(
+            f"{what} {path}: only a shell knows ~, at the start of a word: give the whole "
+            f"path, or ./{path}"
+        )
     if (length := len(os.fsencode(path.name))) > _MAX_NAME_BYTES:
         raise InputError(
             f"{what} {path.name[:20]}…: a name of {length} bytes, expected at most "

@@ -12,9 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-import fsspec
-import fsspec.implementations.local
-
 from gradpipe.errors import GradpipeError, InputError, one_line, without_credentials
 from gradpipe.store.folder import LOCK_NAME, PARTIAL, tidy
 from gradpipe.store.lock import locked
@@ -27,6 +24,7 @@ from gradpipe.store.objects import (
     ObjectWriter,
     digest,
 )
+from gradpipe.store.urls import located
 
 ROOT_KEY = "zarr.json"
 _AT_ONCE, _LARGE_AT_ONCE = 8, 2  # objects under way, each in memory as a whole
@@ -42,8 +40,7 @@ class Destination(ABC):
         """Nothing is looked at yet; InputError for a URL that no file system knows."""
         self.url = without_credentials(url)
         with self._reached():
-            self._files, root = fsspec.core.url_to_fs(url)
-        self._root = root.rstrip("/")
+            self._files, self._root = located(url)
 
     def exclusive(self) -> AbstractContextManager[None]:
         """Keep other copies away, where that can be done."""
@@ -236,9 +233,3 @@ def _side_by_side(count: int, work: Callable[[str], None], keys: Iterable[str]) 
             pass
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def is_local(url: str) -> bool:
-    """Whether a URL, or a path, names a folder of this machine."""
-    protocol, _ = fsspec.core.split_protocol(url)
-    return protocol in (None, *fsspec.implementations.local.LocalFileSystem.protocol)

@@ -32,6 +32,11 @@ class Calibration:
         return digest(b"".join(given))
 
 
+def links_in(folder: Path) -> list[str]:
+    """What a store would be made of, and is a link: what it leads to is no part of a store."""
+    return [name for name in _OWN if (folder / name).is_symlink()]
+
+
 def is_complete(folder: Path) -> bool:
     """True if the folder has a store's commit record."""
     return (folder / COMMIT_KEY).is_file()

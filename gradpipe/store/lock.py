@@ -13,7 +13,7 @@ from gradpipe.store.objects import disk_errors
 
 @contextmanager
 def locked(path: Path, *, of: Path, wait: bool) -> Iterator[None]:
-    """Hold the lock `path` of what is written, `of`; its file is gone afterwards.
+    """Hold the lock `path` of what is written, `of`; its file, never a link's, is gone afterwards.
 
     The kernel releases it when its holder dies, on network file systems too. Raises InputError
     that names the holder if it is taken and `wait` is False.
@@ -32,7 +32,7 @@ def locked(path: Path, *, of: Path, wait: bool) -> Iterator[None]:
 def _acquire(path: Path, of: Path, *, wait: bool) -> int:
     """A descriptor of the locked file; waits or raises if another process holds it."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:

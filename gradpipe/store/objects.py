@@ -20,12 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
-import fsspec
-import fsspec.implementations.local
 import xxhash
 
 from gradpipe.errors import GradpipeError, InputError, StoreError, one_line, without_credentials
 from gradpipe.store.nearby import ObjectCache, ReadAhead
+from gradpipe.store.urls import local_place, located
 
 T = TypeVar("T")
 COMMIT_KEY = "commit.json"
@@ -128,7 +127,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """A sibling file to write, which becomes `path` once it is whole, or is gone."""
     temporary = path.with_name(_TEMPORARY.format(path.name))
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=_no_link) as file:
             yield file
             if durable:
                 file.flush()
@@ -137,6 +136,10 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)  # a stranger may have put one there
 
 
 @contextmanager
@@ -189,8 +192,7 @@ class ObjectReader:
         self.url = without_credentials(url)
         self._ahead: ReadAhead | None = None
         try:
-            self._files, root = fsspec.core.url_to_fs(url, **(options or {}))
-            self._root = root.rstrip("/")
+            self._files, self._root = located(url, options)
             self._files.invalidate_cache()  # what another process has written since is there
             self._plain = {self._root or "/"}  # folders in the store that are no links
             self._check_complete(record_key)
@@ -215,8 +217,7 @@ class ObjectReader:
     @property
     def local_folder(self) -> Path | None:
         """The folder behind the URL, also behind `file://`; None if it is remote."""
-        is_local = isinstance(self._files, fsspec.implementations.local.LocalFileSystem)
-        return Path(self._root) if is_local else None
+        return local_place(self._files, self._root)
 
     def _check_complete(self, record_key: str) -> None:
         """Look for the commit record, and where there is none, for what there is instead."""

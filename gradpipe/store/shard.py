@@ -5,6 +5,8 @@ from typing import Self
 
 from gradpipe.errors import InputError
 
+_EXPECTED = "I/N with 0 ≤ I < N, such as 0/8"
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -13,12 +15,17 @@ class Shard:
     index: int
     count: int
 
+    def __post_init__(self) -> None:
+        """Raises InputError for one that is none of N."""
+        if not 0 <= self.index < self.count:
+            raise InputError(f"shard {self.index}/{self.count}: expected {_EXPECTED}")
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """The shard in `3/8`, counted from 0; InputError for anything else."""
         index, slash, count = text.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise InputError(f"shard {text}: expected I/N with 0 ≤ I < N, such as 0/8")
+        if not (slash and index.isdecimal() and count.isdecimal()):
+            raise InputError(f"shard {text}: expected {_EXPECTED}")
         return cls(int(index), int(count))
 
     @property

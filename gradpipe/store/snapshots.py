@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from gradpipe.errors import StoreError
+from gradpipe.errors import InputError, StoreError
 from gradpipe.store.arrays import Nodes, write_array, write_group
 from gradpipe.store.folder import PARTIAL
 from gradpipe.store.objects import CommitRecord, ObjectReader, ObjectWriter
@@ -142,4 +143,8 @@ class Snapshot:
 def begun_shards(store: Path) -> set[Shard]:
     """The shards of which a store holds a folder, finished or not."""
     names = [path.name for path in (store / PARTIAL).glob("*-of-*") if path.is_dir()]
-    return {Shard.parse(name.replace("-of-", "/")) for name in names}
+    found = set[Shard]()
+    for name in names:
+        with suppress(InputError):  # another folder
+            found.add(Shard.parse(name.replace("-of-", "/")))
+    return found

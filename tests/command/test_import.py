@@ -17,7 +17,7 @@ from gradpipe.store.writer import StoreWriter
 from tests.support.cases import tensors_of
 from tests.support.models import tiny_model
 from tests.support.reference import reference_score, reference_statistics
-from tests.support.workplace import Pipe
+from tests.support.workplace import LAYER, Pipe
 
 COLLECT = "collect-grads model store --dataset text.txt --seq-len 16 --num-samples 4"
 SAMPLES, ALPHA = 4, 100.0
@@ -128,6 +128,20 @@ def test_imported_gradients_prune_as_collected_ones(pipe: Pipe, grad_norm: str) 
             if len(swapped):
                 assert float(swapped.max() / swapped.min()) < 1 + 2**-9
     assert differing <= 0.01 * sum(layer["size"] for layer in report["layers"].values())
+
+
+def test_files_of_parameters_are_files_of_tensors(pipe: Pipe) -> None:
+    """What requires a gradient is read as well as what does not."""
+    pipe(COLLECT)
+    _gblm_files()
+    parameters = {k: torch.nn.Parameter(x) for k, x in torch.load("l1.pth").items()}
+    torch.save(parameters, "parameters.pth")
+    digests = []
+    for file in ("l1.pth", "parameters.pth"):
+        config = ImportConfig(model="model", store=Path(file).with_suffix(""), l1=Path(file))
+        store = import_gblm(config)
+        digests.append(store.objects.record.objects[f"layers/{LAYER}/grad_l1/values/c/0/0"])
+    assert digests[0] == digests[1]
 
 
 def test_one_imported_norm_is_enough_for_the_gradient_alone(pipe: Pipe) -> None:

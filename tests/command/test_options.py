@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import gradpipe
 from gradpipe import CollectConfig, DataConfig, EvalConfig, ImportConfig, InputError, PruneConfig
@@ -361,3 +362,42 @@ def test_values_may_be_given_as_a_list_or_one_alone_and_as_numpys_numbers() -> N
             "0.0",  # as the command line has them: files tell ints from floats
             "10.0",
         )
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "meant"),
+    [
+        ("exclude", "gate", ("gate",)),  # not its letters
+        ("exclude", ["gate", "up"], ("gate", "up")),
+        ("statistics", "act_l2", ("act_l2",)),
+        ("num_samples", np.int64(4), 4),
+        ("model", Path("m"), "m"),
+        ("store", "s", Path("s")),
+        ("device", torch.device("cpu"), "cpu"),
+    ],
+)
+def test_a_field_gets_what_was_meant(field: str, given: object, meant: object) -> None:
+    """A list, or one value, where several may be; numpy's numbers; paths and text."""
+    config = CollectConfig(**{**FEWEST[CollectConfig], field: given})
+    got = getattr(config, field)
+    assert (got, type(got)) == (meant, type(meant))
+
+
+@pytest.mark.parametrize(
+    ("field", "given", "says"),
+    [
+        ("num_samples", "4", "--num-samples '4': expected int"),
+        ("num_samples", None, "--num-samples None: expected int"),
+        ("seq_len", 16.0, "--seq-len 16.0: expected int"),
+        ("shard", (0, 2), r"--shard \(0, 2\): expected Shard"),
+        ("include", [["a"]], r"--include \['a'\]: expected str"),
+        ("overwrite", "no", "--overwrite 'no': expected bool"),
+        ("data", "wikitext2", "data 'wikitext2': expected a DataConfig"),
+        ("model", torch.nn.Sequential(torch.nn.Linear(1, 1)), r"--model Sequential\( .*: expected"),
+    ],
+)
+def test_another_type_is_the_users_mistake(field: str, given: object, says: str) -> None:
+    """Named at once, in one line."""
+    with pytest.raises(InputError, match=says) as refusal:
+        CollectConfig(**{**FEWEST[CollectConfig], field: given})
+    assert "\n" not in str(refusal.value)

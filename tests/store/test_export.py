@@ -205,3 +205,13 @@ def test_without_the_extra_it_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.delitem(sys.modules, "gradpipe.pipeline.stores.imatrix", raising=False)
     with pytest.raises(InputError, match=r"pip install 'gradpipe\[gguf\]'"):
         exported(STORE, tmp_path / "out", "imatrix")
+
+
+def test_a_shared_moment_is_exported_for_each_layer_that_reads_it(tmp_path: Path) -> None:
+    """Of a key projection alone, the Hessian of its input, under the query's name."""
+    written(tmp_path, "llama")
+    store = collect(collecting(tmp_path, statistics=("act_l2", "hessian")))
+    out = exported(store.url, tmp_path / "k", "safetensors", layer=r"layers\.1\..*k_proj")
+    block = "model.layers.1.self_attn"
+    with safe_open(out, "np") as file:
+        assert {*file.keys()} == {f"{block}.k_proj.act_l2", f"{block}.q_proj.hessian"}

@@ -17,7 +17,7 @@ from gradpipe.store.statistics import LayerStats
 from gradpipe.store.writer import StoreWriter
 
 
-def merge(stores: Sequence[Path]) -> GradientStore:
+def merge(stores: Path | str | Sequence[Path | str]) -> GradientStore:
     """Add up the shards of one collection, and finish the first store.
 
     Args:
@@ -47,11 +47,12 @@ def merge(stores: Sequence[Path]) -> GradientStore:
         4
 
     """
-    if not stores:
+    homes = [Path(x) for x in ([stores] if isinstance(stores, str | Path) else stores)]
+    if not homes:
         raise InputError("no stores to merge: give the one to finish first")
-    target = stores[0]
+    target, *others = homes
     _check_unfinished(target)
-    for store in stores:
+    for store in homes:
         if not is_begun(store):
             raise InputError(
                 f"{store} is no unfinished store: expected one that collect-grads --shard wrote"
@@ -59,7 +60,7 @@ def merge(stores: Sequence[Path]) -> GradientStore:
     with locked(target / LOCK_NAME, of=target, wait=True):
         _check_unfinished(target)  # another merge may have been faster
         spec, _ = read_begun(target)
-        for other in stores[1:]:
+        for other in others:
             theirs, _ = read_begun(other)
             check_same(target, spec, theirs)
             if theirs.samples != spec.samples:
@@ -67,7 +68,7 @@ def merge(stores: Sequence[Path]) -> GradientStore:
                     f"stores {target} and {other} were begun with different samples: collect all "
                     "shards from the same data"
                 )
-        return finalize(target, stores[1:])
+        return finalize(target, others)
 
 
 def _check_unfinished(store: Path) -> None:

@@ -25,7 +25,7 @@ from gradpipe.stages.collect.placement import Placement, place
 from gradpipe.stages.collect.probe import probe
 from gradpipe.stages.collect.schedule import check_shared
 from gradpipe.stages.data.tokens import window_length
-from gradpipe.stages.device import resolve_device, torch_threads, usable_threads
+from gradpipe.stages.device import own_torch, resolve_device, torch_threads, usable_threads
 from gradpipe.stages.model.couplings import find_couplings
 from gradpipe.stages.model.layers import dense_lines
 from gradpipe.stages.model.load import (
@@ -180,7 +180,7 @@ def _run(config: CollectConfig, console: Console) -> None:
     launch = Launch.of(os.environ)
     if launch.is_restart:  # what the first start overwrote is gone; this one goes on
         config = replace(config, overwrite=False)
-    with joined(config.rank_timeout) as ranks:
+    with joined(config.rank_timeout) as ranks, own_torch():
         if not ranks.is_first:
             console = QUIET
         try:

@@ -22,6 +22,7 @@ from gradpipe.stages.collect.streamed import Streamed
 from gradpipe.stages.device import memory_errors
 from gradpipe.stages.model.batch import calibration_batch
 from gradpipe.stages.model.skeleton import Skeleton
+from gradpipe.store.folder import BEGUN_KEY
 from gradpipe.store.objects import digest
 from gradpipe.store.shard import Shard
 from gradpipe.store.snapshots import Snapshots
@@ -40,11 +41,12 @@ class Job:
 
     @property
     def scratch_folder(self) -> Path:
-        """A folder that belongs to this collection and shard alone."""
+        """A folder that belongs to this collection and shard alone, and to none begun before it."""
         place = self.place
         if self.config.scratch is None:
             return place.scratch
-        mine = (place.store.resolve(), place.spec, place.share, self.config.batch_size)
+        begun = (place.store / BEGUN_KEY).stat().st_mtime_ns
+        mine = (place.store.resolve(), place.spec, place.share, self.config.batch_size, begun)
         return self.config.scratch / f"gradpipe-{digest(repr(mine).encode())}"
 
 

@@ -14,11 +14,11 @@ from gradpipe.store.destination import (
     BucketDestination,
     Destination,
     FolderDestination,
-    is_local,
 )
 from gradpipe.store.folder import LOCK_NAME, PARTIAL
 from gradpipe.store.objects import COMMIT_KEY, COPY_KEY
 from gradpipe.store.reader import GradientStore
+from gradpipe.store.urls import is_local
 
 _OTHERS = {"README.md", LOCK_NAME, ".gitattributes", ".gitignore"}  # what may lie there, too
 

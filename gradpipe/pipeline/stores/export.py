@@ -3,7 +3,7 @@
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,7 +35,7 @@ def export(config: ExportConfig) -> Path:
         matrix = Imatrix.of(store, layers)
     else:
         statistics = _statistics(config, store)
-        kept = [(layer, name) for layer in layers for name in layer.own(statistics)]
+        kept = _kept(store, layers, statistics)
     try:
         with replacing(config.out) as file:
             if config.format == IMATRIX:
@@ -67,6 +67,13 @@ def _statistics(config: ExportConfig, store: GradientStore) -> tuple[str, ...]:
             f"{', '.join(store.spec.statistics)}: choose among these"
         )
     return in_order(config.statistics) or store.spec.statistics
+
+
+def _kept(store: GradientStore, layers: Iterable[LayerSpec], statistics: tuple[str, ...]) -> Kept:
+    """What layers have: a second moment of several is that of the first, which may be no other."""
+    named = {layer.name: layer for layer in store.spec.layers}
+    pairs = ((named[layer.keeper(name)], name) for layer in layers for name in statistics)
+    return list(dict.fromkeys(pairs))
 
 
 def _write_safetensors(file: BinaryIO, store: GradientStore, kept: Kept) -> None:

@@ -32,7 +32,7 @@ def read_gblm_file(path: Path, statistic: str, scale: float) -> dict[str, npt.ND
     """
     sums = {}
     for key, tensor in _tensors(path).items():
-        values = tensor.float() / scale
+        values = tensor.detach().float() / scale  # it may be a parameter
         if not bool(torch.isfinite(values).all()):
             raise InputError(
                 f"{path}: {key} holds NaN or infinite values (float16 overflow): compute it again"

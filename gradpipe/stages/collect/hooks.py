@@ -24,6 +24,7 @@ from gradpipe.store.schema import LayerSpec
 # Gradients of a mean over thousands of tokens fall below float16's smallest number. A power of
 # two is exact to multiply by and to divide out again in float32.
 _FLOAT16_SCALE = 2.0**12
+_FLOAT16_MOST = 65504.0
 _BySample = Callable[[Tensor], Sequence[Tensor]]
 
 
@@ -180,9 +181,17 @@ def never_ran(path: str) -> str:
     )
 
 
-def loss_scale(model: Any) -> float:
-    """What the loss is multiplied by before it is differentiated."""
-    return _FLOAT16_SCALE if model.dtype is torch.float16 else 1.0
+def loss_scale(model: Any, num_samples: int) -> float:
+    """What a batch's loss is multiplied by, beside its samples, before it is differentiated.
+
+    Of text the loss is float32; of images in float16 it is float16 as well, and the whole factor
+    has to be a number of that.
+    """
+    if model.dtype is not torch.float16:
+        return 1.0
+    if model.main_input_name != "pixel_values":
+        return _FLOAT16_SCALE
+    return min(_FLOAT16_SCALE, 2.0 ** math.floor(math.log2(_FLOAT16_MOST / num_samples)))
 
 
 def check_loss(loss: Tensor, find: Callable[[], str | None]) -> None:

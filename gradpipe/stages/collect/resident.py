@@ -93,7 +93,7 @@ def resident_batch(
     """
     num_samples = len(batch)
     backward = any(accumulator.needs_gradients for accumulator in sums.values())
-    scale = loss_scale(model)
+    scale = loss_scale(model, num_samples)
     hooks = LayerHooks(model, sums, num_samples, scale)
 
     def find_overflow() -> str | None:

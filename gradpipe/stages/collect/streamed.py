@@ -103,7 +103,6 @@ class Streamed(BlockByBlock):
         self._layers = skeleton.layers
         self._statistics = statistics
         self._backward = needs_backward(statistics)
-        self._scale = loss_scale(skeleton.model)
         self.restorable: tuple[LayerAccumulator, ...] = ()
         self.num_steps = 2 * len(samples) * skeleton.blocks.count
 
@@ -157,6 +156,9 @@ class Streamed(BlockByBlock):
             if part in wanted and Part.of_block(x.spec.block) == part
         }
 
+    def _scale(self, num_samples: int) -> float:
+        return loss_scale(self._model, num_samples)
+
     # What blocks are called with.
 
     def _before_blocks(self) -> tuple[set[str], dict[int, list[str]]]:
@@ -206,7 +208,7 @@ class Streamed(BlockByBlock):
                 is_first = number == 0
                 with (
                     self._calls.answered(len(batch), given) as others,
-                    LayerHooks(self._model, sums, len(batch), self._scale),
+                    LayerHooks(self._model, sums, len(batch), self._scale(len(batch))),
                     runs(self._model, before, in_graph=is_first) as found,
                     torch.set_grad_enabled(self._backward or is_first),
                 ):
@@ -216,7 +218,7 @@ class Streamed(BlockByBlock):
                     check_loss(loss, partial(self._blame, number))
                     if self._backward:
                         if loss.requires_grad:
-                            (loss * (len(batch) * self._scale)).backward()
+                            (loss * (len(batch) * self._scale(len(batch)))).backward()
                         target.write(_gradients(given))
         if self._backward:
             target.publish()
@@ -247,7 +249,7 @@ class Streamed(BlockByBlock):
             for number, size in enumerate(self._sizes):
                 given = self._tracked(index, number, fed)
                 with (
-                    LayerHooks(self._model, sums, size, self._scale),
+                    LayerHooks(self._model, sums, size, self._scale(size)),
                     torch.set_grad_enabled(self._backward),
                 ):
                     answer = self._calls.run(index, size, given)
@@ -292,7 +294,7 @@ class Streamed(BlockByBlock):
                 gradients: dict[str, Tensor] = {}
                 for file in files:
                     gradients |= self._to_device(file.read(number))
-                with LayerHooks(self._model, sums, len(batch), self._scale):
+                with LayerHooks(self._model, sums, len(batch), self._scale(len(batch))):
                     tensors = self._calls.outside(batch)
                     names = [name for name in tensors if name in gradients]
                     torch.autograd.backward(

@@ -15,6 +15,8 @@ from typing import Any
 import datasets
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet
+from datasets.table import InMemoryTable
 from transformers import AutoImageProcessor
 
 from gradpipe.errors import InputError, one_line
@@ -66,13 +68,20 @@ class Processor:
         """One image, (channels, height, width); InputError names it if it is broken."""
         name, data = images.read(index)
         try:
-            with self._pillow.open(io.BytesIO(data), formats=tuple(KINDS.values())) as image:
-                decoded = image.convert("RGB")
+            kinds = tuple(KINDS.values())
+            with self._pillow.Image.open(io.BytesIO(data), formats=kinds) as image:
+                mode = image.mode
+                decoded = self._pillow.ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # decoders raise from many families
             raise InputError(
                 f"dataset {images.name}: {name} is not an image that can be read, one of "
                 f"{', '.join(KINDS)}: {one_line(error)}"
             ) from error
+        if mode.startswith(("I", "F")):
+            raise InputError(
+                f"dataset {images.name}: {name} has more than 8 bits a pixel (Pillow's mode "
+                f"{mode}), of which all beyond 255 would become white: convert it to 8 bits"
+            )
         made = self._processor(
             np.asarray(decoded), input_data_format="channels_last", return_tensors="np"
         )["pixel_values"][0]
@@ -87,7 +96,8 @@ class Processor:
 def load_images(data: DataConfig, use: Use, checkpoint: Checkpoint, model: Any) -> Images:
     """The images behind `data` with the model's labels; InputError if there are none."""
     refuse_given(data, ("text_column",), "images are read, and no text")
-    classes = _Classes(checkpoint.name, model.config.label2id, model.config.num_labels)
+    ids = model.config.label2id or {name: i for i, name in model.config.id2label.items()}
+    classes = _Classes(checkpoint.name, ids, model.config.num_labels)
     path = Path(data.name)
     if data.name in PRESETS:
         raise InputError(
@@ -185,6 +195,13 @@ def _folder_images(folder: Path, classes: _Classes) -> Images:
     labels = classes.labels(names)
     if labels is None:
         raise classes.mismatch(str(folder), names)
+    is_numbered = all(name.isdecimal() and name not in classes.ids for name in names)
+    if is_numbered and names != sorted(names, key=int):
+        raise InputError(
+            f"dataset {folder}: its classes are numbers, whose order by name ({_some(names)}) is "
+            f"not that of their values: name them as {classes.model} does "
+            f"({_some([*classes.ids])}), or of one length, as 00, 01"
+        )
     by_name = dict(zip(names, labels, strict=True))
 
     def read(index: int) -> tuple[str, bytes]:
@@ -195,10 +212,11 @@ def _folder_images(folder: Path, classes: _Classes) -> Images:
 
 
 def _parquet_rows(path: Path) -> Any:
+    """The rows of a file; `from_parquet` would take them from a cache that goes by its date."""
     if path.suffix != ".parquet":
         raise InputError(f"dataset {path}: expected a folder of images, or a .parquet file")
     try:
-        return datasets.Dataset.from_parquet(str(path))
+        return datasets.Dataset(InMemoryTable(pyarrow.parquet.read_table(path)))
     except Exception as error:  # datasets and pyarrow raise from many families
         raise InputError(f"dataset {path}: cannot read it as parquet: {one_line(error)}") from error
 
@@ -235,7 +253,8 @@ def _table_images(name: str, rows: Any, revision: str | None, classes: _Classes)
 
 def _pillow() -> Any:
     try:
-        from PIL import Image  # noqa: PLC0415 (an extra: text needs none)
+        import PIL.Image  # noqa: PLC0415 (an extra: text needs none)
+        import PIL.ImageOps  # noqa: PLC0415
     except ImportError as error:
         raise InputError("images need Pillow: pip install 'gradpipe[images]'") from error
-    return Image
+    return PIL

@@ -7,7 +7,9 @@ text and cuts it into windows that do not overlap.
 
 import gzip
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +60,19 @@ def load_text(data: DataConfig, use: Use, tokenizer: Any) -> Text:
     return _load_hub(data, use, tokenizer)
 
 
+@contextmanager
+def bars_on_terminals() -> Iterator[None]:
+    """Meanwhile `datasets` shows its progress on a terminal alone, as we show ours."""
+    is_to_hide = not (sys.stderr.isatty() or datasets.are_progress_bars_disabled())
+    if is_to_hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if is_to_hide:
+            datasets.enable_progress_bars()
+
+
 def _load_c4(use: Use) -> Text:
     """One shard of C4, as the field uses it."""
     hub_id, revision = _C4
@@ -90,7 +105,8 @@ def _load_file(hub_id: str, file: str, revision: str) -> Any:
     kind = "parquet" if file.endswith(".parquet") else "json"
     try:
         path = huggingface_hub.hf_hub_download(hub_id, file, repo_type="dataset", revision=revision)
-        return datasets.load_dataset(kind, data_files=path, split="train")
+        with bars_on_terminals():
+            return datasets.load_dataset(kind, data_files=path, split="train")
     except Exception as error:  # the Hub's client and datasets raise from many families
         raise _unknown_dataset(hub_id, error) from error
 
@@ -108,8 +124,9 @@ def load_rows(data: DataConfig, use: Use) -> tuple[Any, str]:
     revision = _commit(data.name, data.revision)
     try:
         builder = datasets.load_dataset_builder(data.name, data.config, revision=revision)
-        builder.download_and_prepare()
-        rows = builder.as_dataset(split=split)
+        with bars_on_terminals():
+            builder.download_and_prepare()
+            rows = builder.as_dataset(split=split)
     except Exception as error:  # the Hub's client and datasets raise from many families
         raise _unknown_dataset(data.name, error) from error
     if revision not in {None, builder.hash}:  # without the Hub, `datasets` takes the last cached

@@ -1,6 +1,7 @@
 """Interrupted collections: the same call again ends with the bytes of an uninterrupted one."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ from gradpipe import CollectConfig, GradpipeError, InputError, Interrupted, Stor
 from gradpipe.stages.collect import estimate as planning
 from gradpipe.store.shard import Shard
 from gradpipe.store.snapshots import Snapshots
-from tests.support.cases import collecting
+from tests.support.cases import collecting, written
 from tests.support.forked import Processes
 from tests.support.models import tiny_model, tiny_tokenizer
 from tests.support.phases import interfere, raising
+from tests.support.workplace import edit_weights
 
 SCHEDULES = ("resident", "streamed")
 STEPS = {"resident": "accumulating", "streamed": "streaming backward"}
@@ -150,6 +152,22 @@ def test_lost_scratch_costs_time_and_nothing_else(
             path.unlink()
     assert collect(run).digest == digest
     assert not any(scratch.iterdir())
+
+
+@pytest.mark.parametrize("anew", ["overwritten", "removed"])
+def test_a_new_beginning_has_scratch_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, anew: str
+) -> None:
+    """Activations of the same layers behind another embedding are not gone on from."""
+    written(tmp_path)
+    scratch = tmp_path / "scratch"
+    run = collecting(tmp_path, schedule="streamed", scratch=scratch)
+    interrupt(monkeypatch, run, 1, STEPS["streamed"])
+    edit_weights(tmp_path / "model", lambda x: x["model.embed_tokens.weight"][:, 0].mul_(2))
+    if anew == "removed":
+        shutil.rmtree(run.store)
+    found = collect(replace(run, overwrite=anew == "overwritten"))
+    assert found.digest == collect(collecting(tmp_path, tmp_path / "other")).digest
 
 
 @pytest.mark.parametrize("first", SCHEDULES)

@@ -74,6 +74,13 @@ def test_any_grouping_gives_the_same_bytes(thirds: Sequence[Path], tmp_path: Pat
     assert len(digests) == 1
 
 
+def test_stores_to_merge_may_be_given_as_text(thirds: Sequence[Path], tmp_path: Path) -> None:
+    """One of them alone, too."""
+    [whole] = gathered(thirds, tmp_path, "012")
+    first, second = gathered(thirds, tmp_path / "parts", "02", "1")
+    assert merge(str(whole)).digest == merge([str(first), str(second)]).digest
+
+
 def test_a_missing_shard_is_named_and_the_merge_can_be_run_again(
     thirds: Sequence[Path], tmp_path: Path
 ) -> None:
