@@ -117,6 +117,11 @@ def test_experts_lie_in_one_tensor_with_a_count_each(family: str, tmp_path: Path
                 assert (count == 0) == (not sums.any())
     again = exported(tmp_path / "store", tmp_path / "again.gguf", "imatrix")
     assert again.read_bytes() == (tmp_path / "imatrix.gguf").read_bytes()
+    one = exported(tmp_path / "store", tmp_path / "1.gguf", "imatrix", layer=r"experts\.1\.")
+    for name, rows in tensors_of(one).items():  # llama.cpp wants a row for each expert
+        assert len(rows) == 4
+        assert not np.delete(rows, 1, axis=0).any()
+        np.testing.assert_array_equal(rows[1], found[name][1])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +138,7 @@ def test_a_store_cannot_ask_for_any_number_of_experts(
     store = collected("mixtral", tmp_path)
     key = name if part is None else name.removesuffix(".1")
     layer = replace(store.spec.layers[0], name=name, weight_key=key, part=part)
+    store.spec = replace(store.spec, layers=(*store.spec.layers, layer))
     with pytest.raises(InputError, match=r"one of \d{9,} experts, expected at most 4096"):
         Imatrix.of(store, [layer])
 

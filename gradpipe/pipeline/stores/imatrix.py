@@ -52,6 +52,7 @@ class Imatrix:
 
     store: GradientStore
     weights: dict[str, dict[int, LayerSpec]]  # by GGUF name: layers by expert; one is expert 0
+    num_experts: dict[str, int]  # by GGUF name: as many as the model has, whatever is exported
 
     @classmethod
     def of(cls, store: GradientStore, layers: Iterable[LayerSpec]) -> Self:
@@ -68,16 +69,20 @@ class Imatrix:
                 f"one of {', '.join(_ARCHITECTURES)}"
             )
         names = _names(spec.model.architecture, 1 + max(x.block or 0 for x in spec.layers))
+        counts = _count_experts(spec.layers)
         weights: dict[str, dict[int, LayerSpec]] = {}
+        num_experts: dict[str, int] = {}
         for layer in layers:
-            name, expert = _name_of(layer, names)
-            weights.setdefault(name, {})[expert] = layer
-            if (count := _num_experts(weights[name])) > _MOST_EXPERTS:
+            weight, expert = _expert_of(layer)
+            if (count := counts[weight]) > _MOST_EXPERTS:
                 raise InputError(
                     f"--format imatrix: layer {layer.name} is one of {count} experts, expected at "
                     f"most {_MOST_EXPERTS}: leave it out with --layer"
                 )
-        return cls(store=store, weights=dict(sorted(weights.items())))
+            name = _name_of(layer, weight, names)
+            weights.setdefault(name, {})[expert] = layer
+            num_experts[name] = count
+        return cls(store=store, weights=dict(sorted(weights.items())), num_experts=num_experts)
 
     def write(self, path: Path) -> None:
         """Write the file; tensors are small, and are all in memory."""
@@ -88,7 +93,7 @@ class Imatrix:
         writer.add_uint32("imatrix.chunk_count", samples.num_samples)
         writer.add_uint32("imatrix.chunk_size", samples.seq_len)
         for name, experts in self.weights.items():
-            sums, counts = self._sums(experts)
+            sums, counts = self._sums(experts, self.num_experts[name])
             writer.add_tensor(f"{name}.in_sum2", sums)
             writer.add_tensor(f"{name}.counts", counts)
         writer.write_header_to_file()
@@ -96,9 +101,9 @@ class Imatrix:
         writer.write_tensors_to_file()
         writer.close()
 
-    def _sums(self, experts: dict[int, LayerSpec]) -> tuple[Sums, Sums]:
-        """Squares (experts, inputs) and tokens (experts, 1); 0 for an expert that is not stored."""
-        count, width = _num_experts(experts), next(iter(experts.values())).shape[1]
+    def _sums(self, experts: dict[int, LayerSpec], count: int) -> tuple[Sums, Sums]:
+        """Squares (experts, inputs) and tokens (experts, 1); 0 for an expert that is left out."""
+        width = next(iter(experts.values())).shape[1]
         sums = np.zeros((count, width), dtype=np.float32)
         counts = np.zeros((count, 1), dtype=np.float32)
         for expert, layer in experts.items():
@@ -110,10 +115,14 @@ class Imatrix:
         return sums, counts
 
 
-def _num_experts(experts: dict[int, LayerSpec]) -> int:
-    """Of one weight: as many as its tensor has parts, or as the numbers of those stored need."""
-    part = next(iter(experts.values())).part
-    return 1 + max(experts) if part is None else part[1]
+def _count_experts(layers: Iterable[LayerSpec]) -> dict[str, int]:
+    """By weight: as many as its tensor has parts, or as the numbers of the model's need."""
+    counts: dict[str, int] = {}
+    for layer in layers:
+        weight, expert = _expert_of(layer)
+        count = 1 + expert if layer.part is None else layer.part[1]
+        counts[weight] = max(count, counts.get(weight, 0))
+    return counts
 
 
 def _names(architecture: str, num_blocks: int) -> Any:
@@ -122,17 +131,21 @@ def _names(architecture: str, num_blocks: int) -> Any:
     return gguf.get_tensor_name_map(of_gguf[_ARCHITECTURES[architecture]], num_blocks)
 
 
-def _name_of(layer: LayerSpec, names: Any) -> tuple[str, int]:
-    """A layer's weight in GGUF, and which of its experts it is; InputError if it has no name."""
-    name, expert = layer.weight_key.removesuffix(".weight").replace("language_model.", ""), 0
-    if found := _EXPERT.fullmatch(name):
-        name, expert = f"{found[1]}.{found[3]}", int(found[2])
+def _expert_of(layer: LayerSpec) -> tuple[str, int]:
+    """A layer's weight without the number of its expert, and that number; 0 if it is no expert."""
+    name = layer.weight_key.removesuffix(".weight").replace("language_model.", "")
     if layer.part is not None:
-        expert = layer.part[0]
-    known: str | None = names.get_name(name)
+        return name, layer.part[0]
+    found = _EXPERT.fullmatch(name)
+    return (f"{found[1]}.{found[3]}", int(found[2])) if found else (name, 0)
+
+
+def _name_of(layer: LayerSpec, weight: str, names: Any) -> str:
+    """A layer's weight in GGUF; InputError if it has no name."""
+    known: str | None = names.get_name(weight)
     if known is None:
         raise InputError(
             f"--format imatrix: layer {layer.name} has no name in llama.cpp: leave it out with "
             "--layer"
         )
-    return f"{known}.weight", expert
+    return f"{known}.weight"
