@@ -145,7 +145,7 @@ def evaluate(
         from gradpipe.pipeline.reports.evaluations import to_json, to_lines
 
     found = comparing.compare(models, config, extras, stderr())
-    output.show(to_json(found), to_lines(found))
+    output.show(to_json(found), to_lines(models, found))
     _push(to_hub, {name.strip("./").replace("/", "-"): Path(name) for name in models})
 
 

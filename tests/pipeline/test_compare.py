@@ -238,17 +238,17 @@ def test_time_and_size_are_measured(folder: Path) -> None:
 
 
 def test_the_command_prints_each_model_and_what_was_asked(pipe: Pipe) -> None:
-    """One model as ever; several each below its name; all of it as JSON."""
-    shutil.copytree("model", "pruned")
-    edit_weights(Path("pruned"), lambda x: x["model.norm.weight"].mul_(2))
+    """One model as ever; several each below its path as it was given; all of it as JSON."""
+    shutil.copytree("model", "pruned/model")
+    edit_weights(Path("pruned/model"), lambda x: x["model.norm.weight"].mul_(2))
     text = "--dataset text.txt --seq-len 16 --max-windows 2"
     assert pipe(f"eval model {text}").count("\n") == 1
-    out = pipe(f"eval model pruned {text} --compare model --latency --tasks {TASK}/tiny.yaml")
+    out = pipe(f"eval model pruned/model {text} --compare model --latency --tasks {TASK}/tiny.yaml")
     lines = out.splitlines()
-    assert [line for line in lines if line[0] != " "] == ["model", "pruned"]
+    assert [line for line in lines if line[0] != " "] == ["model", "pruned/model"]
     for words in ("perplexity", "KL divergence from model", "tiny acc", "prefill", "by zstd"):
         assert sum(words in line for line in lines) >= 2, words
-    document = json.loads(pipe(f"eval model pruned {text} --compare model --json -"))
+    document = json.loads(pipe(f"eval model pruned/model {text} --compare model --json -"))
     first, second = document["models"]
     assert first["compare"]["kl_divergence"] == 0 < second["compare"]["kl_divergence"]
     assert "tasks" not in first

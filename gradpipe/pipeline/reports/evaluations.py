@@ -1,7 +1,7 @@
 """What checkpoints on one text gave, and how it is shown."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,11 +89,12 @@ def to_json(evaluations: tuple[Evaluation, ...]) -> dict[str, Any]:
     return {"models": [evaluation.to_json() for evaluation in evaluations]}
 
 
-def to_lines(evaluations: tuple[Evaluation, ...]) -> str:
-    """Of several, each below its model's name."""
+def to_lines(models: Sequence[str], evaluations: Sequence[Evaluation]) -> str:
+    """Of several, each below what was given: the ends of two paths may be alike."""
     if len(evaluations) == 1:
         return "\n".join(evaluations[0].lines())
-    blocks = ([x.metrics.model, *(f"  {line}" for line in x.lines())] for x in evaluations)
+    named = zip(models, evaluations, strict=True)
+    blocks = ([name, *(f"  {line}" for line in x.lines())] for name, x in named)
     return "\n".join(line for block in blocks for line in block)
 
 
