@@ -367,9 +367,6 @@ def test_values_may_be_given_as_a_list_or_one_alone_and_as_numpys_numbers() -> N
 @pytest.mark.parametrize(
     ("field", "given", "meant"),
     [
-        ("exclude", "gate", ("gate",)),  # not its letters
-        ("exclude", ["gate", "up"], ("gate", "up")),
-        ("statistics", "act_l2", ("act_l2",)),
         ("num_samples", np.int64(4), 4),
         ("model", Path("m"), "m"),
         ("store", "s", Path("s")),
@@ -377,7 +374,7 @@ def test_values_may_be_given_as_a_list_or_one_alone_and_as_numpys_numbers() -> N
     ],
 )
 def test_a_field_gets_what_was_meant(field: str, given: object, meant: object) -> None:
-    """A list, or one value, where several may be; numpy's numbers; paths and text."""
+    """NumPy's numbers, paths and text, what has the name of a value."""
     config = CollectConfig(**{**FEWEST[CollectConfig], field: given})
     got = getattr(config, field)
     assert (got, type(got)) == (meant, type(meant))
