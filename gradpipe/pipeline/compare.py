@@ -22,7 +22,7 @@ from gradpipe.pipeline.reports.card import add_results, check_card
 from gradpipe.pipeline.reports.evaluations import Comparison, Evaluation, Latency, Score
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.collect.probe import probe
-from gradpipe.stages.device import memory_errors, resolve_device
+from gradpipe.stages.device import memory_errors, own_torch, resolve_device
 from gradpipe.stages.evaluate.closeness import closeness
 from gradpipe.stages.evaluate.latency import NEW_TOKENS, compress_2_4, file_sizes, measure_speed
 from gradpipe.stages.evaluate.perplexity import perplexity
@@ -36,6 +36,7 @@ from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 _NOTHING = EvalExtras()
 
 
+@own_torch()
 def compare(
     models: Sequence[str],
     config: EvalConfig,

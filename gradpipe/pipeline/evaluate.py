@@ -19,7 +19,7 @@ from gradpipe.stages.data.images import Processor, load_images
 from gradpipe.stages.data.text import load_text
 from gradpipe.stages.data.tokens import is_tokens, token_windows, window_length
 from gradpipe.stages.data.windows import evaluation_windows
-from gradpipe.stages.device import memory_errors, resolve_device
+from gradpipe.stages.device import memory_errors, own_torch, resolve_device
 from gradpipe.stages.evaluate.perplexity import perplexity
 from gradpipe.stages.evaluate.top1 import top1
 from gradpipe.stages.model.load import (
@@ -36,6 +36,7 @@ from gradpipe.store.schema import CAUSAL_LM, IMAGE_CLASSIFICATION
 LESS_MEMORY = "give a smaller --batch-size or --seq-len, or --dtype bfloat16"
 
 
+@own_torch()
 def classify(config: EvalConfig, console: Console = QUIET) -> Accuracy:
     """Top-1 accuracy of an image classifier.
 
@@ -61,6 +62,7 @@ def classify(config: EvalConfig, console: Console = QUIET) -> Accuracy:
     return classify_opened(checkpoint, config, console)
 
 
+@own_torch()
 def evaluate(config: EvalConfig, console: Console = QUIET) -> Metrics:
     """Perplexity of a language model, on windows of text that do not overlap.
 

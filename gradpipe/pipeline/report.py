@@ -18,6 +18,7 @@ from gradpipe.pipeline.reports.facts import Found
 from gradpipe.pipeline.reports.points import RESULTS
 from gradpipe.pipeline.reports.recorded import Recorded
 from gradpipe.pipeline.reports.series import Sweep
+from gradpipe.stages.device import own_torch
 from gradpipe.store.objects import write_durably
 from gradpipe.store.reader import GradientStore
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from gradpipe.pipeline.reports.document import Document
 
 
+@own_torch()
 def report(config: ReportConfig, console: Console = QUIET) -> str:
     """Write one page of what was pruned, swept or collected, and its pictures if asked to.
 

@@ -148,6 +148,7 @@ def plan(config: CollectConfig) -> Estimate:
     return examine(config).estimate
 
 
+@own_torch()
 def examine(config: CollectConfig) -> ModelReport:
     """What stage one would make of a model, and take: as `plan`.
 

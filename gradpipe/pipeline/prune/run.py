@@ -30,10 +30,12 @@ from gradpipe.pipeline.prune.workers import side_by_side
 from gradpipe.pipeline.ranks import Ranks, common_facts, joined
 from gradpipe.pipeline.reports.results import PruneResult
 from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.device import own_torch
 from gradpipe.store.reader import GradientStore
 from gradpipe.store.shard import Shard
 
 
+@own_torch()
 def prune(config: PruneConfig, console: Console = QUIET) -> tuple[PruneResult, ...]:
     """Run stage two: sparsify a checkpoint from a store, at each sparsity and pattern asked for.
 

@@ -23,11 +23,13 @@ from gradpipe.pipeline.sweep.config import SweepConfig
 from gradpipe.pipeline.sweep.grid import Grid
 from gradpipe.pipeline.sweep.results import ResultsFile
 from gradpipe.stages.checkpoint.folder import Checkpoint
+from gradpipe.stages.device import own_torch
 from gradpipe.store.reader import GradientStore
 
 CHECKPOINTS = "checkpoints"  # in OUT, with --keep
 
 
+@own_torch()
 def sweep(config: SweepConfig, console: Console = QUIET) -> tuple[PointResult, ...]:
     """Measure a model dense, and pruned to every point of a grid.
 

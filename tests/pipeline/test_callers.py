@@ -1,4 +1,4 @@
-"""A collection from a program of the user's: whatever that has set, it is the command's."""
+"""Calls from a program of the user's: whatever that has set, they do what the commands do."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 import torch
 
-from gradpipe import GradientStore, InputError, Shard, collect, open_store
+from gradpipe import (
+    DataConfig,
+    EvalConfig,
+    GradientStore,
+    InputError,
+    PruneConfig,
+    Shard,
+    collect,
+    evaluate,
+    open_store,
+    prune,
+)
 from tests.support.cases import collecting, written
 
 
@@ -48,6 +59,33 @@ def test_what_a_caller_has_set_changes_nothing(
     run = collecting(Path(plain.url).parent, tmp_path / "store", schedule=schedule)
     with SETTINGS[setting]():
         assert collect(run).digest == plain.digest
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_nor_does_it_change_prunings_or_what_they_measure(
+    setting: str, plain: GradientStore, tmp_path: Path
+) -> None:
+    """By second moments, which are decoded into new tensors; and a perplexity of the outcome."""
+    root = Path(plain.url).parent
+    moments = collecting(root, tmp_path / "store", statistics=("hessian", "grad_cov"))
+    collect(moments)
+
+    def outcome(out: Path) -> tuple[bytes, float]:
+        config = PruneConfig(
+            model=moments.model,
+            store=str(moments.store),
+            out=out,
+            method="alps",
+            curvature="kfac",
+        )
+        prune(config)
+        text = DataConfig(name=str(root / "text.txt"))
+        measured = evaluate(EvalConfig(model=str(out), data=text, seq_len=16, max_windows=4))
+        return (out / "model.safetensors").read_bytes(), measured.perplexity
+
+    expected = outcome(tmp_path / "plain")
+    with SETTINGS[setting]():
+        assert outcome(tmp_path / "set") == expected
 
 
 @pytest.mark.parametrize(("index", "count"), [(2, 2), (-1, 2), (0, 0), (3, 2)])
