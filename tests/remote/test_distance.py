@@ -170,6 +170,20 @@ def test_a_folder_is_not_complete_before_all_has_arrived(
     assert files_of(tmp_path / "back") == files_of(near)
 
 
+def test_a_finished_copy_that_was_damaged_is_mended(near: Path, tmp_path: Path) -> None:
+    """In a folder: by the same command, which otherwise leaves it alone."""
+    back = tmp_path / "back"
+    copied(near, back)
+    times = {path: path.stat().st_mtime_ns for path in back.rglob("*")}
+    copied(near, back)
+    assert {path: path.stat().st_mtime_ns for path in back.rglob("*")} == times
+    for key in (OBJECT, ROOT):
+        (back / key).write_bytes(bytes((back / key).stat().st_size))
+    (back / "layers/zarr.json").unlink()
+    copied(near, back).verify()
+    assert files_of(back) == files_of(near)
+
+
 def start_copy(source: object, destination: object) -> subprocess.Popen[bytes]:
     """A process that copies."""
     words = [sys.executable, "-m", "gradpipe", "store", "copy", str(source), str(destination)]

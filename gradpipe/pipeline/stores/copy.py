@@ -26,6 +26,8 @@ _OTHERS = {"README.md", LOCK_NAME, ".gitattributes", ".gitignore"}  # what may l
 def copy(config: CopyConfig, console: Console = QUIET) -> GradientStore:
     """Copy every object, each verified on arrival, and the commit record last; opens the copy.
 
+    A finished copy in a folder is read, and what is damaged in it is copied again.
+
     Raises InputError if something else is there, StoreError if the source is damaged,
     GradpipeError if an object cannot be written: the same call then goes on.
     """
@@ -75,13 +77,13 @@ def _check_folder(folder: Path, source: GradientStore) -> None:
 
 
 def _is_there(destination: Destination, source: GradientStore) -> bool:
-    """Whether the copy is complete; InputError if something else lies in its place."""
+    """Whether the copy is complete and sound; InputError if something else lies in its place."""
     record, names = source.objects.record.to_bytes(), destination.names()
     found = destination.read(COMMIT_KEY) if COMMIT_KEY in names else None
     if found is not None and found != record:
         raise InputError(f"{destination.url} holds another store: give another name")
     if found is not None:
-        return True
+        return destination.is_sound(source.objects.record)
     begun = destination.read(COPY_KEY) if names else None
     if begun is None and (odd := sorted(names - _OTHERS)):
         raise InputError(f"{destination.url} holds other files ({odd[0]:.80}): give another name")
