@@ -3,12 +3,18 @@
 import fcntl
 import os
 import socket
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 
 from gradpipe.errors import InputError
 from gradpipe.store.objects import disk_errors
+
+_THREADS: defaultdict[Path, Lock] = defaultdict(
+    Lock
+)  # the kernel's lock is the process's, not ours
 
 
 @contextmanager
@@ -20,13 +26,24 @@ def locked(path: Path, *, of: Path, wait: bool) -> Iterator[None]:
     """
     with disk_errors(f"cannot lock {path}", "make room or give another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = _acquire(path, of, wait=wait)
+    ours = _THREADS[path.parent.resolve() / path.name]
+    if not ours.acquire(blocking=wait):
+        raise InputError(_taken(of, "another thread of this process"))
     try:
-        yield
+        with disk_errors(f"cannot lock {path}", "make room or give another folder"):
+            descriptor = _acquire(path, of, wait=wait)
+        try:
+            yield
+        finally:
+            if _is_current(path, descriptor):  # else it was removed, and may be another's by now
+                path.unlink(missing_ok=True)
+            os.close(descriptor)
     finally:
-        if _is_current(path, descriptor):  # else it was removed, and may be another's by now
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
+        ours.release()
+
+
+def _taken(of: Path, holder: str) -> str:
+    return f"{of} is being written by {holder}: wait for it, or stop it"
 
 
 def _acquire(path: Path, of: Path, *, wait: bool) -> int:
@@ -38,9 +55,7 @@ def _acquire(path: Path, of: Path, *, wait: bool) -> int:
         except BlockingIOError as error:
             holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
             os.close(descriptor)
-            raise InputError(
-                f"{of} is being written by {holder or 'another process'}: wait for it, or stop it"
-            ) from error
+            raise InputError(_taken(of, holder or "another process")) from error
         if _is_current(path, descriptor):
             try:
                 os.ftruncate(descriptor, 0)

@@ -8,6 +8,7 @@
 Both come from the dense model. Shapes: O out, I in, N either.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Self
 
@@ -20,11 +21,12 @@ _INPUT_DAMPING = 0.01  # of the mean of the diagonal, as SparseGPT has it
 _OUTPUT_DAMPING = 0.1  # gradients are noisier: docs/decisions/0010
 _RETRIES = 3
 _MORE = 10.0
+_LEAST_EXPONENT = -126  # of a normal float32
 
 
 @dataclass(slots=True)
 class Curvature:
-    """Damped, positive definite second moments of one layer."""
+    """Damped, positive definite second moments of one layer, each in a unit of its own."""
 
     hessian: Tensor  # (I, I)
     cov: Tensor | None  # (O, O); None: the identity
@@ -42,10 +44,10 @@ class Curvature:
         if cov_OO is not None:
             dead_O = _dead(f"{name}: {{}} outputs have no gradient", cov_OO, notes)
             free = free | dead_O[:, None]
-        damped_II = _damped(f"{name}: hessian", hessian_II, _INPUT_DAMPING, notes)
+        damped_II = _damped(f"{name}: hessian", _near_one(hessian_II), _INPUT_DAMPING, notes)
         damped_OO = None
         if cov_OO is not None:
-            damped_OO = _damped(f"{name}: grad_cov", cov_OO, _OUTPUT_DAMPING, notes)
+            damped_OO = _damped(f"{name}: grad_cov", _near_one(cov_OO), _OUTPUT_DAMPING, notes)
         return cls(damped_II, damped_OO, free, notes)
 
     def inverse_factor(self) -> Tensor:
@@ -83,6 +85,16 @@ def _dead(what: str, matrix_NN: Tensor, notes: list[str]) -> Tensor:
         return torch.zeros_like(dead_N)
     notes.append(what.format(f"{count} of {len(dead_N)}") + ": their weights cost nothing")
     return dead_N
+
+
+def _near_one(matrix_NN: Tensor) -> Tensor:
+    """The matrix times the power of 4 that brings its mean diagonal near 1, in place.
+
+    What is solved for does not depend on it, to the bit, roots included; but products of two second
+    moments, of squares of weights, stay numbers that float32 has.
+    """
+    exponent = max(math.frexp(float(matrix_NN.diagonal().mean()))[1], _LEAST_EXPONENT)
+    return matrix_NN.mul_(2.0 ** (-exponent // 2 * 2))
 
 
 def _damped(what: str, matrix_NN: Tensor, share: float, notes: list[str]) -> Tensor:

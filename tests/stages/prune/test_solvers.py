@@ -59,12 +59,17 @@ def kind(request: pytest.FixtureRequest) -> str:
 # --- curvature
 
 
+def unscaled(*matrices: Tensor) -> list[Tensor]:
+    """Second moments whatever their unit: with a mean diagonal of 1."""
+    return [matrix / matrix.diagonal().mean() for matrix in matrices]
+
+
 def test_damping_adds_a_share_of_the_mean_diagonal() -> None:
     """1 % for inputs, 10 % for output gradients; a sound matrix needs no note."""
     got = curvature(3, "kfac")
-    assert torch.allclose(got.hessian, damped(moment(COLUMNS, 3), 0.01))
+    assert torch.allclose(*unscaled(got.hessian, damped(moment(COLUMNS, 3), 0.01)))
     assert got.cov is not None
-    assert torch.allclose(got.cov, damped(moment(ROWS, 4), 0.1))
+    assert torch.allclose(*unscaled(got.cov, damped(moment(ROWS, 4), 0.1)))
     assert got.notes == []
 
 
@@ -74,7 +79,7 @@ def test_an_ill_conditioned_hessian_is_damped_more_and_says_so() -> None:
     bad -= 0.03 * bad.diagonal().mean() * torch.eye(COLUMNS)  # as rounding may leave it
     got = Curvature.of("layer", bad.clone(), None)
     assert got.notes == ["layer: hessian is ill-conditioned: damped by 0.1"]
-    assert torch.allclose(got.hessian, damped(bad, 0.1))
+    assert torch.allclose(*unscaled(got.hessian, damped(bad, 0.1)))
     assert torch.isfinite(got.inverse_factor()).all()
 
 
@@ -143,6 +148,23 @@ def test_obs_updates_a_given_mask_as_the_oracle_does() -> None:
     assert reference_cost(weight - got, moments.hessian) < reference_cost(
         weight - weight * mask, moments.hessian
     )
+
+
+# --- units
+
+
+@pytest.mark.parametrize("unit", [2.0**-100, 2.0**-60, 2.0**60, 2.0**90])
+@pytest.mark.parametrize("method", ["sparsegpt", "alps"])
+def test_the_unit_of_second_moments_does_not_matter(method: str, unit: float, kind: str) -> None:
+    """Of a power of 4 not to a bit, though products of them would be beyond float32."""
+    weight = weights(30).float()
+    hessian, cov = (moment(size, 31, torch.float32) for size in (COLUMNS, ROWS))
+    budget = Budget(Fraction(1, 2))
+    expected, got = (
+        pruned(weight, method, budget, x * hessian, x * cov if kind == "kfac" else None)[0]
+        for x in (1, unit)
+    )
+    assert torch.equal(got, expected)
 
 
 # --- inputs and outputs that are dead
