@@ -19,11 +19,13 @@ from gradpipe.pipeline.reports.points import RESULTS
 from gradpipe.pipeline.reports.recorded import Recorded
 from gradpipe.pipeline.reports.series import Sweep
 from gradpipe.stages.device import own_torch
-from gradpipe.store.objects import write_durably
+from gradpipe.store.objects import disk_errors, write_durably
 from gradpipe.store.reader import GradientStore
 
 if TYPE_CHECKING:
     from gradpipe.pipeline.reports.document import Document
+
+_REMEDY = "make room or give another name"
 
 
 @own_torch()
@@ -41,6 +43,7 @@ def report(config: ReportConfig, console: Console = QUIET) -> str:
         InputError: If something given is no output, sweep or store, if the page may not be written,
             or if the extra `report` is not installed.
         StoreError: If a store is damaged.
+        GradpipeError: If the disk fails.
 
     Example:
         >>> from pathlib import Path
@@ -57,12 +60,14 @@ def report(config: ReportConfig, console: Console = QUIET) -> str:
         _check_figures(config.figures, overwrite=config.overwrite)
     document = draw(_found(config, console))
     if config.figures is not None:
-        config.figures.mkdir(parents=True, exist_ok=True)
-        for picture in document.pictures:
-            picture.save(config.figures)
+        with disk_errors(f"cannot write --figures {config.figures}", _REMEDY):
+            config.figures.mkdir(parents=True, exist_ok=True)
+            for picture in document.pictures:
+                picture.save(config.figures)
     if config.format == "md":
         return str(page.markdown(document, config.figures))
-    write_durably(target, page.html(document).encode())
+    with disk_errors(f"cannot write --html {target}", _REMEDY):
+        write_durably(target, page.html(document).encode())
     return str(target)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gradpipe import CollectConfig, GradpipeError, collect, prune
+from gradpipe import CollectConfig, GradpipeError, ReportConfig, collect, prune, report
 from gradpipe.errors import InputError, StoreError
 from tests.support.cases import collecting, pruning, written
 from tests.support.models import save_tiny
@@ -129,6 +130,31 @@ def test_a_full_disk_for_a_checkpoint(inputs: Path, disk: Path) -> None:
     assert [path.name for path in disk.iterdir()] == ["ballast"]
     ballast.unlink()
     prune(run)
+
+
+def test_a_full_disk_for_a_page(inputs: Path, disk: Path) -> None:
+    """A report says which file it was, and leaves nothing."""
+    fill(disk, 0)
+    run = ReportConfig(out=(str(inputs / "store"),), html=disk / "report.html")
+    with pytest.raises(GradpipeError, match=r"--html .*report\.html: No space left on device") as x:
+        report(run)
+    check_line(x.value)
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
+
+
+def test_more_targets_than_open_files(inputs: Path, tmp_path: Path) -> None:
+    """The line says what is too many, and nothing is left."""
+    run = pruning(inputs, tmp_path / "out")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len([*Path("/proc/self/fd").iterdir()])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 30, limits[1]))
+    try:
+        with pytest.raises(GradpipeError, match=r"Too many open files.*fewer targets") as caught:
+            prune(replace(run, sparsities=tuple(x / 100 for x in range(1, 60))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    check_line(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_read_only_disk(inputs: Path, disk: Path) -> None:

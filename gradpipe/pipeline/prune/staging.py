@@ -19,6 +19,11 @@ from gradpipe.store.lock import locked
 from gradpipe.store.objects import fsync, write_durably
 from gradpipe.store.shard import Shard
 
+_MANY_FILES = "ask for fewer targets at once, or allow more files (ulimit -n)"
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room or give another folder"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), _MANY_FILES),
+}
 _ATTEMPTS, _PAUSE = 100, 0.01  # to remove a folder, and the seconds between them
 
 
@@ -55,8 +60,7 @@ class Beside:
         except OSError as error:
             name, reason = str(error.filename or self._out), error.strerror or error
             if name.startswith((str(self._out), str(self._beside("")))):
-                is_full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-                remedy = "make room or give another folder" if is_full else "give another folder"
+                remedy = _REMEDIES.get(error.errno or 0, "give another folder")
                 raise GradpipeError(
                     f"cannot write {self._out} ({name}: {reason}): {remedy}, then run the same "
                     "command again"

@@ -13,10 +13,11 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gradpipe.errors import InputError, one_line
-from gradpipe.pipeline.places import REPORT
+from gradpipe.pipeline.places import REPORT, is_writable
 from gradpipe.pipeline.reports.evaluations import Evaluation
 from gradpipe.pipeline.reports.results import Accuracy, Metrics, PruneReport
-from gradpipe.store.objects import write_durably
+from gradpipe.store.lock import locked
+from gradpipe.store.objects import disk_errors, write_durably
 
 CARD = "README.md"
 _TEXT, _IMAGES = "text-generation", "image-classification"  # as the Hub names tasks
@@ -68,6 +69,8 @@ def check_card(folder: Path) -> None:
                 f"--card: {folder} has no {name}, expected a folder that pipe prune wrote: "
                 "leave --card out"
             )
+    if not is_writable(folder):
+        raise InputError(f"--card: {folder} cannot be written to: mend it, or leave --card out")
     _read_card(folder)
 
 
@@ -84,7 +87,18 @@ def _read_card(folder: Path) -> Any:
 
 
 def add_results(folder: Path, evaluation: Evaluation) -> None:
-    """Put what was measured into the card, in place of what was measured before on the same."""
+    """Put what was measured into the card, in place of what was measured before on the same.
+
+    Several processes may do so. GradpipeError if the disk fails.
+    """
+    with (
+        disk_errors(f"cannot write {folder / CARD}", "make room or leave --card out"),
+        locked(folder / ".card.lock", of=folder, wait=True),
+    ):
+        _add_results(folder, evaluation)
+
+
+def _add_results(folder: Path, evaluation: Evaluation) -> None:
     card = _read_card(folder)
     new = list(_results(evaluation))
     kept = [

@@ -30,8 +30,8 @@ class ResultsFile:
         check_apart(self._folder, sources)
         if self._folder.exists() and not self._folder.is_dir():
             raise InputError(f"OUT {self._folder} is a file, expected a folder to create")
-        is_ours = self.path.exists() or not self._folder.exists()
-        if not is_ours and {path.name for path in self._folder.iterdir()} - {_LOCK}:
+        names = {path.name for path in self._folder.iterdir()} if self._folder.exists() else set()
+        if RESULTS not in names and names - {_LOCK}:
             raise InputError(f"OUT {self._folder} holds files, and no {RESULTS}: give another name")
 
     def read(self) -> dict[str, PointResult]:

@@ -24,6 +24,7 @@ from gradpipe.pipeline.sweep.grid import Grid
 from gradpipe.pipeline.sweep.results import ResultsFile
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.device import own_torch
+from gradpipe.store.lock import locked
 from gradpipe.store.reader import GradientStore
 
 CHECKPOINTS = "checkpoints"  # in OUT, with --keep
@@ -141,8 +142,11 @@ def _keep(out: Path, task: Task, result: PointResult) -> None:
     config = task.point.config
     method = "score" if config.score else config.recipe or config.method
     folder = out / CHECKPOINTS / f"{method}-{task.plan.targets[0].label}-{task.key[:8]}"
-    if not folder.exists():
-        prune(replace(config, out=folder))
+    if folder.exists():
+        return
+    with locked(folder.with_name(f".{folder.name}.keep"), of=folder, wait=True):
+        if not folder.exists():  # another process may have written it meanwhile
+            prune(replace(config, out=folder))
 
 
 def _check_study(config: SweepConfig, stores: Mapping[str, GradientStore]) -> None:

@@ -1,5 +1,7 @@
 """The model card of a pruned checkpoint, which its owner may have edited."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -47,3 +49,17 @@ def test_what_is_in_a_card_stays(tmp_path: Path) -> None:
     assert text.endswith("My words.\n\n---\nmore\n")
     for words in ("license: mit", "a: 1", "name: perplexity, 4 windows of 16 tokens"):
         assert text.count(words) == 1
+
+
+def test_what_is_measured_at_once_is_all_kept(tmp_path: Path) -> None:
+    """A job for each text, all of one checkpoint."""
+    (tmp_path / "README.md").write_text("Mine.\n")
+
+    def add(index: int) -> None:
+        add_results(tmp_path, Evaluation(metrics=replace(METRICS, dataset=f"text {index}")))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(8)))
+    text = (tmp_path / "README.md").read_text()
+    assert all(f"name: text {index}" in text for index in range(8))
+    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]

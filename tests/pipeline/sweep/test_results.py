@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from gradpipe.pipeline.reports.points import Metric, Named, PointResult
 from gradpipe.pipeline.sweep.results import ResultsFile
 
@@ -63,3 +65,17 @@ def test_a_torn_line_is_cut_by_whoever_writes_next(tmp_path: Path) -> None:
         assert list(file.read()) == ["a", "b"]
         assert file.path.read_bytes().startswith(whole)
     assert len(file.path.read_bytes().splitlines()) == 2
+
+
+def test_a_file_that_another_process_begins_meanwhile_is_a_sweep_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that start at once find an empty folder, and then one with the first's line."""
+    file, listed = ResultsFile(tmp_path), Path.iterdir
+
+    def late(folder: Path) -> object:
+        file.path.touch()
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    file.check(())

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,16 @@ def test_kept_checkpoints_are_prune_s_own(root: Path, tmp_path: Path) -> None:
     [kept] = (config.out / "checkpoints").iterdir()
     pruned(point, config, tmp_path / "pruned")
     assert files_of(kept) == files_of(tmp_path / "pruned")
+
+
+def test_two_of_one_sweep_keep_a_checkpoint_once(root: Path, tmp_path: Path) -> None:
+    """Whoever comes later waits for it, and goes on."""
+    config = sweeping(root, tmp_path / "out", methods=("magnitude",), patterns=(), keep=True)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(sweep, [config, config])
+    assert first == second
+    [kept] = (config.out / "checkpoints").iterdir()
+    assert not kept.name.startswith(".")
 
 
 def test_alpha_is_chosen_on_calibration_text(root: Path, tmp_path: Path) -> None:

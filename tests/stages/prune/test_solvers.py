@@ -59,17 +59,17 @@ def kind(request: pytest.FixtureRequest) -> str:
 # --- curvature
 
 
-def unscaled(*matrices: Tensor) -> list[Tensor]:
-    """Second moments whatever their unit: with a mean diagonal of 1."""
-    return [matrix / matrix.diagonal().mean() for matrix in matrices]
+def unscaled(matrix: Tensor) -> Tensor:
+    """A second moment whatever its unit: with a mean diagonal of 1."""
+    return matrix / matrix.diagonal().mean()
 
 
 def test_damping_adds_a_share_of_the_mean_diagonal() -> None:
     """1 % for inputs, 10 % for output gradients; a sound matrix needs no note."""
     got = curvature(3, "kfac")
-    assert torch.allclose(*unscaled(got.hessian, damped(moment(COLUMNS, 3), 0.01)))
+    assert torch.allclose(unscaled(got.hessian), unscaled(damped(moment(COLUMNS, 3), 0.01)))
     assert got.cov is not None
-    assert torch.allclose(*unscaled(got.cov, damped(moment(ROWS, 4), 0.1)))
+    assert torch.allclose(unscaled(got.cov), unscaled(damped(moment(ROWS, 4), 0.1)))
     assert got.notes == []
 
 
@@ -79,7 +79,7 @@ def test_an_ill_conditioned_hessian_is_damped_more_and_says_so() -> None:
     bad -= 0.03 * bad.diagonal().mean() * torch.eye(COLUMNS)  # as rounding may leave it
     got = Curvature.of("layer", bad.clone(), None)
     assert got.notes == ["layer: hessian is ill-conditioned: damped by 0.1"]
-    assert torch.allclose(*unscaled(got.hessian, damped(bad, 0.1)))
+    assert torch.allclose(unscaled(got.hessian), unscaled(damped(bad, 0.1)))
     assert torch.isfinite(got.inverse_factor()).all()
 
 
