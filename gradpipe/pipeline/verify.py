@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from rich.console import Console
 
 from gradpipe.errors import GradpipeError, InputError
+from gradpipe.pipeline.masks import METHOD as MASKS
 from gradpipe.pipeline.places import REPORT
 from gradpipe.pipeline.progress import QUIET, progress_bar
 from gradpipe.pipeline.reports.recorded import Recorded
@@ -21,7 +22,7 @@ from gradpipe.stages.checkpoint.layer_names import find_layer
 from gradpipe.stages.checkpoint.place import locate
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo, as_tensor, count_zeros
 from gradpipe.stages.checkpoint.tied import tied_to
-from gradpipe.stages.prune.methods import METHODS, UPDATES
+from gradpipe.stages.prune.methods import UPDATES
 from gradpipe.stages.prune.target import Pattern
 
 
@@ -200,12 +201,11 @@ class _Checks:
 
     def _is_updated(self, layer: str) -> bool:
         """Whether the weights that a layer kept were changed, by what is recorded."""
-        method = METHODS.get(self._recorded.method)
-        update = UPDATES.get(self._recorded.update)
-        solves = (method is not None and method.solver is not None) or (
-            update is None or update.make is not None
-        )
-        return solves and layer not in self._recorded.unseen
+        recorded = self._recorded
+        update = UPDATES.get(recorded.update)
+        solves = recorded.score is None and recorded.method != MASKS  # any solver, known or not
+        changes = solves or update is None or update.make is not None
+        return changes and layer not in recorded.unseen
 
 
 def _shown(kind: tuple[tuple[int, ...], str] | None) -> str:

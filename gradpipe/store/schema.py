@@ -232,6 +232,11 @@ class StoreSpec(JsonSpec):
         is_of_images = self.objective == IMAGE_CLASSIFICATION
         if self.samples.digest and is_of_images != (self.samples.image_shape is not None):
             raise StoreError(f"objective {self.objective:.40} does not go with the store's samples")
+        if unknown := sorted(set(self.statistics) - set(STATISTICS)):
+            raise StoreError(
+                f"store holds {', '.join(unknown):.200}, which this program does not know: it "
+                f"knows {', '.join(STATISTICS)}: run what added it, or upgrade gradpipe"
+            )
         if not self.statistics or self.statistics != in_order(self.statistics):
             raise StoreError(
                 f"store holds the statistics {self.statistics!s:.200}, expected some of "

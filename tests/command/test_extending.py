@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gradpipe import PruneConfig, open_store, prune
+from gradpipe import PruneConfig, open_store, prune, verify
 from gradpipe.stages.checkpoint.folder import Checkpoint
 from gradpipe.stages.prune.allocation import ALLOCATIONS
 from gradpipe.stages.prune.methods import CURVATURES, METHODS, UPDATES
@@ -85,6 +85,16 @@ def test_the_solver_lowers_the_error_of_the_output(folder: Path) -> None:
         lost = [weight_OI - weight_OI * (found_OI != 0), weight_OI - found_OI]
         plain, rescaled = (float(((x @ H) * x).sum()) for x in lost)
         assert rescaled < plain
+
+
+@pytest.mark.usefixtures("printed")
+def test_an_output_is_verified_where_its_method_is_not_known(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A solver of somebody's program moves weights; `pipe verify` runs without that program."""
+    for name in ("rescaled", "loud"):
+        monkeypatch.delitem(METHODS, name)
+        assert verify(str(folder / name), "embedded").num_layers == 28
 
 
 @pytest.mark.parametrize("name", ["architecture", "extending", "glossary"])

@@ -19,6 +19,7 @@ class Recorded:
     layers: Mapping[str, LayerResult]  # by name
     unseen: frozenset[str]  # names of layers that no calibration token reached
     method: str
+    score: str | None  # the formula; None for a solver, and for masks that were put on
     update: str
     requested: float  # sparsity, over all pruned layers
     file_sparsity: float
@@ -52,6 +53,7 @@ class Recorded:
             layers=layers,
             unseen=frozenset(map(str, document["unseen_layers"])),
             method=str(document["method"]),
+            score=None if document["score"] is None else str(document["score"]),
             update=str(document["update"]),
             requested=float(document["requested_sparsity"]),
             file_sparsity=float(document["file_sparsity"]),
