@@ -3,7 +3,6 @@
 import fcntl
 import os
 import socket
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +11,7 @@ from threading import Lock
 from gradpipe.errors import InputError
 from gradpipe.store.objects import disk_errors
 
-_THREADS: defaultdict[Path, Lock] = defaultdict(
-    Lock
-)  # the kernel's lock is the process's, not ours
+_THREADS: dict[Path, Lock] = {}  # the kernel's locks are the process's, whose threads share them
 
 
 @contextmanager
@@ -26,7 +23,7 @@ def locked(path: Path, *, of: Path, wait: bool) -> Iterator[None]:
     """
     with disk_errors(f"cannot lock {path}", "make room or give another folder"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    ours = _THREADS[path.parent.resolve() / path.name]
+    ours = _THREADS.setdefault(path.parent.resolve() / path.name, Lock())
     if not ours.acquire(blocking=wait):
         raise InputError(_taken(of, "another thread of this process"))
     try:
