@@ -4,11 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import RLock
 
 import torch
 
 from gradpipe.errors import GradpipeError, InputError, did_you_mean
 
+ONE_THREAD = RLock()  # held while what all threads share is changed: transformers does, as it loads
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")  # quota and period
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "ALLOC_FAILED")  # torch's own words
 
@@ -61,8 +63,9 @@ def torch_threads(count: int) -> Iterator[None]:
 @contextmanager
 def own_torch() -> Iterator[None]:
     """Torch as a process of our own has it, whatever a notebook has set: its default type, say."""
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    torch.set_default_dtype(torch.float32)
+    with ONE_THREAD:
+        dtype, device = torch.get_default_dtype(), torch.get_default_device()
+        torch.set_default_dtype(torch.float32)
     try:
         with (
             torch.inference_mode(mode=False),
@@ -72,7 +75,8 @@ def own_torch() -> Iterator[None]:
         ):
             yield
     finally:
-        torch.set_default_dtype(dtype)
+        with ONE_THREAD:
+            torch.set_default_dtype(dtype)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from gradpipe.errors import InputError
 from gradpipe.store.objects import disk_errors
 
 _THREADS: dict[Path, Lock] = {}  # the kernel's locks are the process's, whose threads share them
+os.register_at_fork(after_in_child=_THREADS.clear)  # a child has none of those threads
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class Recorded:
             layers=layers,
             unseen=frozenset(map(str, document["unseen_layers"])),
             method=str(document["method"]),
-            score=None if document["score"] is None else str(document["score"]),
+            score=None if document.get("score") is None else str(document["score"]),
             update=str(document["update"]),
             requested=float(document["requested_sparsity"]),
             file_sparsity=float(document["file_sparsity"]),

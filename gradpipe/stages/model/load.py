@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 from gradpipe.errors import GradpipeError, InputError, did_you_mean
 from gradpipe.stages.checkpoint.folder import Checkpoint, check_unquantized
 from gradpipe.stages.checkpoint.tensors import FLOAT_TYPES, TensorInfo
-from gradpipe.stages.device import is_out_of_memory
+from gradpipe.stages.device import ONE_THREAD, is_out_of_memory
 from gradpipe.stages.model.buffers import fill_buffers
 from gradpipe.stages.model.conversion import Sources, find_sources, missing_weights
 from gradpipe.stages.model.tasks import auto_class, noun
@@ -230,7 +230,7 @@ def _frozen(model: Any) -> Any:
 def _loading(checkpoint: Checkpoint) -> Iterator[None]:
     """Raise InputError for what transformers cannot build."""
     try:
-        with _silence():
+        with ONE_THREAD, _silence():
             yield
     except Exception as error:  # each model's code raises what it likes
         if isinstance(error, GradpipeError) or is_out_of_memory(error):

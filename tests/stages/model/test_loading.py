@@ -1,5 +1,6 @@
 """A model loaded part by part, as `from_pretrained` loads it at once; and what neither can load."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +143,16 @@ def test_a_buffer_that_nothing_fills_in_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"nothing fills in part\.forgotten"):
         fill_buffers(model, checkpoint, frozenset())
     assert model.part.filled.tolist() == [0, 1, 2]
+
+
+def test_models_are_loaded_in_threads_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers has no class tie its weights while one loads, and two at once left it so."""
+    checkpoint = Checkpoint.open(str(save_tiny("gpt2", tmp_path / "model")))  # it ties its head
+    tie_weights = PreTrainedModel.tie_weights
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", tie_weights)  # put back in the end
+    with ThreadPoolExecutor(4) as pool:
+        models = list(pool.map(lambda _: load_model(checkpoint, torch.float32, CPU), range(24)))
+    assert PreTrainedModel.tie_weights is tie_weights
+    assert all(x.lm_head.weight is x.get_input_embeddings().weight for x in models)
