@@ -121,7 +121,7 @@ def estimated() -> Iterator[list[str]]:
 
 
 def main(divisors: Annotated[str, typer.Option(help="Of both widths, falling.")] = "8,4") -> None:
-    """Measure small blocks, foretell large ones; print tables."""
+    """Measure small blocks, predict large ones; print tables."""
     torch.set_num_threads(1)
     header = ["block of 7 B", "CPU s", "predicted", "peak, MB", "whole, min", "whole, GB"]
     print(heading("Large layers"))

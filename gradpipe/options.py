@@ -135,7 +135,7 @@ class OptionField:
 
     def _one(self, value: Any, kinds: tuple[Any, ...]) -> Any:
         found = _as_declared(value, kinds)
-        if not isinstance(found, (*kinds, int) if float in kinds else kinds):
+        if not isinstance(found, kinds):
             names = " or ".join(x.__name__ for x in kinds if x is not type(None))
             raise InputError(f"{self.flag} {_shown(value)}: expected {names}")
         return found

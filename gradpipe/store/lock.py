@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from threading import Lock
 
@@ -22,13 +23,14 @@ def locked(path: Path, *, of: Path, wait: bool) -> Iterator[None]:
     The kernel releases it when its holder dies, on network file systems too. Raises InputError
     that names the holder if it is taken and `wait` is False.
     """
-    with disk_errors(f"cannot lock {path}", "make room or give another folder"):
+    failing = partial(disk_errors, f"cannot lock {path}", "make room or give another folder")
+    with failing():
         path.parent.mkdir(parents=True, exist_ok=True)
     ours = _THREADS.setdefault(path.parent.resolve() / path.name, Lock())
     if not ours.acquire(blocking=wait):
         raise InputError(_taken(of, "another thread of this process"))
     try:
-        with disk_errors(f"cannot lock {path}", "make room or give another folder"):
+        with failing():
             descriptor = _acquire(path, of, wait=wait)
         try:
             yield

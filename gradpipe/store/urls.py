@@ -32,5 +32,4 @@ def local_place(files: Any, root: str) -> Path | None:
 
 def is_local(url: str) -> bool:
     """Whether a URL, or a path, names a folder of this machine."""
-    protocol, _ = fsspec.core.split_protocol(url)
-    return protocol in (None, *LocalFileSystem.protocol)
+    return "://" not in url or fsspec.core.split_protocol(url)[0] in LocalFileSystem.protocol

@@ -20,6 +20,7 @@ from gradpipe import (
     open_store,
     prune,
 )
+from gradpipe.store.urls import is_local
 from tests.support.cases import collecting, written
 
 
@@ -101,6 +102,7 @@ def test_a_folder_may_have_a_name_that_fsspec_takes_apart(
 ) -> None:
     """The finished store opens, and by its name alone."""
     monkeypatch.chdir(tmp_path)
+    assert is_local(name)
     collect(collecting(Path(plain.url).parent, Path(name)))
     assert open_store(name).digest == plain.digest
 

@@ -24,7 +24,7 @@ from gradpipe.store.schema import LayerSpec
 # Gradients of a mean over thousands of tokens fall below float16's smallest number. A power of
 # two is exact to multiply by and to divide out again in float32.
 _FLOAT16_SCALE = 2.0**12
-_FLOAT16_MOST = 65504.0
+_FLOAT16_MOST = torch.finfo(torch.float16).max
 _BySample = Callable[[Tensor], Sequence[Tensor]]
 
 
